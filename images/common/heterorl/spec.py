@@ -1,0 +1,942 @@
+"""The run spec: every field of a `HeteroRLRun`, declared once.
+
+The CRD (`heterorl.crd`), `docs/spec.md` and the command line's help are generated from these classes. Learner, sampler
+and operator read the very same resolved spec. Fields are `snake_case` here and `camelCase` in YAML; the sentence under a
+field is its documentation. Rules that span fields are validators here, with messages that say what to write instead.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic.alias_generators import to_camel
+
+API_VERSION = "heterorl.dev/v1alpha1"
+KIND = "HeteroRLRun"
+
+LossType = Literal[
+    "grpo",
+    "bnpo",
+    "dr_grpo",
+    "dapo",
+    "gspo",
+    "delta_l",
+    "gepo",
+    "gepo_plus",
+    "eqp",
+    "gmpo",
+    "cispo",
+    "topr",
+    "impala",
+]
+RewardName = Literal[
+    "accuracy",
+    "format",
+    "tag_count",
+    "length",
+    "cosine",
+    "repetition",
+    "language",
+    "reasoning_steps",
+    "boxed",
+    "custom",
+]
+
+Text = Annotated[str, StringConstraints(max_length=4096)]
+ShortText = Annotated[str, StringConstraints(max_length=253)]
+Path_ = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+RunName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=40)]
+GroupName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=20)]
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+FreeForm = dict[str, Any]
+StringMap = Annotated[dict[ShortText, Text], Field(max_length=64)]
+
+
+class Block(BaseModel):
+    """One mapping of the manifest: unknown keys are refused, wrong types are never coerced from text."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        validate_by_name=True,
+        validate_by_alias=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        frozen=True,
+        allow_inf_nan=False,
+    )
+
+
+def _refuse_duplicates(names: list[str], where: str, key: str) -> None:
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise ValueError(f"{where}: {key} {', '.join(duplicates)} stands more than once; every {key} must differ")
+
+
+# ── model and data ───────────────────────────────────────────────────────────────────────────────────────────────────
+class TinyModel(Block):
+    """A small Qwen3-architecture model with a byte tokenizer, made and briefly supervised during preparation."""
+
+    hidden_size: int = Field(128, ge=32, le=2048, multiple_of=32)
+    """Width of the residual stream; heads are 32 wide, so the number of heads is `hiddenSize / 32`."""
+    num_layers: int = Field(3, ge=1, le=32)
+    """Number of transformer layers."""
+    tie_embeddings: bool = True
+    """Share the input embedding with the output head, as Qwen3-0.6B to 4B do."""
+    target_accuracy: float = Field(0.2, ge=0, le=0.95)
+    """Supervise on the training data until held-out greedy accuracy first passes this share; 0 skips supervision."""
+    max_supervised_steps: int = Field(2000, ge=0, le=100_000)
+    """Stop supervising after this many steps even if the target was not reached."""
+    supervised_learning_rate: float = Field(1e-3, gt=0, le=1)
+    """Learning rate of the supervision (AdamW)."""
+    seed: Seed = 0
+    """Seed of the initial weights and of the order of supervision."""
+
+
+class Model(Block):
+    """The policy to train."""
+
+    source: Literal["path", "hub", "tiny"] = "tiny"
+    """Where the starting weights come from: a folder, the Hugging Face Hub, or a small model made on the spot."""
+    path: Path_ | None = None
+    """Folder with config, tokenizer and safetensors (`source: path`); an output folder or checkpoint of another run will do."""
+    name: ShortText | None = None
+    """Name of the model on the Hub, as `Qwen/Qwen3-1.7B` (`source: hub`)."""
+    revision: ShortText | None = None
+    """Branch, tag or commit on the Hub; pin it, so that a later run starts from the same weights."""
+    tiny: TinyModel = TinyModel()
+    """Shape and supervision of the small model (`source: tiny`)."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Data type of training, of published weights and of generation."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention kernel of the learner; auto takes flash_attention_2 where it is installed, otherwise sdpa."""
+
+    @model_validator(mode="after")
+    def _source_has_its_field(self) -> Self:
+        if self.source == "path" and not self.path:
+            raise ValueError("source is 'path', so set path to a model folder")
+        if self.source == "hub" and not self.name:
+            raise ValueError("source is 'hub', so set name, as in 'Qwen/Qwen3-1.7B'")
+        return self
+
+
+class Columns(Block):
+    """Which column holds what. Aliases are tried when a column is not named: question for problem, solution for answer."""
+
+    prompt: ShortText = "problem"
+    """Column with the problem's text."""
+    answer: ShortText = "answer"
+    """Column with the reference answer."""
+    answer_pattern: ShortText | None = None
+    """Regular expression whose first group is the answer, as `#### (.+)` for GSM8K; absent: the whole column."""
+    strip_suffix: Text | None = None
+    """Text removed from the end of a problem, for files that already end with an instruction."""
+
+
+class Arithmetic(Block):
+    """Built-in sums `a+b=`: endless, checkable, learnable by a tiny model."""
+
+    digits: int = Field(2, ge=1, le=6)
+    """Digits of each operand."""
+    rows: int = Field(4096, ge=1, le=1_000_000)
+    """How many problems to draw (with replacement when there are fewer distinct ones)."""
+    seed: Seed = 0
+    """Seed of the problems."""
+
+
+class Dataset(Block):
+    """One data set: a JSONL or Parquet file, a data set of the Hub, or built-in arithmetic."""
+
+    source: Literal["file", "hub", "arithmetic"] = "arithmetic"
+    """Where the rows come from."""
+    path: Path_ | None = None
+    """A .jsonl or .parquet file, relative to the manifest's folder (`source: file`)."""
+    name: ShortText | None = None
+    """Name of the data set on the Hub (`source: hub`)."""
+    config: ShortText | None = None
+    """Configuration of the Hub data set, as `main`."""
+    revision: ShortText | None = None
+    """Branch, tag or commit on the Hub."""
+    split: ShortText = "train"
+    """Split of the Hub data set."""
+    arithmetic: Arithmetic = Arithmetic()
+    """The built-in problems (`source: arithmetic`)."""
+    columns: Columns = Columns()
+    """Column names."""
+    limit: int | None = Field(None, ge=1)
+    """Use only the first so many rows."""
+
+    @model_validator(mode="after")
+    def _source_has_its_field(self) -> Self:
+        if self.source == "file" and not self.path:
+            raise ValueError("source is 'file', so set path to a .jsonl or .parquet file")
+        if self.source == "hub" and not self.name:
+            raise ValueError("source is 'hub', so set name, as in 'openai/gsm8k'")
+        return self
+
+
+class EvalDataset(Dataset):
+    """A data set to evaluate on."""
+
+    label: GroupName
+    """Short label of this set in metrics and tables, as `math500`."""
+
+
+class Data(Block):
+    """What to train and evaluate on."""
+
+    train: Dataset = Dataset()
+    """Problems the samplers draw prompts from."""
+    evals: list[EvalDataset] = Field(default_factory=list, max_length=16)
+    """Problems for evaluation."""
+    prompt_template: Literal["think", "noThink", "raw"] = "raw"
+    """think: reason first, answer in a box; noThink: answer in a box at once; raw: the problem's text alone."""
+    shuffle_seed: Seed = 0
+    """Seed of the order of prompts; every slot walks its own share of that order."""
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> Self:
+        _refuse_duplicates([e.label for e in self.evals], "evals", "label")
+        return self
+
+
+# ── rewards and algorithm ────────────────────────────────────────────────────────────────────────────────────────────
+class Reward(Block):
+    """One reward function and its weight in the sum."""
+
+    name: RewardName = "accuracy"
+    """accuracy, format, tag_count, length, cosine, repetition, language, reasoning_steps, boxed, or custom."""
+    weight: float = Field(1.0, ge=-1000, le=1000)
+    """Factor of this reward in the sum."""
+    path: ShortText | None = None
+    """Dotted path of a function `(completions, **columns) -> list[float]` (`name: custom`)."""
+    max_length: int = Field(1024, ge=1, le=1_000_000)
+    """length, cosine: completion length in tokens at which the reward reaches its end value."""
+    ngram_size: int = Field(3, ge=1, le=64)
+    """repetition: length of the repeated word sequences that are penalised."""
+    max_penalty: float = Field(-1.0, ge=-1000, le=0)
+    """repetition: value when every n-gram repeats."""
+    language: Literal["en", "zh"] = "en"
+    """language: script that the completion should keep to."""
+    time_limit_seconds: float = Field(2.0, gt=0, le=60)
+    """accuracy: an answer whose comparison takes longer counts as wrong."""
+
+    @model_validator(mode="after")
+    def _custom_has_path(self) -> Self:
+        if (self.name == "custom") != (self.path is not None):
+            raise ValueError("path goes with name: custom and only with it; write path: package.module.function")
+        return self
+
+
+class RatioClip(Block):
+    """Bounds of an importance ratio: it is held within [1 - low, 1 + high]."""
+
+    low: float = Field(0.2, ge=0, le=1)
+    """How far the ratio may fall below 1."""
+    high: float = Field(0.2, ge=0, le=1000)
+    """How far the ratio may rise above 1."""
+    delta: float | None = Field(None, gt=1, le=1000)
+    """Two-sided clipping: upper bound of the ratio before the minimum is taken, so that A < 0 is bounded too."""
+
+
+class DrGrpo(RatioClip):
+    """Dr.GRPO (arXiv 2503.20783)."""
+
+
+class DeltaL(RatioClip):
+    """ΔL Normalization (arXiv 2509.07558)."""
+
+    alpha: float = Field(0.75, ge=0, le=1)
+    """Exponent of the completion length in a sequence's weight; 0 is Dr.GRPO's constant, 1 least variance."""
+
+
+class GepoPlus(RatioClip):
+    """GEPO with GSPO's denominator near the sampler's policy."""
+
+    kl_threshold: float = Field(0.002, ge=0, le=100)
+    """Below this KL between learner and sampler a sequence uses GSPO's denominator."""
+
+
+class Gmpo(Block):
+    """GMPO (arXiv 2507.20673): bounds of a token's log ratio."""
+
+    low: float = Field(0.4, ge=0, le=100)
+    """Lowest log ratio is -low."""
+    high: float = Field(0.4, ge=0, le=100)
+    """Highest log ratio."""
+
+
+class Cispo(Block):
+    """CISPO (arXiv 2506.13585): an absolute cap of the detached token ratio."""
+
+    cap: float = Field(5.0, gt=0, le=1000)
+    """Largest weight of a token."""
+
+
+class Topr(Block):
+    """TOPR (arXiv 2503.14286): whole-trajectory ratio, clamped for negative advantages."""
+
+    cap: float = Field(1.0, gt=0, le=1000)
+    """Largest weight of a trajectory with a negative advantage."""
+
+
+class Impala(Block):
+    """IMPALA's V-trace weight (arXiv 1802.01561), without a value function."""
+
+    rho_bar: float = Field(1.0, gt=0, le=1000)
+    """Largest weight of a token."""
+
+
+class Loss(Block):
+    """The policy loss: a type and that type's own parameters."""
+
+    type: LossType = "gepo"
+    """Which loss to train with."""
+    grpo: RatioClip = RatioClip()
+    """GRPO (arXiv 2402.03300): token ratio, mean over each sequence."""
+    bnpo: RatioClip = RatioClip()
+    """BNPO (arXiv 2506.02864): Beta-normalised advantages, mean over all tokens."""
+    dr_grpo: DrGrpo = Field(DrGrpo(), alias="dr_grpo")
+    """Dr.GRPO: token ratio, divided by a constant length."""
+    dapo: RatioClip = RatioClip()
+    """DAPO (arXiv 2503.14476): token ratio, mean over all tokens of the step."""
+    gspo: RatioClip = RatioClip()
+    """GSPO (arXiv 2507.18071): one ratio a sequence."""
+    delta_l: DeltaL = Field(DeltaL(), alias="delta_l")
+    """ΔL Normalization: sequences weighted by a power of their length."""
+    gepo: RatioClip = RatioClip()
+    """GEPO (arXiv 2508.17850): one ratio a sequence, against the expectation over its prompt's group."""
+    gepo_plus: GepoPlus = Field(GepoPlus(), alias="gepo_plus")
+    """GEPO that falls back to GSPO's denominator close to the sampler's policy."""
+    eqp: RatioClip = RatioClip()
+    """GEPO with E_q[p] as denominator: needs whole groups in a micro-batch."""
+    gmpo: Gmpo = Gmpo()
+    """GMPO: geometric mean of clipped token ratios."""
+    cispo: Cispo = Cispo()
+    """CISPO: detached, capped token weights."""
+    topr: Topr = Topr()
+    """TOPR: detached trajectory weights, one-sided."""
+    impala: Impala = Impala()
+    """IMPALA: detached, truncated token weights."""
+
+
+class Advantage(Block):
+    """How rewards become advantages."""
+
+    scale: Literal["auto", "none", "group", "batch", "beta"] = "auto"
+    """auto: the authors' choice for the loss; none: reward - group mean; group, batch: over that std; beta: BNPO's."""
+
+
+class KlToSampler(Block):
+    """CPPO-KL: a penalty that keeps the learner near the policy that generated the data (k3 estimator)."""
+
+    weight: float = Field(0.0, ge=0, le=100)
+    """Factor of the penalty; the authors use 0.005."""
+
+
+class Staleness(Block):
+    """How old a rollout may be when it is trained."""
+
+    max_steps: int = Field(64, ge=0, le=100_000)
+    """Largest admissible lag: learner step minus the step of the weights that generated it."""
+    policy: Literal["drop", "wait"] = "drop"
+    """drop: too old rollouts are dropped and counted; wait: samplers pause before they would produce such."""
+
+
+class Algorithm(Block):
+    """Loss, groups and staleness."""
+
+    loss: Loss = Loss()
+    """Policy loss."""
+    group_size: int = Field(8, ge=1, le=1024)
+    """Completions generated for each prompt."""
+    advantage: Advantage = Advantage()
+    """Advantages from rewards."""
+    kl_to_sampler: KlToSampler = KlToSampler()
+    """Penalty on the distance to the sampler's policy."""
+    staleness: Staleness = Staleness()
+    """Admission of old rollouts."""
+    mask_truncated: bool = False
+    """Leave completions that hit the length limit out of the loss."""
+
+    @model_validator(mode="after")
+    def _group_relative_needs_a_group(self) -> Self:
+        if self.group_size == 1:
+            raise ValueError("groupSize is 1, but advantages are relative to the group's mean; write at least 2")
+        return self
+
+
+class Generation(Block):
+    """Sampling of completions."""
+
+    temperature: float = Field(1.0, gt=0, le=100)
+    """Softmax temperature; the learner's log-probabilities use the same."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling; below 1 the behaviour law is truncated and ratios are biased (a warning says so)."""
+    top_k: int = Field(0, ge=0, le=1_000_000)
+    """Sample among so many likeliest tokens; 0 is off. On, ratios are biased as with topP."""
+    min_p: float = Field(0.0, ge=0, lt=1)
+    """Drop tokens less likely than this share of the likeliest; 0 is off."""
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    """Divide the logits of tokens already seen; 1 is off."""
+    max_prompt_tokens: int = Field(768, ge=1, le=1_000_000)
+    """Longer prompts are counted and skipped."""
+    max_completion_tokens: int = Field(1024, ge=1, le=1_000_000)
+    """A completion is cut here and marked as truncated."""
+    seed: Seed = 0
+    """Seed of sampling; every slot derives its own."""
+
+    @property
+    def truncated_law(self) -> bool:
+        """Whether sampling is from something else than the model's softmax, so that ratios are biased."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0 or self.repetition_penalty != 1
+
+
+# ── pods ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+class Toleration(Block):
+    """Kubernetes' toleration."""
+
+    key: ShortText | None = None
+    """Taint key; absent with operator Exists matches all."""
+    operator: Literal["Exists", "Equal"] = "Equal"
+    """How value is compared."""
+    value: ShortText | None = None
+    """Taint value."""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """Taint effect; absent matches all."""
+    toleration_seconds: int | None = Field(None, ge=0)
+    """How long NoExecute is tolerated."""
+
+
+class Resources(Block):
+    """Kubernetes' resource requests and limits."""
+
+    requests: StringMap = Field(default_factory=dict)
+    """Requested quantities, as `cpu: "2"`."""
+    limits: StringMap = Field(default_factory=dict)
+    """Limits, as `nvidia.com/gpu: "1"`."""
+
+
+class PodTemplate(Block):
+    """What may be said about a role's pods; merged into the operator's template, lists by their key."""
+
+    image: Annotated[str, StringConstraints(max_length=512)] | None = None
+    """Container image instead of the chart's."""
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+    """When to pull the image."""
+    labels: StringMap = Field(default_factory=dict)
+    """Labels of the workload and its pods."""
+    annotations: StringMap = Field(default_factory=dict)
+    """Annotations of the workload and its pods."""
+    node_selector: StringMap = Field(default_factory=dict)
+    """Node labels a pod needs."""
+    tolerations: list[Toleration] = Field(default_factory=list, max_length=32)
+    """Taints a pod tolerates."""
+    affinity: FreeForm | None = None
+    """Kubernetes' affinity, passed through."""
+    resources: Resources = Resources()
+    """Requests and limits of the main container."""
+    env: list[FreeForm] = Field(default_factory=list, max_length=64)
+    """Environment variables of the main container; secrets by valueFrom.secretKeyRef."""
+    volumes: list[FreeForm] = Field(default_factory=list, max_length=32)
+    """Further volumes of the pod."""
+    volume_mounts: list[FreeForm] = Field(default_factory=list, max_length=32)
+    """Where the main container mounts them."""
+    runtime_class_name: ShortText | None = None
+    """Kubernetes' runtimeClassName, as `nvidia`."""
+    scheduler_name: ShortText | None = None
+    """Scheduler, as `volcano`."""
+    priority_class_name: ShortText | None = None
+    """Priority class."""
+    image_pull_secrets: list[FreeForm] = Field(default_factory=list, max_length=16)
+    """Secrets for pulling the image."""
+
+
+# ── learner ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+class LearnerBatch(Block):
+    """What one optimizer step trains on."""
+
+    groups: int = Field(32, ge=1, le=65_536)
+    """Prompt groups in an optimizer step; each brings groupSize completions."""
+    tokens_per_micro_batch: int = Field(8192, ge=1, le=10_000_000)
+    """Token budget of one forward and backward pass; a longer sequence goes alone."""
+
+
+class Optimizer(Block):
+    """AdamW."""
+
+    learning_rate: float = Field(1e-6, gt=0, le=1)
+    """Peak learning rate."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """Decay of the first and second moments."""
+    eps: float = Field(1e-8, gt=0, le=1)
+    """Term added to the denominator."""
+    weight_decay: float = Field(0.0, ge=0, le=10)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(1.0, gt=0, le=1_000_000)
+    """Gradients are scaled down to this norm."""
+
+
+class Schedule(Block):
+    """The learning rate over the run."""
+
+    type: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape after the warm-up."""
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    """Share of the steps in which the rate rises linearly from 0."""
+
+
+class Publish(Block):
+    """When weights are published."""
+
+    every_steps: int = Field(1, ge=1, le=100_000)
+    """Publish after every so many optimizer steps."""
+
+
+class Checkpoint(Block):
+    """When the learner's whole state is saved."""
+
+    every_steps: int = Field(50, ge=1, le=1_000_000)
+    """Save after every so many optimizer steps; a restart repeats at most these."""
+    keep: int = Field(2, ge=1, le=1000)
+    """Newest checkpoints kept."""
+
+
+class LogCompletions(Block):
+    """A look at what the model writes."""
+
+    every_steps: int = Field(0, ge=0, le=1_000_000)
+    """Write a few completions to `completions.jsonl` every so many steps; 0 is off."""
+    count: int = Field(4, ge=1, le=1024)
+    """How many a time."""
+
+
+class Wandb(Block):
+    """Weights & Biases; needs the wandb package and its API key in the environment."""
+
+    project: ShortText | None = None
+    """Project; absent is off."""
+    name: ShortText | None = None
+    """Name of the run there; absent: this run's name."""
+    mode: Literal["online", "offline"] = "online"
+    """offline writes to the run's folder, to be synced later."""
+    id: ShortText | None = None
+    """Fixed id, so that a resumed run goes on in the same place; absent: derived from the run's name."""
+
+
+class Monitoring(Block):
+    """Where metrics go besides JSONL."""
+
+    prometheus_port: int = Field(0, ge=0, le=65_535)
+    """Port of /metrics on each process; 0 takes any free one and notes it in the run's folder."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    wandb: Wandb = Wandb()
+    """Weights & Biases."""
+    log_completions: LogCompletions = LogCompletions()
+    """Samples of completions."""
+
+
+class Learner(Block):
+    """The one process (or set of ranks) that trains."""
+
+    steps: int = Field(1000, ge=1, le=10_000_000)
+    """Optimizer steps of the run."""
+    batch: LearnerBatch = LearnerBatch()
+    """Size of a step."""
+    optimizer: Optimizer = Optimizer()
+    """AdamW's parameters."""
+    schedule: Schedule = Schedule()
+    """Learning rate schedule."""
+    strategy: Literal["torch", "zero1", "zero2", "zero3"] = "torch"
+    """torch: plain PyTorch (DDP with several processes); zero1 to zero3: DeepSpeed."""
+    replicas: int = Field(1, ge=1, le=256)
+    """Pods of the learner (on one machine: nodes are emulated as processes)."""
+    processes_per_replica: int = Field(1, ge=1, le=64)
+    """Ranks in each replica; with GPUs one a device."""
+    gpus: int = Field(0, ge=0, le=64)
+    """GPUs of each replica; 0 trains on the CPU."""
+    threads: int = Field(0, ge=0, le=1024)
+    """CPU threads of each rank; 0 shares the machine's cores out evenly."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    publish: Publish = Publish()
+    """Publication of weights."""
+    checkpoint: Checkpoint = Checkpoint()
+    """Checkpoints."""
+    stall_seconds: float = Field(1800.0, gt=0, le=1_000_000)
+    """Warn when no admissible rollouts came for so long."""
+    finish_grace_seconds: float = Field(300.0, ge=0, le=86_400)
+    """On Kubernetes: how long the finished learner idles so that its log can still be read."""
+    seed: Seed = 0
+    """Seed of the learner's own random choices."""
+    pod_template: PodTemplate = PodTemplate()
+    """Pods of the learner."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.replicas * self.processes_per_replica
+
+
+# ── samplers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+class DelayTrace(Block):
+    """Recorded delays, replayed in order and from the start again."""
+
+    path: Path_ | None = None
+    """CSV file, relative to the manifest's folder."""
+    column: ShortText | None = None
+    """Column with the delays."""
+    values: list[Annotated[float, Field(ge=0)]] = Field(default_factory=list, max_length=4096)
+    """Delays written out, instead of a file."""
+
+
+class Delay(Block):
+    """When a sampler may adopt new weights. Draws are clamped to [lower, upper]."""
+
+    distribution: Literal["none", "constant", "lognormal", "weibull", "exponential", "trace"] = "none"
+    """Law of the delay."""
+    model: Literal["hold", "transit"] = "hold"
+    """hold: adopt the newest when the delay has passed since the last swap; transit: a version shows a delay after publication."""
+    unit: Literal["seconds", "steps"] = "seconds"
+    """Seconds, or learner steps counted by the newest published version."""
+    lower: float = Field(60.0, ge=0, le=1_000_000)
+    """Lower quantile of the law and least delay, in the unit; the delay itself when constant."""
+    upper: float = Field(1920.0, ge=0, le=1_000_000)
+    """Upper quantile of the law and greatest delay, in the unit."""
+    confidence: float = Field(0.995, gt=0.5, lt=1)
+    """Probability below the upper quantile, and above the lower one."""
+    subtract: float = Field(0.0, ge=0, le=1_000_000)
+    """Subtracted from each draw before clamping: time the real system already takes (400 in the paper's 1L2S)."""
+    trace: DelayTrace = DelayTrace()
+    """The recorded delays (`distribution: trace`)."""
+    seed: Seed = 0
+    """Seed of the draws; every slot derives its own."""
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.distribution in ("lognormal", "weibull", "exponential") and self.lower >= self.upper:
+            raise ValueError(
+                f"lower {self.lower:g} must be below upper {self.upper:g};"
+                " for a fixed delay write distribution: constant and lower"
+            )
+        if self.distribution in ("lognormal", "weibull") and self.lower <= 0:
+            raise ValueError(f"lower must be above 0 for a {self.distribution} law")
+        if self.distribution == "trace" and bool(self.trace.path) == bool(self.trace.values):
+            raise ValueError("a trace needs either trace.path (a CSV file, with trace.column) or trace.values")
+        if self.trace.path and not self.trace.column:
+            raise ValueError("trace.path needs trace.column: the file may hold several runs")
+        return self
+
+
+class Window(Block):
+    """A span of the run, in seconds since its start."""
+
+    start_seconds: float = Field(ge=0)
+    """Start of the span."""
+    end_seconds: float = Field(gt=0)
+    """End of the span (exclusive)."""
+    replicas: int = Field(ge=0, le=1024)
+    """Replicas during the span."""
+
+    @model_validator(mode="after")
+    def _ends_after_start(self) -> Self:
+        if self.start_seconds >= self.end_seconds:
+            raise ValueError(f"startSeconds {self.start_seconds:g} must be below endSeconds {self.end_seconds:g}")
+        return self
+
+
+class Churn(Block):
+    """Each replica goes up and down on its own, with exponential times."""
+
+    mean_up_seconds: float = Field(600.0, gt=0, le=10_000_000)
+    """Mean time a replica stays up."""
+    mean_down_seconds: float = Field(120.0, gt=0, le=10_000_000)
+    """Mean time it stays away."""
+    seed: Seed = 0
+    """Seed of the times; every replica derives its own."""
+
+
+class AvailabilityPoint(Block):
+    """From this moment on, so many replicas."""
+
+    at_seconds: float = Field(ge=0)
+    """Seconds since the run's start."""
+    replicas: int = Field(ge=0, le=1024)
+    """Replicas from then on."""
+
+
+class Availability(Block):
+    """How many of a group's replicas exist at a moment of the run."""
+
+    type: Literal["always", "windows", "churn", "trace"] = "always"
+    """Kind of availability."""
+    windows: list[Window] = Field(default_factory=list, max_length=64)
+    """Spans with their replicas; outside them the group has none."""
+    churn: Churn = Churn()
+    """Random coming and going."""
+    trace: list[AvailabilityPoint] = Field(default_factory=list, max_length=1024)
+    """Replicas over time as steps; before the first point all replicas are there."""
+
+    @model_validator(mode="after")
+    def _type_has_its_field(self) -> Self:
+        if self.type == "windows" and not self.windows:
+            raise ValueError("type is 'windows', so write at least one window")
+        if self.type == "trace" and not self.trace:
+            raise ValueError("type is 'trace', so write at least one point")
+        times = [p.at_seconds for p in self.trace]
+        if times != sorted(set(times)):
+            raise ValueError("trace: atSeconds must rise from point to point")
+        return self
+
+
+class SamplerGroup(Block):
+    """Samplers that are alike: same engine, delay law and place."""
+
+    name: GroupName
+    """Name of the group."""
+    replicas: int = Field(1, ge=0, le=1024)
+    """Samplers in the group."""
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """vllm for real models (GPU or CPU); transformers for tiny ones and for parity tests."""
+    prompts_per_batch: int = Field(8, ge=1, le=65_536)
+    """Prompts generated together; weights are swapped between batches."""
+    delay: Delay = Delay()
+    """When new weights may be adopted."""
+    availability: Availability = Availability()
+    """When replicas exist."""
+    gpus: int = Field(0, ge=0, le=64)
+    """GPUs of each replica; 0 generates on the CPU."""
+    tensor_parallel: int = Field(1, ge=1, le=64)
+    """GPUs that hold one model together (vLLM)."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """Share of a GPU's memory that vLLM takes."""
+    kv_cache_bytes: int = Field(268_435_456, ge=1_048_576)
+    """Memory of vLLM's KV cache on a CPU."""
+    threads: int = Field(0, ge=0, le=1024)
+    """CPU threads of each replica; 0 shares the machine's cores out evenly."""
+    pod_template: PodTemplate = PodTemplate()
+    """Pods of the group."""
+
+    @model_validator(mode="after")
+    def _windows_within_replicas(self) -> Self:
+        if self.gpus and self.tensor_parallel > self.gpus:
+            raise ValueError(f"tensorParallel {self.tensor_parallel} needs as many gpus; gpus is {self.gpus}")
+        return self
+
+
+# ── exchange, evaluation, life cycle ─────────────────────────────────────────────────────────────────────────────────
+class Volume(Block):
+    """The shared volume on Kubernetes: an existing claim, or one the operator makes."""
+
+    claim_name: ShortText | None = None
+    """Use this PersistentVolumeClaim."""
+    size: Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|Pi|k|M|G|T|P)?$", max_length=32)] = (
+        "100Gi"
+    )
+    """Size of a new claim; it may grow, never shrink."""
+    storage_class_name: ShortText | None = None
+    """Storage class of a new claim."""
+    access_modes: list[Literal["ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"]] = Field(
+        ["ReadWriteMany"], min_length=1, max_length=3
+    )
+    """Access modes of a new claim; ReadWriteOnce keeps all pods on one node."""
+
+
+class Retention(Block):
+    """What is kept on the volume."""
+
+    weights: int = Field(3, ge=2, le=10_000)
+    """Newest published versions kept; those a transit delay still needs are kept as well."""
+    keep_rollouts: bool = False
+    """Keep trained rollouts, to replay them through another loss."""
+    volume: Literal["Retain", "Delete"] = "Retain"
+    """What happens to a claim the operator made when the run is deleted."""
+
+
+class Canary(Block):
+    """The check that a sampler computes what the learner computes."""
+
+    tolerance: float | None = Field(None, gt=0, le=100)
+    """Largest difference of a token's log-probability; absent: 1e-4 in float32, 0.15 in bfloat16."""
+
+
+class Exchange(Block):
+    """The shared volume and its limits."""
+
+    volume: Volume = Volume()
+    """The volume on Kubernetes."""
+    retention: Retention = Retention()
+    """What is kept."""
+    max_pending_groups: int = Field(64, ge=1, le=1_000_000)
+    """A sampler pauses while so many of its own groups wait to be trained."""
+    poll_seconds: float = Field(0.5, gt=0, le=3600)
+    """How often a waiting side looks at the volume."""
+    lease_seconds: float = Field(60.0, gt=0, le=86_400)
+    """A slot whose heartbeat stands still for so long may be taken over."""
+    canary: Canary = Canary()
+    """Check of adopted weights."""
+
+
+class Evaluation(Block):
+    """Evaluation during the run, by a process of its own on published checkpoints."""
+
+    every_steps: int = Field(0, ge=0, le=1_000_000)
+    """Evaluate at step 0, every so many steps and at the end; 0 is off."""
+    samples_per_prompt: int = Field(1, ge=1, le=1024)
+    """Completions for each problem (k of mean@k)."""
+    pass_k: list[Annotated[int, Field(ge=1, le=1024)]] = Field([1], max_length=16)
+    """The k of pass@k; each at most samplesPerPrompt."""
+    temperature: float = Field(0.6, ge=0, le=100)
+    """Temperature; 0 is greedy."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """Nucleus sampling."""
+    max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
+    """Length limit; absent: the training limit."""
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """Engine of the evaluation."""
+    batch_prompts: int = Field(64, ge=1, le=65_536)
+    """Prompts generated together."""
+    gpus: int = Field(0, ge=0, le=64)
+    """GPUs of the evaluation process."""
+    seed: Seed = 0
+    """Seed of sampling."""
+
+    @model_validator(mode="after")
+    def _k_within_samples(self) -> Self:
+        if self.pass_k and max(self.pass_k) > self.samples_per_prompt:
+            raise ValueError(
+                f"passK {max(self.pass_k)} needs as many samplesPerPrompt; it is {self.samples_per_prompt}"
+            )
+        return self
+
+
+class FailurePolicy(Block):
+    """How often a role may crash before the run fails; preemption is never charged."""
+
+    learner_restarts: int = Field(3, ge=0, le=1000)
+    """Crashes of the learner that are restarted."""
+    sampler_restarts: int = Field(10, ge=0, le=100_000)
+    """Crashes of each sampler that are restarted."""
+    min_samplers: int = Field(1, ge=0, le=1024)
+    """Samplers that must be alive (when available) for the run to count as healthy."""
+
+
+class Local(Block):
+    """Only for `heterorl run` on one machine."""
+
+    share_gpus: bool = False
+    """Let learner and samplers share devices; mind gpuMemoryUtilization."""
+
+
+class RunSpec(Block):
+    """What to train, how, and where the samplers are."""
+
+    mode: Literal["hetero", "online"] = "hetero"
+    """hetero: everyone at their own pace; online: samplers wait for the newest weights, lag is 0."""
+    seed: Seed = 0
+    """Added to every other seed, so that one number repeats or varies a whole run."""
+    model: Model = Model()
+    """The policy."""
+    data: Data = Data()
+    """Training and evaluation data."""
+    rewards: list[Reward] = Field(default_factory=lambda: [Reward()], min_length=1, max_length=16)
+    """Reward functions, summed by weight."""
+    algorithm: Algorithm = Algorithm()
+    """Loss, groups, staleness."""
+    generation: Generation = Generation()
+    """Sampling."""
+    learner: Learner = Learner()
+    """The learner."""
+    samplers: list[SamplerGroup] = Field(min_length=1, max_length=32)
+    """Groups of samplers."""
+    exchange: Exchange = Exchange()
+    """The shared volume."""
+    evaluation: Evaluation = Evaluation()
+    """Evaluation during the run."""
+    monitoring: Monitoring = Monitoring()
+    """Metrics."""
+    failure_policy: FailurePolicy = FailurePolicy()
+    """Restart budgets."""
+    local: Local = Local()
+    """One-machine runs."""
+    time_scale: float = Field(1.0, gt=0, le=1000)
+    """Factor on delays and availability in seconds: 0.01 rehearses 1800 s in 18 s."""
+    suspend: bool = False
+    """On Kubernetes: scale everything to zero and keep the volume."""
+    resume: bool = False
+    """On Kubernetes: go on from what an already used volume holds."""
+    ttl_seconds_after_finished: int | None = Field(None, ge=0, le=31_536_000)
+    """On Kubernetes: delete the finished run after so long; absent keeps it."""
+    active_deadline_seconds: int | None = Field(None, ge=1, le=31_536_000)
+    """Fail the run when it takes longer."""
+
+    @model_validator(mode="after")
+    def _rules_across_blocks(self) -> Self:
+        _refuse_duplicates([g.name for g in self.samplers], "samplers", "name")
+        problems = []
+        if self.mode == "hetero" and self.algorithm.staleness.max_steps == 0:
+            problems.append("algorithm.staleness.maxSteps is 0 in hetero mode; write mode: online or a larger lag")
+        if self.mode == "online":
+            delayed = [g.name for g in self.samplers if g.delay.distribution != "none"]
+            if delayed:
+                problems.append(f"mode online waits for the newest weights; remove the delay of {', '.join(delayed)}")
+            if self.learner.publish.every_steps != 1:
+                problems.append("mode online needs learner.publish.everySteps: 1")
+        if all(g.replicas == 0 for g in self.samplers):
+            problems.append("every sampler group has 0 replicas, so nothing would be generated")
+        if self.evaluation.every_steps and not self.data.evals:
+            problems.append("evaluation.everySteps is set, but data.evals names no data set")
+        if self.exchange.max_pending_groups * sum(g.replicas for g in self.samplers) < self.learner.batch.groups:
+            problems.append(
+                f"learner.batch.groups {self.learner.batch.groups} can never be filled: samplers pause at"
+                f" exchange.maxPendingGroups {self.exchange.max_pending_groups} each; raise it"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def canary_tolerance(self) -> float:
+        """Largest admissible |difference| of a canary token's log-probability, by data type unless set."""
+        default = 1e-4 if self.model.dtype == "float32" else 0.15
+        return self.exchange.canary.tolerance or default
+
+    @property
+    def slots(self) -> list[tuple[str, int]]:
+        """Every (group, index) in a stable order; a slot's place in it is its share of the data."""
+        return [(group.name, index) for group in self.samplers for index in range(group.replicas)]
+
+    def group(self, name: str) -> SamplerGroup:
+        """The sampler group of that name."""
+        return next(group for group in self.samplers if group.name == name)
+
+
+class Metadata(Block):
+    """Kubernetes' metadata, as far as a run needs it."""
+
+    name: RunName
+    """Name of the run; also its folder under runs/."""
+    namespace: ShortText | None = None
+    """Namespace on Kubernetes."""
+    labels: StringMap = Field(default_factory=dict)
+    """Labels."""
+    annotations: StringMap = Field(default_factory=dict)
+    """Annotations."""
+
+
+class HeteroRLRun(Block):
+    """A reinforcement learning run with one learner and many samplers."""
+
+    api_version: Literal["heterorl.dev/v1alpha1"]
+    """Always heterorl.dev/v1alpha1."""
+    kind: Literal["HeteroRLRun"]
+    """Always HeteroRLRun."""
+    metadata: Metadata
+    """Name and labels."""
+    spec: RunSpec
+    """The run."""
+
+    def resolved(self) -> dict[str, Any]:
+        """The manifest with every default written out, ready for JSON."""
+        return self.model_dump(mode="json", by_alias=True)
