@@ -1,0 +1,64 @@
+"""The exceptions of HeteroRL. The command line prints the message on one line and exits with the class's code.
+
+HeteroRLError
+├── UserError            something to be put right by the user: exit code 2
+│   ├── SpecError        the manifest; `problems` holds every one of them
+│   ├── DataError        a data file or row
+│   ├── ModelError       a model folder or name
+│   └── RunFolderError   the run's folder: in use, of another spec, no space left
+├── ExchangeError        something on the shared volume is not what the protocol says
+│   ├── CorruptFile      sizes, checksums or contents do not fit the manifest
+│   └── CanaryMismatch   an engine computes other log-probabilities than the learner
+└── TrainingError        the learner cannot go on: non-finite loss, gradient
+"""
+
+from __future__ import annotations
+
+
+class HeteroRLError(Exception):
+    """Base of all; `exit_code` is what a process that ends with it returns."""
+
+    exit_code = 1
+
+
+class UserError(HeteroRLError):
+    """What was found, what was expected, what to do."""
+
+    exit_code = 2
+
+
+class SpecError(UserError):
+    """The manifest has problems; `str()` holds them all, one a line."""
+
+    def __init__(self, source: str, problems: list[str]) -> None:
+        self.source = source
+        self.problems = problems
+        super().__init__("\n".join(f"{source}: {problem}" for problem in problems))
+
+
+class DataError(UserError):
+    """A data set cannot be used."""
+
+
+class ModelError(UserError):
+    """A model cannot be used."""
+
+
+class RunFolderError(UserError):
+    """The run's folder cannot be used."""
+
+
+class ExchangeError(HeteroRLError):
+    """The shared volume does not hold what the protocol promises."""
+
+
+class CorruptFile(ExchangeError):
+    """A published file fails its checks."""
+
+
+class CanaryMismatch(ExchangeError):
+    """The engine's log-probabilities of the canary differ from the learner's beyond tolerance."""
+
+
+class TrainingError(HeteroRLError):
+    """The learner cannot go on."""

@@ -1,0 +1,118 @@
+"""The few file operations that the exchange is made of.
+
+Everything the exchange does to the volume goes through one `Files` object, so a test can stop it between any two
+operations. Nothing here relies on locks, modification times or atomic appends by several writers: network file systems
+keep none of these promises. What it relies on: rename within one folder is atomic, and exclusive creation is exclusive.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+STAGING = ".tmp-"
+_CHUNK = 8 << 20
+
+
+class Files:
+    """File operations with the durability the protocol needs."""
+
+    def make_dir(self, path: Path) -> None:
+        """Make a folder and its parents; fine if it is there."""
+        path.mkdir(parents=True, exist_ok=True)
+
+    def list(self, path: Path) -> list[str]:
+        """Names of finished entries, sorted; an absent folder is empty."""
+        try:
+            return sorted(name for name in os.listdir(path) if not name.startswith(STAGING))
+        except FileNotFoundError:
+            return []
+
+    def read(self, path: Path) -> bytes:
+        """The whole file; FileNotFoundError if it is gone."""
+        return path.read_bytes()
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Write through to the disk under this very name; only for names no reader looks at yet."""
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def replace(self, path: Path, data: bytes) -> None:
+        """Put new contents under a name; a reader sees the old ones or the new ones, whole."""
+        staged = path.with_name(f"{STAGING}{uuid.uuid4().hex}")
+        try:
+            self.write(staged, data)
+            self.rename(staged, path)
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
+
+    def create(self, path: Path, data: bytes) -> bool:
+        """Create a file that must not exist; False if somebody else was first."""
+        try:
+            with open(path, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError:
+            return False
+        self.sync_dir(path.parent)
+        return True
+
+    def append(self, path: Path, data: bytes) -> None:
+        """Append and wait until the disk has it. One writer a file."""
+        with open(path, "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Rename within a volume and wait until the disk has it."""
+        os.replace(source, target)
+        self.sync_dir(target.parent)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file or a folder with all in it; fine if it is gone. A folder vanishes from sight at once."""
+        if path.is_dir():
+            hidden = path.with_name(f"{STAGING}{uuid.uuid4().hex}")
+            os.replace(path, hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+    def sync_file(self, path: Path) -> None:
+        """Wait until the disk has a file that something else wrote."""
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+    def sync_dir(self, path: Path) -> None:
+        """Wait until the disk has a folder's entries."""
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def digest(self, path: Path) -> str:
+        """SHA-256 of a file, in hex."""
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def copy(self, source: Path, target: Path, *, rest: Callable[[], None] = lambda: None) -> str:
+        """Copy a file to this machine and return its SHA-256; read with read(), as mmap over a network may SIGBUS.
+
+        `rest` is called between chunks, so that a caller can give way or give up by raising.
+        """
+        digest = hashlib.sha256()
+        with open(source, "rb") as reader, open(target, "wb") as writer:
+            while chunk := reader.read(_CHUNK):
+                digest.update(chunk)
+                writer.write(chunk)
+                rest()
+        return digest.hexdigest()
