@@ -1,0 +1,160 @@
+"""What a sampler asks of an inference engine, and the two that answer: vLLM, and transformers for tiny models.
+
+Tokens in, tokens and behaviour log-probabilities out. Those are of the law that was sampled from: repetition penalty,
+temperature, min_p, top_k and top_p applied in that order and renormalised, as vLLM's `processed_logprobs`. They come
+with the token, never from a second forward.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from safetensors import SafetensorError, safe_open
+
+from heterorl.errors import CorruptFile, ModelError, UserError
+
+EngineName = Literal["vllm", "transformers"]
+Dtype = Literal["bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion; the token that ended it is its last."""
+
+    token_ids: list[int]
+    """Generated tokens."""
+    logp: list[float]
+    """Log-probability of each, of the law that was sampled from."""
+    truncated: bool
+    """Whether the length limit ended it, rather than an end-of-sequence token."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The law of a completion's tokens, and its length limit."""
+
+    max_tokens: int
+    """Tokens at most, the end-of-sequence token included."""
+    temperature: float = 1.0
+    """Softmax temperature; 0 takes the likeliest token, and log-probabilities are then those at temperature 1."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1 is off."""
+    top_k: int = 0
+    """Sample among so many likeliest tokens; 0 is off."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the likeliest; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens already seen, the prompt's too; 1 is off."""
+
+
+class Engine(Protocol):
+    """A model on this machine that generates and scores; not for use from several threads."""
+
+    def generate(self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int) -> list[list[Completion]]:
+        """`n` completions of each prompt, in the order of the prompts; the same seed and weights repeat them."""
+        ...
+
+    def load_weights(self, folder: Path) -> None:
+        """Serve the weights in `folder` (safetensors in Hugging Face names) and forget every cached prefix.
+
+        Raises CorruptFile, with the old weights still served, when names or shapes are not this model's.
+        """
+        ...
+
+    def score(self, token_ids: list[list[int]]) -> list[list[float]]:
+        """Log-probabilities, at temperature 1, of each text's second and later tokens given those before."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory and temporary files."""
+        ...
+
+
+def build_engine(
+    kind: EngineName,
+    model_dir: Path,
+    *,
+    dtype: Dtype,
+    max_model_len: int,
+    gpus: int = 0,
+    tensor_parallel: int = 1,
+    gpu_memory_utilization: float = 0.9,
+    kv_cache_bytes: int = 256 * 2**20,
+) -> Engine:
+    """Start an engine on the model in `model_dir`, for texts of up to `max_model_len` tokens.
+
+    Raises UserError when the engine is not installed or a GPU is asked for and not there, ModelError for a bad folder.
+    """
+    if not (model_dir / "config.json").is_file():
+        raise ModelError(f"{model_dir}: no config.json; a model is a Hugging Face folder with config and safetensors")
+    if kind == "transformers":
+        from heterorl_sampler.engine_transformers import TransformersEngine
+
+        return TransformersEngine(model_dir, dtype=dtype, gpus=gpus)
+    try:
+        from heterorl_sampler.engine_vllm import VLLMEngine
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        raise UserError(
+            "engine: vllm, but vLLM is not installed; install heterorl[sampler] on a GPU machine, heterorl[sampler-cpu]"
+            " without one, or write engine: transformers for a tiny model"
+        ) from error
+    return VLLMEngine(
+        model_dir,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        gpus=gpus,
+        tensor_parallel=tensor_parallel,
+        gpu_memory_utilization=gpu_memory_utilization,
+        kv_cache_bytes=kv_cache_bytes,
+    )
+
+
+def end_token_ids(model_dir: Path) -> list[int]:
+    """Tokens that end a completion: of generation_config.json, of config.json, of the tokenizer where there is one."""
+    ends: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        if (model_dir / name).is_file():
+            found = json.loads((model_dir / name).read_text()).get("eos_token_id")
+            ends.update(found if isinstance(found, list) else [] if found is None else [found])
+    if (model_dir / "tokenizer_config.json").is_file():
+        from transformers import AutoTokenizer
+
+        found = AutoTokenizer.from_pretrained(model_dir).eos_token_id
+        ends.update([] if found is None else [found])
+    if not ends:
+        raise ModelError(f"{model_dir}: no end-of-sequence token; set eos_token_id in generation_config.json")
+    return sorted(ends)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The model's safetensors files in a folder that may hold others beside them; ModelError if there are none."""
+    if files := sorted(folder.glob("model*.safetensors")):
+        return files
+    raise ModelError(f"{folder}: no model.safetensors; only weights in safetensors are read")
+
+
+def tensor_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes from the files' headers; CorruptFile if one cannot be read."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        try:
+            with safe_open(path, "numpy") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CorruptFile(f"{path}: {error}") from error
+    return shapes
+
+
+def require_same_tensors(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    """CorruptFile naming the first difference, unless the weights fit the model; vLLM would skip what is missing."""
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise CorruptFile(
+                f"weights: {name} is {found.get(name, 'absent')}, the model has {expected.get(name, 'none')}"
+            )
