@@ -1,16 +1,20 @@
 """The run spec: every field of a `HeteroRLRun`, declared once.
 
 The CRD (`heterorl.crd`), `docs/spec.md` and the command line's help are generated from these classes. Learner, sampler
-and operator read the very same resolved spec. Fields are `snake_case` here and `camelCase` in YAML; the sentence under a
+and operator read the same resolved spec. Fields are `snake_case` here and `camelCase` in YAML; the sentence under a
 field is its documentation. Rules that span fields are validators here, with messages that say what to write instead.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, model_validator
 from pydantic.alias_generators import to_camel
+
+from heterorl.names import Slot
 
 API_VERSION = "heterorl.dev/v1alpha1"
 KIND = "HeteroRLRun"
@@ -46,17 +50,32 @@ RewardName = Literal[
 Text = Annotated[str, StringConstraints(max_length=4096)]
 ShortText = Annotated[str, StringConstraints(max_length=253)]
 Path_ = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
-RunName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=40)]
-GroupName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=20)]
+RUN_NAME = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
+GROUP_NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
+QUANTITY = r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|Pi|k|M|G|T|P)?$"
+PATTERNS = {
+    RUN_NAME: "lower-case letters, digits and '-', beginning with a letter and not ending with '-'",
+    GROUP_NAME: "lower-case letters and digits, joined by single '-'",
+    QUANTITY: "a quantity as 100Gi",
+}
+"""What a pattern asks for, in words."""
+
+RunName = Annotated[str, StringConstraints(pattern=RUN_NAME, max_length=40)]
+GroupName = Annotated[str, StringConstraints(pattern=GROUP_NAME, max_length=20)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 FreeForm = dict[str, Any]
+Problem = tuple[str, str]
+
+RULES_LATER = "rules later"
+"""As validation context: leave the rules across fields to the caller, who reports them all (`heterorl.load`)."""
 StringMap = Annotated[dict[ShortText, Text], Field(max_length=64)]
 
 
 class Block(BaseModel):
-    """One mapping of the manifest: unknown keys are refused, wrong types are never coerced from text."""
+    """One mapping of the manifest: unknown keys are refused, and nothing is coerced: "3" is no number."""
 
     model_config = ConfigDict(
+        strict=True,
         alias_generator=to_camel,
         validate_by_name=True,
         validate_by_alias=True,
@@ -66,11 +85,29 @@ class Block(BaseModel):
         allow_inf_nan=False,
     )
 
+    def broken_rules(self) -> Iterable[Problem]:
+        """What is wrong across this block's fields: (path of the field below it, what to write instead)."""
+        return ()
 
-def _refuse_duplicates(names: list[str], where: str, key: str) -> None:
-    duplicates = sorted({name for name in names if names.count(name) > 1})
-    if duplicates:
-        raise ValueError(f"{where}: {key} {', '.join(duplicates)} stands more than once; every {key} must differ")
+    @model_validator(mode="after")
+    def _obey_rules(self, info: ValidationInfo) -> Self:
+        if info.context != RULES_LATER:
+            problems = [f"{path}: {message}" for path, message in self.broken_rules()]
+            if problems:
+                raise ValueError("; ".join(problems))
+        return self
+
+
+def block_in(annotation: Any) -> type[Block] | None:
+    """The block that a field's annotation names, alone or in a list; None for plain values."""
+    if isinstance(annotation, type) and issubclass(annotation, Block):
+        return annotation
+    return next((found for argument in get_args(annotation) if (found := block_in(argument))), None)
+
+
+def _duplicates(path: str, names: list[str]) -> Iterable[Problem]:
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        yield path, f"{', '.join(repeated)} stands more than once; every item needs its own"
 
 
 # ── model and data ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -99,7 +136,7 @@ class Model(Block):
     source: Literal["path", "hub", "tiny"] = "tiny"
     """Where the starting weights come from: a folder, the Hugging Face Hub, or a small model made on the spot."""
     path: Path_ | None = None
-    """Folder with config, tokenizer and safetensors (`source: path`); an output folder or checkpoint of another run will do."""
+    """Folder with config, tokenizer and safetensors (`source: path`); another run's output or checkpoint will do."""
     name: ShortText | None = None
     """Name of the model on the Hub, as `Qwen/Qwen3-1.7B` (`source: hub`)."""
     revision: ShortText | None = None
@@ -111,17 +148,16 @@ class Model(Block):
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention kernel of the learner; auto takes flash_attention_2 where it is installed, otherwise sdpa."""
 
-    @model_validator(mode="after")
-    def _source_has_its_field(self) -> Self:
+    def broken_rules(self) -> Iterable[Problem]:
+        """A source needs its field."""
         if self.source == "path" and not self.path:
-            raise ValueError("source is 'path', so set path to a model folder")
+            yield "path", "is needed by source: path; write the model's folder"
         if self.source == "hub" and not self.name:
-            raise ValueError("source is 'hub', so set name, as in 'Qwen/Qwen3-1.7B'")
-        return self
+            yield "name", "is needed by source: hub; write a name as Qwen/Qwen3-1.7B"
 
 
 class Columns(Block):
-    """Which column holds what. Aliases are tried when a column is not named: question for problem, solution for answer."""
+    """Which column holds what. Where a default is absent, question stands in for problem and solution for answer."""
 
     prompt: ShortText = "problem"
     """Column with the problem's text."""
@@ -166,13 +202,12 @@ class Dataset(Block):
     limit: int | None = Field(None, ge=1)
     """Use only the first so many rows."""
 
-    @model_validator(mode="after")
-    def _source_has_its_field(self) -> Self:
+    def broken_rules(self) -> Iterable[Problem]:
+        """A source needs its field."""
         if self.source == "file" and not self.path:
-            raise ValueError("source is 'file', so set path to a .jsonl or .parquet file")
+            yield "path", "is needed by source: file; write the name of a .jsonl or .parquet file"
         if self.source == "hub" and not self.name:
-            raise ValueError("source is 'hub', so set name, as in 'openai/gsm8k'")
-        return self
+            yield "name", "is needed by source: hub; write a name as openai/gsm8k"
 
 
 class EvalDataset(Dataset):
@@ -187,17 +222,16 @@ class Data(Block):
 
     train: Dataset = Dataset()
     """Problems the samplers draw prompts from."""
-    evals: list[EvalDataset] = Field(default_factory=list, max_length=16)
+    evals: list[EvalDataset] = Field([], max_length=16)
     """Problems for evaluation."""
     prompt_template: Literal["think", "noThink", "raw"] = "raw"
     """think: reason first, answer in a box; noThink: answer in a box at once; raw: the problem's text alone."""
     shuffle_seed: Seed = 0
     """Seed of the order of prompts; every slot walks its own share of that order."""
 
-    @model_validator(mode="after")
-    def _labels_differ(self) -> Self:
-        _refuse_duplicates([e.label for e in self.evals], "evals", "label")
-        return self
+    def broken_rules(self) -> Iterable[Problem]:
+        """Labels differ."""
+        yield from _duplicates("evals", [dataset.label for dataset in self.evals])
 
 
 # ── rewards and algorithm ────────────────────────────────────────────────────────────────────────────────────────────
@@ -221,11 +255,12 @@ class Reward(Block):
     time_limit_seconds: float = Field(2.0, gt=0, le=60)
     """accuracy: an answer whose comparison takes longer counts as wrong."""
 
-    @model_validator(mode="after")
-    def _custom_has_path(self) -> Self:
-        if (self.name == "custom") != (self.path is not None):
-            raise ValueError("path goes with name: custom and only with it; write path: package.module.function")
-        return self
+    def broken_rules(self) -> Iterable[Problem]:
+        """A path belongs to a custom reward."""
+        if self.name == "custom" and not self.path:
+            yield "path", "is needed by name: custom; write package.module.function"
+        if self.name != "custom" and self.path:
+            yield "path", f"goes with name: custom only; remove it, or write name: custom instead of {self.name}"
 
 
 class RatioClip(Block):
@@ -359,11 +394,10 @@ class Algorithm(Block):
     mask_truncated: bool = False
     """Leave completions that hit the length limit out of the loss."""
 
-    @model_validator(mode="after")
-    def _group_relative_needs_a_group(self) -> Self:
+    def broken_rules(self) -> Iterable[Problem]:
+        """Advantages compare the completions of a group."""
         if self.group_size == 1:
-            raise ValueError("groupSize is 1, but advantages are relative to the group's mean; write at least 2")
-        return self
+            yield "groupSize", "is 1, but advantages are relative to the group's mean; write at least 2"
 
 
 class Generation(Block):
@@ -411,9 +445,9 @@ class Toleration(Block):
 class Resources(Block):
     """Kubernetes' resource requests and limits."""
 
-    requests: StringMap = Field(default_factory=dict)
+    requests: StringMap = Field({})
     """Requested quantities, as `cpu: "2"`."""
-    limits: StringMap = Field(default_factory=dict)
+    limits: StringMap = Field({})
     """Limits, as `nvidia.com/gpu: "1"`."""
 
 
@@ -424,23 +458,23 @@ class PodTemplate(Block):
     """Container image instead of the chart's."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
     """When to pull the image."""
-    labels: StringMap = Field(default_factory=dict)
+    labels: StringMap = Field({})
     """Labels of the workload and its pods."""
-    annotations: StringMap = Field(default_factory=dict)
+    annotations: StringMap = Field({})
     """Annotations of the workload and its pods."""
-    node_selector: StringMap = Field(default_factory=dict)
+    node_selector: StringMap = Field({})
     """Node labels a pod needs."""
-    tolerations: list[Toleration] = Field(default_factory=list, max_length=32)
+    tolerations: list[Toleration] = Field([], max_length=32)
     """Taints a pod tolerates."""
     affinity: FreeForm | None = None
     """Kubernetes' affinity, passed through."""
     resources: Resources = Resources()
     """Requests and limits of the main container."""
-    env: list[FreeForm] = Field(default_factory=list, max_length=64)
+    env: list[FreeForm] = Field([], max_length=64)
     """Environment variables of the main container; secrets by valueFrom.secretKeyRef."""
-    volumes: list[FreeForm] = Field(default_factory=list, max_length=32)
+    volumes: list[FreeForm] = Field([], max_length=32)
     """Further volumes of the pod."""
-    volume_mounts: list[FreeForm] = Field(default_factory=list, max_length=32)
+    volume_mounts: list[FreeForm] = Field([], max_length=32)
     """Where the main container mounts them."""
     runtime_class_name: ShortText | None = None
     """Kubernetes' runtimeClassName, as `nvidia`."""
@@ -448,7 +482,7 @@ class PodTemplate(Block):
     """Scheduler, as `volcano`."""
     priority_class_name: ShortText | None = None
     """Priority class."""
-    image_pull_secrets: list[FreeForm] = Field(default_factory=list, max_length=16)
+    image_pull_secrets: list[FreeForm] = Field([], max_length=16)
     """Secrets for pulling the image."""
 
 
@@ -587,7 +621,7 @@ class DelayTrace(Block):
     """CSV file, relative to the manifest's folder."""
     column: ShortText | None = None
     """Column with the delays."""
-    values: list[Annotated[float, Field(ge=0)]] = Field(default_factory=list, max_length=4096)
+    values: list[Annotated[float, Field(ge=0)]] = Field([], max_length=4096)
     """Delays written out, instead of a file."""
 
 
@@ -597,7 +631,7 @@ class Delay(Block):
     distribution: Literal["none", "constant", "lognormal", "weibull", "exponential", "trace"] = "none"
     """Law of the delay."""
     model: Literal["hold", "transit"] = "hold"
-    """hold: adopt the newest when the delay has passed since the last swap; transit: a version shows a delay after publication."""
+    """hold: adopt the newest once the delay has passed since the last swap; transit: see a version a delay after it."""
     unit: Literal["seconds", "steps"] = "seconds"
     """Seconds, or learner steps counted by the newest published version."""
     lower: float = Field(60.0, ge=0, le=1_000_000)
@@ -613,20 +647,22 @@ class Delay(Block):
     seed: Seed = 0
     """Seed of the draws; every slot derives its own."""
 
-    @model_validator(mode="after")
-    def _bounds(self) -> Self:
+    def broken_rules(self) -> Iterable[Problem]:
+        """The law's bounds make sense; a trace is there."""
         if self.distribution in ("lognormal", "weibull", "exponential") and self.lower >= self.upper:
-            raise ValueError(
-                f"lower {self.lower:g} must be below upper {self.upper:g};"
-                " for a fixed delay write distribution: constant and lower"
+            yield (
+                "lower",
+                (
+                    f"is {self.lower:g} and must be below upper, which is {self.upper:g};"
+                    " for a fixed delay write distribution: constant"
+                ),
             )
         if self.distribution in ("lognormal", "weibull") and self.lower <= 0:
-            raise ValueError(f"lower must be above 0 for a {self.distribution} law")
+            yield "lower", f"is {self.lower:g} and must be above 0 for a {self.distribution} law"
         if self.distribution == "trace" and bool(self.trace.path) == bool(self.trace.values):
-            raise ValueError("a trace needs either trace.path (a CSV file, with trace.column) or trace.values")
+            yield "trace", "needs either path (a CSV file, with column) or values"
         if self.trace.path and not self.trace.column:
-            raise ValueError("trace.path needs trace.column: the file may hold several runs")
-        return self
+            yield "trace.column", "is needed by trace.path: the file may hold several runs"
 
 
 class Window(Block):
@@ -639,11 +675,10 @@ class Window(Block):
     replicas: int = Field(ge=0, le=1024)
     """Replicas during the span."""
 
-    @model_validator(mode="after")
-    def _ends_after_start(self) -> Self:
+    def broken_rules(self) -> Iterable[Problem]:
+        """It ends after it starts."""
         if self.start_seconds >= self.end_seconds:
-            raise ValueError(f"startSeconds {self.start_seconds:g} must be below endSeconds {self.end_seconds:g}")
-        return self
+            yield "startSeconds", f"is {self.start_seconds:g} and must be below endSeconds, {self.end_seconds:g}"
 
 
 class Churn(Block):
@@ -671,23 +706,25 @@ class Availability(Block):
 
     type: Literal["always", "windows", "churn", "trace"] = "always"
     """Kind of availability."""
-    windows: list[Window] = Field(default_factory=list, max_length=64)
+    windows: list[Window] = Field([], max_length=64)
     """Spans with their replicas; outside them the group has none."""
     churn: Churn = Churn()
     """Random coming and going."""
-    trace: list[AvailabilityPoint] = Field(default_factory=list, max_length=1024)
+    trace: list[AvailabilityPoint] = Field([], max_length=1024)
     """Replicas over time as steps; before the first point all replicas are there."""
 
-    @model_validator(mode="after")
-    def _type_has_its_field(self) -> Self:
+    def broken_rules(self) -> Iterable[Problem]:
+        """A type needs its field; times rise, windows do not overlap."""
         if self.type == "windows" and not self.windows:
-            raise ValueError("type is 'windows', so write at least one window")
+            yield "windows", "is empty, but type is windows; write at least one, or type: always"
         if self.type == "trace" and not self.trace:
-            raise ValueError("type is 'trace', so write at least one point")
-        times = [p.at_seconds for p in self.trace]
+            yield "trace", "is empty, but type is trace; write at least one point, or type: always"
+        spans = sorted((window.start_seconds, window.end_seconds) for window in self.windows)
+        if any(following[0] < span[1] for span, following in pairwise(spans)):
+            yield "windows", "overlap; end one window before the next starts"
+        times = [point.at_seconds for point in self.trace]
         if times != sorted(set(times)):
-            raise ValueError("trace: atSeconds must rise from point to point")
-        return self
+            yield "trace", "is out of order; atSeconds must rise from point to point"
 
 
 class SamplerGroup(Block):
@@ -718,11 +755,17 @@ class SamplerGroup(Block):
     pod_template: PodTemplate = PodTemplate()
     """Pods of the group."""
 
-    @model_validator(mode="after")
-    def _windows_within_replicas(self) -> Self:
+    def broken_rules(self) -> Iterable[Problem]:
+        """Devices and replicas suffice for what is asked."""
         if self.gpus and self.tensor_parallel > self.gpus:
-            raise ValueError(f"tensorParallel {self.tensor_parallel} needs as many gpus; gpus is {self.gpus}")
-        return self
+            yield (
+                "tensorParallel",
+                f"is {self.tensor_parallel}, but gpus is {self.gpus}; write gpus: {self.tensor_parallel}",
+            )
+        counts = [window.replicas for window in self.availability.windows]
+        planned = max(counts + [point.replicas for point in self.availability.trace], default=0)
+        if planned > self.replicas:
+            yield "availability", f"asks for {planned} replicas at times; the group has {self.replicas}: raise replicas"
 
 
 # ── exchange, evaluation, life cycle ─────────────────────────────────────────────────────────────────────────────────
@@ -731,9 +774,7 @@ class Volume(Block):
 
     claim_name: ShortText | None = None
     """Use this PersistentVolumeClaim."""
-    size: Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|Pi|k|M|G|T|P)?$", max_length=32)] = (
-        "100Gi"
-    )
+    size: Annotated[str, StringConstraints(pattern=QUANTITY, max_length=32)] = "100Gi"
     """Size of a new claim; it may grow, never shrink."""
     storage_class_name: ShortText | None = None
     """Storage class of a new claim."""
@@ -802,13 +843,11 @@ class Evaluation(Block):
     seed: Seed = 0
     """Seed of sampling."""
 
-    @model_validator(mode="after")
-    def _k_within_samples(self) -> Self:
-        if self.pass_k and max(self.pass_k) > self.samples_per_prompt:
-            raise ValueError(
-                f"passK {max(self.pass_k)} needs as many samplesPerPrompt; it is {self.samples_per_prompt}"
-            )
-        return self
+    def broken_rules(self) -> Iterable[Problem]:
+        """pass@k needs k samples."""
+        largest = max(self.pass_k, default=1)
+        if largest > self.samples_per_prompt:
+            yield "passK", f"asks for k = {largest}, but samplesPerPrompt is {self.samples_per_prompt}; raise that"
 
 
 class FailurePolicy(Block):
@@ -840,7 +879,7 @@ class RunSpec(Block):
     """The policy."""
     data: Data = Data()
     """Training and evaluation data."""
-    rewards: list[Reward] = Field(default_factory=lambda: [Reward()], min_length=1, max_length=16)
+    rewards: list[Reward] = Field([Reward()], min_length=1, max_length=16)
     """Reward functions, summed by weight."""
     algorithm: Algorithm = Algorithm()
     """Loss, groups, staleness."""
@@ -871,30 +910,47 @@ class RunSpec(Block):
     active_deadline_seconds: int | None = Field(None, ge=1, le=31_536_000)
     """Fail the run when it takes longer."""
 
-    @model_validator(mode="after")
-    def _rules_across_blocks(self) -> Self:
-        _refuse_duplicates([g.name for g in self.samplers], "samplers", "name")
-        problems = []
+    def broken_rules(self) -> Iterable[Problem]:
+        """Rules that span blocks."""
+        yield from _duplicates("samplers", [group.name for group in self.samplers])
+        yield from _duplicates("rewards", [reward.path or reward.name for reward in self.rewards])
         if self.mode == "hetero" and self.algorithm.staleness.max_steps == 0:
-            problems.append("algorithm.staleness.maxSteps is 0 in hetero mode; write mode: online or a larger lag")
+            yield "algorithm.staleness.maxSteps", "is 0, which only mode: online can keep; write that, or a larger lag"
         if self.mode == "online":
-            delayed = [g.name for g in self.samplers if g.delay.distribution != "none"]
-            if delayed:
-                problems.append(f"mode online waits for the newest weights; remove the delay of {', '.join(delayed)}")
-            if self.learner.publish.every_steps != 1:
-                problems.append("mode online needs learner.publish.everySteps: 1")
-        if all(g.replicas == 0 for g in self.samplers):
-            problems.append("every sampler group has 0 replicas, so nothing would be generated")
-        if self.evaluation.every_steps and not self.data.evals:
-            problems.append("evaluation.everySteps is set, but data.evals names no data set")
-        if self.exchange.max_pending_groups * sum(g.replicas for g in self.samplers) < self.learner.batch.groups:
-            problems.append(
-                f"learner.batch.groups {self.learner.batch.groups} can never be filled: samplers pause at"
-                f" exchange.maxPendingGroups {self.exchange.max_pending_groups} each; raise it"
+            yield from self._broken_rules_online()
+        for group in self.samplers:
+            delay, limit = group.delay, self.algorithm.staleness.max_steps
+            always_late = (
+                delay.model == "transit" and delay.unit == "steps" and delay.distribution not in ("none", "trace")
             )
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+            if always_late and delay.lower > limit:
+                yield (
+                    f"samplers.{group.name}.delay.lower",
+                    (
+                        f"is {delay.lower:g} steps, but algorithm.staleness.maxSteps is {limit},"
+                        " so every rollout would be refused; raise maxSteps"
+                    ),
+                )
+        if all(group.replicas == 0 for group in self.samplers):
+            yield "samplers", "have 0 replicas in all, so nothing would be generated; write replicas: 1"
+        if self.evaluation.every_steps and not self.data.evals:
+            yield "data.evals", "is empty, but evaluation.everySteps is set; name a data set, or write everySteps: 0"
+        capacity = self.exchange.max_pending_groups * len(self.slots)
+        if 0 < capacity < self.learner.batch.groups:
+            yield (
+                "learner.batch.groups",
+                (
+                    f"is {self.learner.batch.groups}, but {len(self.slots)} replicas pause once {capacity} groups wait;"
+                    f" raise exchange.maxPendingGroups from {self.exchange.max_pending_groups}"
+                ),
+            )
+
+    def _broken_rules_online(self) -> Iterable[Problem]:
+        for group in self.samplers:
+            if group.delay.distribution != "none":
+                yield f"samplers.{group.name}.delay", "contradicts mode: online, which waits for the newest; remove it"
+        if self.learner.publish.every_steps != 1:
+            yield "learner.publish.everySteps", f"is {self.learner.publish.every_steps}, but mode: online needs 1"
 
     @property
     def canary_tolerance(self) -> float:
@@ -903,9 +959,9 @@ class RunSpec(Block):
         return self.exchange.canary.tolerance or default
 
     @property
-    def slots(self) -> list[tuple[str, int]]:
-        """Every (group, index) in a stable order; a slot's place in it is its share of the data."""
-        return [(group.name, index) for group in self.samplers for index in range(group.replicas)]
+    def slots(self) -> list[Slot]:
+        """Every slot in a stable order; a slot's place in it is its share of the data."""
+        return [Slot(group.name, index) for group in self.samplers for index in range(group.replicas)]
 
     def group(self, name: str) -> SamplerGroup:
         """The sampler group of that name."""
@@ -919,9 +975,9 @@ class Metadata(Block):
     """Name of the run; also its folder under runs/."""
     namespace: ShortText | None = None
     """Namespace on Kubernetes."""
-    labels: StringMap = Field(default_factory=dict)
+    labels: StringMap = Field({})
     """Labels."""
-    annotations: StringMap = Field(default_factory=dict)
+    annotations: StringMap = Field({})
     """Annotations."""
 
 

@@ -1,0 +1,134 @@
+"""The command line. Each command imports what it needs when it runs, so that `heterorl validate` stays quick."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from heterorl.errors import HeteroRLError, SpecError, UserError
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_SET = click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Change a field, as algorithm.loss.type=gepo or samplers.far.replicas=2; may be repeated.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="heterorl", prog_name="heterorl", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Reinforcement learning for language models on machines that are far apart, unequal, or come and go."""
+
+
+@cli.command()
+@click.argument("file", type=_FILE)
+@_SET
+@click.option("--resume", is_flag=True, help="Go on from the run folder's newest checkpoint.")
+@click.option("--runs-dir", type=click.Path(file_okay=False, path_type=Path), default=Path("runs"), show_default=True)
+def run(file: Path, sets: tuple[str, ...], resume: bool, runs_dir: Path) -> None:
+    """Train on this machine: learner and samplers as processes, a folder under RUNS-DIR as the shared volume."""
+    from heterorl.load import load_run, warnings_for
+
+    manifest = load_run(file, sets)
+    for warning in warnings_for(manifest):
+        _say(f"warning: {warning}")
+    from heterorl.local import run_local
+
+    sys.exit(run_local(file, manifest, runs_dir, resume))
+
+
+@cli.command()
+@click.argument("files", type=_FILE, nargs=-1, required=True)
+@_SET
+def validate(files: tuple[Path, ...], sets: tuple[str, ...]) -> None:
+    """Check manifests and report every problem at once."""
+    from heterorl.load import load_run, warnings_for
+
+    problems = []
+    for file in files:
+        try:
+            manifest = load_run(file, sets)
+        except SpecError as error:
+            problems.append(str(error))
+            continue
+        for warning in warnings_for(manifest):
+            _say(f"warning: {file}: {warning}")
+        click.echo(f"{file}: ok")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+@cli.command()
+@click.option("--check", is_flag=True, help="Only compare; exit 1 if the file is not up to date.")
+def crd(check: bool) -> None:
+    """Write crds/heterorlrun.yaml, the CustomResourceDefinition, from the spec."""
+    from heterorl.crd import crd_yaml
+
+    _generate(Path("crds/heterorlrun.yaml"), crd_yaml(), "heterorl crd", check)
+
+
+@cli.command()
+@click.option("--check", is_flag=True, help="Only compare; exit 1 if the file is not up to date.")
+def docs(check: bool) -> None:
+    """Write docs/spec.md, the reference of every field, from the spec."""
+    from heterorl.spec_docs import spec_markdown
+
+    _generate(Path("docs/spec.md"), spec_markdown(), "heterorl docs", check)
+
+
+@cli.command(
+    name="eval",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    add_help_option=False,
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="MODEL --data FILE...")
+def evaluate(arguments: tuple[str, ...]) -> None:
+    """Evaluate a model folder on data files; `heterorl eval --help` lists the options."""
+    sys.exit(subprocess.call([sys.executable, "-m", "heterorl_sampler.evaluate", *arguments]))
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the report [the first run's]."
+)
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Draw one or several runs over each other, as PNG and one self-contained HTML page."""
+    from heterorl.report import write_report
+
+    click.echo(f"wrote {write_report(list(runs), out)}")
+
+
+def _generate(path: Path, text: str, command: str, check: bool) -> None:
+    if check:
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            raise HeteroRLError(f"{path} is not what the spec says; run {command}")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    click.echo(f"wrote {path}")
+
+
+def _say(text: str) -> None:
+    for line in text.splitlines():
+        click.echo(f"heterorl: {line}", err=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; what the user can put right is printed without a stack trace, with the exit code of its class."""
+    try:
+        cli.main(args=arguments, prog_name="heterorl", standalone_mode=False)
+    except HeteroRLError as error:
+        _say(str(error))
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        _say(error.format_message())
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
