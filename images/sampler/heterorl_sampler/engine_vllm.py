@@ -20,7 +20,7 @@ import torch
 # Read when vLLM is imported. One process: the sampler owns the loop, and starts in a third of the time. Without a GPU
 # torch's compiler would only gather log-probabilities, for seconds and with a C++ compiler at hand.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings are many, and the canary judges the result
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "0" if torch.cuda.is_available() else "1")
 
@@ -45,7 +45,7 @@ from heterorl_sampler.engine import (
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 SCORE_TOKENS = 520
-"""Room for the canary's texts (two blocks of vLLM's CPU cache, 2 x 128 tokens, and more), even if the run's are short."""
+"""Room for the canary: two blocks of vLLM's CPU cache (2 x 128 tokens) and more, even if the run's texts are short."""
 
 
 class VLLMEngine:
@@ -77,6 +77,7 @@ class VLLMEngine:
             max_model_len=min(max(max_model_len, SCORE_TOKENS), context),
             tensor_parallel_size=tensor_parallel,
             logprobs_mode="processed_logprobs",
+            use_tqdm_on_load=False,
             **({"gpu_memory_utilization": gpu_memory_utilization} if gpus else on_cpu),
         )
 

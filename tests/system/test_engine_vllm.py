@@ -1,0 +1,158 @@
+"""Real vLLM (its CPU build) against transformers in float32, on a tied and an untied model."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from heterorl.errors import CorruptFile, HeteroRLError, UserError
+from heterorl_sampler.engine import Completion, Engine, Sampling, build_engine
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("default"),  # vLLM's own
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None and os.environ.get("HETERORL_REQUIRE") != "all",
+        reason="vLLM is not installed",
+    ),
+]
+
+TOLERANCE = 1e-4
+BLOCK = 128  # tokens of a block of vLLM's CPU cache
+LONG = [random.Random(0).randrange(2, 24) for _ in range(2 * BLOCK + 30)]
+PROMPTS = [[5, 9, 2], LONG, [7, 3, 3, 12, 20, 4, 8]]
+TEXTS = [[random.Random(i).randrange(2, 24) for _ in range(2 * BLOCK + 16)] for i in (1, 2)]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def tied(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def engine(tied, tiny_model_dir) -> Iterator[Engine]:
+    engine = build_engine("vllm", tiny_model_dir(tied=tied), dtype="float32", max_model_len=400)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def weights(tied, tiny_model_dir):
+    return lambda seed: tiny_model_dir(tied=tied, seed=seed)
+
+
+@functools.cache
+def logits_of(folder: Path, text: tuple[int, ...]) -> torch.Tensor:
+    """[S, V], from one forward of transformers over the whole text."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.tensor([text])).logits[0]
+
+
+def largest_difference(folder: Path, prompt: list[int], group: list[Completion], temperature: float = 1.0) -> float:
+    """Between the engine's behaviour log-probabilities and those of transformers with the folder's weights."""
+    worst = 0.0
+    for completion in group:
+        logp = (logits_of(folder, (*prompt, *completion.token_ids)) / temperature).log_softmax(-1)
+        logp = logp[len(prompt) - 1 : -1].gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        worst = max(worst, (logp - torch.tensor(completion.logp)).abs().max().item())
+    return worst
+
+
+def scores_of(folder: Path, text: list[int]) -> torch.Tensor:
+    return logits_of(folder, tuple(text))[:-1].log_softmax(-1).gather(1, torch.tensor(text[1:])[:, None])[:, 0]
+
+
+def score_difference(folder: Path, engine: Engine) -> float:
+    return max(
+        (scores_of(folder, text) - torch.tensor(scores)).abs().max().item()
+        for text, scores in zip(TEXTS, engine.score(TEXTS))
+    )
+
+
+def test_log_probs_are_those_of_transformers_before_and_after_swaps(engine, weights):
+    for seed in (0, 1, 2, 1, 0):
+        engine.load_weights(weights(seed))
+        groups = engine.generate(PROMPTS, 3, Sampling(max_tokens=12, temperature=0.7), seed=seed)
+        for prompt, group in zip(PROMPTS, groups):
+            assert len(group) == 3
+            assert largest_difference(weights(seed), prompt, group, 0.7) < TOLERANCE
+            assert largest_difference(weights(seed + 1), prompt, group, 0.7) > 0.1
+        assert score_difference(weights(seed), engine) < TOLERANCE
+        assert score_difference(weights(seed + 1), engine) > 0.1
+
+
+def test_a_swap_that_keeps_the_prefix_cache_is_an_error_and_would_poison(engine, weights, monkeypatch):
+    engine.load_weights(weights(0))
+    engine.generate([LONG], 1, Sampling(max_tokens=1), seed=0)  # its two full blocks are cached now
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._llm, "reset_prefix_cache", lambda: False)
+        with pytest.raises(HeteroRLError, match="kept its prefix cache"):
+            engine.load_weights(weights(1))
+    (poisoned,) = engine.generate([LONG], 2, Sampling(max_tokens=4), seed=0)
+    assert largest_difference(weights(1), LONG, poisoned) > 0.1
+    engine.load_weights(weights(1))
+    (clean,) = engine.generate([LONG], 2, Sampling(max_tokens=4), seed=0)
+    assert largest_difference(weights(1), LONG, clean) < TOLERANCE
+
+
+def test_damaged_weights_show_in_the_score_and_misfits_are_refused(engine, weights, tmp_path):
+    engine.load_weights(weights(0))
+    tensors = load_file(weights(0) / "model.safetensors")
+    missing = {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
+    for bad in (missing, {**tensors, "model.norm.weight": torch.ones(32)}, {**tensors, "more": torch.ones(1)}):
+        save_file(bad, tmp_path / "model.safetensors")
+        with pytest.raises(CorruptFile):
+            engine.load_weights(tmp_path)
+        assert score_difference(weights(0), engine) < TOLERANCE
+    damaged = "model.layers.1.mlp.down_proj.weight"
+    save_file({**tensors, damaged: tensors[damaged] * 1.2}, tmp_path / "model.safetensors")
+    engine.load_weights(tmp_path)
+    assert score_difference(weights(0), engine) > 100 * TOLERANCE
+    engine.load_weights(weights(0))
+    assert score_difference(weights(0), engine) < TOLERANCE
+
+
+def test_an_end_token_ends_and_belongs_to_a_completion(engine):
+    groups = engine.generate(PROMPTS, 40, Sampling(max_tokens=8, temperature=2.0), seed=0)
+    completions = [completion for group in groups for completion in group]
+    assert 0 < sum(c.truncated for c in completions) < len(completions)
+    for completion in completions:
+        assert len(completion.token_ids) == len(completion.logp)
+        assert 1 not in completion.token_ids[:-1]
+        assert (completion.token_ids[-1] == 1) != completion.truncated
+        assert not completion.truncated or len(completion.token_ids) == 8
+
+
+def test_a_seed_repeats_completions_and_no_two_prompts_share_one(engine):
+    sampling = Sampling(max_tokens=8)
+    first = engine.generate([PROMPTS[0]] * 2, 4, sampling, seed=5)
+    again = engine.generate([PROMPTS[0]] * 2, 4, sampling, seed=5)
+    assert [[c.token_ids for c in g] for g in again] == [[c.token_ids for c in g] for g in first]
+    assert len({tuple(c.token_ids) for group in first for c in group}) == 8
+    other = engine.generate([PROMPTS[0]], 4, sampling, seed=6)
+    assert {tuple(c.token_ids) for c in other[0]}.isdisjoint(tuple(c.token_ids) for c in first[0])
+
+
+def test_log_probs_are_of_the_truncated_law_that_was_sampled(engine, weights):
+    engine.load_weights(weights(0))
+    (group,) = engine.generate([PROMPTS[2]], 8, Sampling(max_tokens=1, top_k=3), seed=0)
+    three = logits_of(weights(0), tuple(PROMPTS[2]))[-1].topk(3)
+    expected = dict(zip(three.indices.tolist(), three.values.log_softmax(-1).tolist()))
+    for completion in group:
+        assert completion.logp[0] == pytest.approx(expected[completion.token_ids[0]], abs=TOLERANCE)
+    assert {c.token_ids[0] for c in group} <= set(expected)
+
+
+def test_a_gpu_is_not_promised_by_the_cpu_build(tiny_model_dir):
+    with pytest.raises(UserError, match="this vLLM is its CPU build"):
+        build_engine("vllm", tiny_model_dir(), dtype="float32", max_model_len=64, gpus=1)
