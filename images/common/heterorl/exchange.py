@@ -63,9 +63,23 @@ from heterorl.names import RolloutName, Slot, Version
 from heterorl.rollout import PROTOCOL, Rollout
 from heterorl.spec import HeteroRLRun, RunSpec
 
-__all__ = ["Canary", "Exchange", "Fetched", "JournalEntry", "Lease", "Rollout", "RolloutName", "Slot", "Version"]
+__all__ = [
+    "CANARY_TOKENS",
+    "Canary",
+    "Exchange",
+    "Fetched",
+    "JournalEntry",
+    "Lease",
+    "Rollout",
+    "RolloutName",
+    "Slot",
+    "Version",
+]
 
 _ROLLOUT_SUFFIX = ".safetensors"
+
+CANARY_TOKENS = 272
+"""Tokens of a canary text: more than two blocks of any engine's KV cache (128 on a CPU), so that a stale one shows."""
 
 
 @dataclass(frozen=True)

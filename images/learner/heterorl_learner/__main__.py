@@ -1,0 +1,60 @@
+"""`python -m heterorl_learner --root ROOT`: the learner, or one rank of it (with torchrun's environment)."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from heterorl.errors import HeteroRLError
+from heterorl.exchange import Exchange
+from heterorl.logs import setup_logging
+from heterorl.metrics import Metrics
+
+log = logging.getLogger("heterorl_learner")
+
+
+def main() -> int:
+    """Parse, set up, train; the exit code says whether it went well (0), was the user's to mend (2) or failed (1)."""
+    parser = argparse.ArgumentParser(prog="heterorl_learner", description=__doc__)
+    parser.add_argument("--root", type=Path, required=True, help="the run's folder on the shared volume")
+    args = parser.parse_args()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    rank = int(os.environ.get("RANK", "0"))
+    setup_logging("learner" if rank == 0 else f"learner-{rank}")
+    try:
+        learn(Exchange(args.root), rank, stop)
+    except HeteroRLError as error:
+        log.error("%s", error)
+        return error.exit_code
+    return 0
+
+
+def learn(exchange: Exchange, rank: int, stop: threading.Event) -> None:
+    """Wait for the prepared model, train, leave."""
+    from heterorl_learner.engine import build_engine  # slow to import, and `--help` needs none of it
+    from heterorl_learner.train import Trainer
+
+    spec = exchange.spec
+    while exchange.prepared is None:  # with `heterorl render` nobody orders the pods
+        if stop.wait(spec.exchange.poll_seconds):
+            return
+    engine = build_engine(exchange.model_dir, spec)
+    metrics = Metrics()
+    if rank == 0:
+        metrics = Metrics.open(
+            exchange.metrics_dir, "learner", spec.monitoring, run=exchange.run.metadata.name, to_wandb=True
+        )
+    with metrics:
+        Trainer(exchange, engine, metrics, stop.is_set).train()
+    engine.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

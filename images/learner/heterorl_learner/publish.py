@@ -1,0 +1,100 @@
+"""Publishing weights: one copy on the training thread, the rest on a thread of its own.
+
+all ranks: gather tensors, score the canary ──copy──▶ rank 0's thread: write, checksum, rename, retire old versions
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from safetensors.torch import save_file
+from torch import Tensor
+
+from heterorl.delay import horizon
+from heterorl.exchange import CANARY_TOKENS, Canary, Exchange, Version
+from heterorl.spec import RunSpec
+from heterorl_learner.batching import MicroBatch, Sequence, micro_batch
+from heterorl_learner.engine import Engine
+
+log = logging.getLogger(__name__)
+
+
+class Publisher:
+    """Publishes the engine's weights as versions of one learner incarnation. All ranks call `publish` together."""
+
+    def __init__(self, exchange: Exchange, engine: Engine, incarnation: int) -> None:
+        self._exchange, self._engine, self._incarnation = exchange, engine, incarnation
+        self._texts = canary_texts(exchange)
+        self._batches = [_as_micro_batch(text) for text in self._texts]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._pending: Future[None] | None = None
+        self._times: dict[Version, float] = {}
+        self.version: Version | None = None
+
+    def publish(self, step: int) -> None:
+        """Publish the weights after `step` updates; waits only if the version before is still being written."""
+        logp = [self._engine.score(batch, 1.0).tolist() for batch in self._batches]
+        tensors = self._engine.full_state_dict()
+        self.version = Version(step, self._incarnation)
+        if self._engine.rank == 0:
+            self.wait()
+            self._pending = self._thread.submit(self._write, self.version, tensors, Canary(self._texts, logp))
+
+    def wait(self) -> None:
+        """Return when everything is published; raises what went wrong."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def close(self) -> None:
+        """Finish and end the thread."""
+        self.wait()
+        self._thread.shutdown()
+
+    def _write(self, version: Version, tensors: dict[str, Tensor], canary: Canary) -> None:
+        staged = self._exchange.stage_weights(version)
+        save_file(tensors, staged / "model.safetensors", metadata={"format": "pt"})
+        self._exchange.commit_weights(version, canary)
+        self._times[version] = self._exchange.now()
+        published = [(v, self._times.get(v, 0.0)) for v in self._exchange.list_versions()]
+        for retired in self._exchange.retire_weights(
+            versions_to_keep(self._exchange.spec, published, self._exchange.now())
+        ):
+            self._times.pop(retired, None)
+
+
+def versions_to_keep(spec: RunSpec, published: list[tuple[Version, float]], now_s: float) -> set[Version]:
+    """The newest few, and all that a transit delay may still make visible: those within its horizon and one before."""
+    published = sorted(published)
+    kept = {version for version, _ in published[-spec.exchange.retention.weights :]}
+    for group in spec.samplers:
+        reach = horizon(group.delay, spec.time_scale)
+        newest_step = published[-1][0].step
+        ages = [
+            (now_s - at if group.delay.unit == "seconds" else newest_step - version.step, version)
+            for version, at in published
+        ]
+        within = [version for age, version in ages if age < reach]
+        beyond = [version for age, version in ages if age >= reach]
+        kept.update(within, beyond[-1:] if reach else [])
+    return kept
+
+
+def canary_texts(exchange: Exchange) -> list[list[int]]:
+    """Two different texts of CANARY_TOKENS tokens each, made of the run's own prompts."""
+    with open(exchange.data_file("train")) as file:
+        prompts = [json.loads(line)["prompt_ids"] for line in itertools.islice(file, 2 * CANARY_TOKENS)]
+    tokens = itertools.cycle(itertools.chain.from_iterable(prompts))
+    stream = list(itertools.islice(tokens, 2 * CANARY_TOKENS + 1))
+    # The odd token shifts the second text, so that it differs even where the data is one short prompt repeated.
+    return [stream[:CANARY_TOKENS], stream[CANARY_TOKENS + 1 :]]
+
+
+def _as_micro_batch(text: list[int]) -> MicroBatch:
+    ids = np.array(text, np.int32)
+    unused = np.zeros(len(ids) - 1, np.float32)
+    return micro_batch([Sequence(ids[:1], ids[1:], unused, group=0, advantage=0.0)])

@@ -1,0 +1,124 @@
+"""One optimizer step's arithmetic: rollouts in, loss and gradient out, and what is worth knowing about both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from heterorl.advantages import resolve_scale, step_advantages
+from heterorl.exchange import Rollout
+from heterorl.spec import RunSpec
+from heterorl_learner.batching import MicroBatch, Sequence, plan
+from heterorl_learner.engine import Engine
+from heterorl_learner.feed import Batch
+from heterorl_learner.losses import LossInputs, Metrics, Totals, combine, log_expected_q, policy_loss, summarise
+
+
+def train_on(engine: Engine, spec: RunSpec, batch: Batch) -> dict[str, float]:
+    """Add the step's gradient; returns the loss's metrics over all micro-batches and ranks."""
+    totals = step_totals(spec, batch.rollouts)
+    plans = plan(
+        sequences(spec, batch.rollouts),
+        spec.learner.batch.tokens_per_micro_batch,
+        engine.world_size,
+        whole_groups=spec.algorithm.loss.type == "eqp",
+    )
+    parts: list[Metrics] = []
+
+    def loss_function(micro: MicroBatch, logp: Tensor) -> Tensor:
+        loss, metrics = policy_loss(spec.algorithm, loss_inputs(micro, logp), totals)
+        parts.append({name: value.cpu() for name, value in metrics.items()})
+        return loss
+
+    engine.forward_backward(plans[engine.rank], spec.generation.temperature, loss_function)
+    return summarise(combine(_from_all_ranks(engine, parts)))
+
+
+def sequences(spec: RunSpec, rollouts: list[Rollout]) -> list[Sequence]:
+    """The completions that count, with their group's GEPO denominator, which needs the group but not the learner."""
+    advantages = _advantages(spec, rollouts)
+    found = []
+    for group, rollout in enumerate(rollouts):
+        ends = np.cumsum(rollout.lengths)
+        logps = np.split(rollout.logp, ends[:-1])
+        expected_q = float(log_expected_q(torch.tensor([logp.mean(dtype=np.float64) for logp in logps])))
+        for i, completion in enumerate(np.split(rollout.completion_ids, ends[:-1])):
+            if not (spec.algorithm.mask_truncated and rollout.truncated[i]):
+                advantage = float(advantages[group][i])
+                found.append(Sequence(rollout.prompt_ids, completion, logps[i], group, advantage, expected_q))
+    return found
+
+
+def step_totals(spec: RunSpec, rollouts: list[Rollout]) -> Totals:
+    """The divisors of the whole step, the same on every rank because every rank has read all its rollouts."""
+    lengths = torch.from_numpy(np.concatenate([r.lengths for r in rollouts]).astype(np.float64))
+    if spec.algorithm.mask_truncated:
+        lengths[torch.from_numpy(np.concatenate([r.truncated for r in rollouts]))] = 0
+    alpha = spec.algorithm.loss.delta_l.alpha
+    return Totals.of(lengths, max_length=spec.generation.max_completion_tokens, alpha=alpha)
+
+
+def loss_inputs(micro: MicroBatch, logp: Tensor) -> LossInputs:
+    """What the losses take, of a micro-batch and the learner's log-probabilities [T] of it."""
+    return LossInputs(
+        logp=logp,
+        sampler_logp=micro.sampler_logp,
+        seq_ids=micro.seq_ids,
+        group_ids=micro.group_ids,
+        lengths=micro.lengths,
+        advantages=micro.advantages,
+        log_expected_q=micro.log_expected_q,
+    )
+
+
+def rollout_metrics(batch: Batch) -> dict[str, Any]:
+    """What the step's rollouts were like: rewards, lengths, and how old each group of samplers' were (in steps)."""
+    rewards = np.concatenate([r.rewards for r in batch.rollouts])
+    lengths = np.concatenate([r.lengths for r in batch.rollouts])
+    truncated = np.concatenate([r.truncated for r in batch.rollouts])
+    stds = np.array([r.rewards.std() for r in batch.rollouts])
+    lags = np.array([max(0, batch.step - name.version.step) for name in batch.names])
+    groups = np.array([name.slot.group for name in batch.names])
+    metrics: dict[str, Any] = {
+        "reward": rewards.mean(),
+        "reward_std": stds.mean(),
+        "frac_reward_zero_std": (stds < 1e-6).mean(),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": truncated.mean(),
+        "off_policy/mean": lags.mean(),
+        "off_policy/max": lags.max(),
+        "perf/rollout_wait_s": batch.wait_s,
+    }
+    for name in batch.rollouts[0].reward_terms:
+        term = np.concatenate([r.reward_terms[name] for r in batch.rollouts])
+        metrics |= {f"rewards/{name}/mean": term.mean(), f"rewards/{name}/std": term.std()}
+    for group in sorted(set(groups)):
+        metrics[f"off_policy/by_group/{group}"] = lags[groups == group].mean()
+        metrics[f"rollouts/by_group/{group}"] = (groups == group).sum()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def num_tokens(rollouts: list[Rollout]) -> int:
+    """Prompt and completion tokens that the learner reads for these rollouts."""
+    return sum(len(r.prompt_ids) * len(r.lengths) + len(r.completion_ids) for r in rollouts)
+
+
+def _advantages(spec: RunSpec, rollouts: list[Rollout]) -> list[Any]:
+    scale = resolve_scale(spec.algorithm.loss.type, spec.algorithm.advantage.scale)
+    if scale in ("batch", "beta"):
+        return step_advantages([r.rewards for r in rollouts], scale)
+    return [r.advantages for r in rollouts]
+
+
+def _from_all_ranks(engine: Engine, parts: list[Metrics]) -> list[Metrics]:
+    if engine.world_size == 1:
+        return parts
+    everyone: list[list[Metrics]] = [[] for _ in range(engine.world_size)]
+    dist.all_gather_object(everyone, parts)
+    return [part for rank in everyone for part in rank]

@@ -1,0 +1,201 @@
+"""The learner's loop.
+
+    resume ─▶ take ─▶ forward, backward ─▶ step ─▶ publish, checkpoint when due ─▶ record ──┐
+               ▲                                                                            │
+               └────────────────────────────────────────────────────────────────────────────┘
+
+It waits for nothing but enough admissible rollouts. Every rank runs the same loop; rank 0 alone touches the volume,
+except that all ranks read rollouts and write their part of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from heterorl.errors import CorruptFile
+from heterorl.exchange import Exchange
+from heterorl.metrics import Metrics
+from heterorl_learner.engine import Engine, learning_rate
+from heterorl_learner.export import write_model
+from heterorl_learner.feed import Batch, Feed
+from heterorl_learner.publish import Publisher
+from heterorl_learner.step import num_tokens, rollout_metrics, train_on
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class State:
+    """What a checkpoint holds beside the engine's own state."""
+
+    step: int = 0
+    """Optimizer steps in the weights."""
+    num_tokens: int = 0
+    """Tokens trained on so far."""
+    trained_s: float = 0.0
+    """Seconds spent in steps so far."""
+
+
+class Trainer:
+    """One incarnation of the learner, on one of its ranks."""
+
+    def __init__(self, exchange: Exchange, engine: Engine, metrics: Metrics, stop: Callable[[], bool]) -> None:
+        self.exchange, self.engine, self.metrics = exchange, engine, metrics
+        self.spec = exchange.spec
+        self.state = self._resume()
+        self.incarnation: int = self._agree(exchange.learner.get("incarnation", 0) + 1)
+        self.feed = Feed(exchange, self.state.step, self.incarnation, stop)
+        self.publisher = Publisher(exchange, engine, self.incarnation)
+
+    def train(self) -> bool:
+        """Train to the last step or until told to stop; True if the last step was reached."""
+        self._begin()
+        learner = self.spec.learner
+        while self.state.step < learner.steps:
+            batch = self.feed.take(self.state.step)
+            if batch is None:
+                break
+            started = time.monotonic()
+            metrics = train_on(self.engine, self.spec, batch)
+            rate = learning_rate(learner, self.state.step)
+            grad_norm = self.engine.step(rate)
+            trained_s = time.monotonic() - started
+            self.state.step += 1
+            if self.state.step % learner.publish.every_steps == 0 or self.state.step == learner.steps:
+                self.publisher.publish(self.state.step)
+            publish_s = time.monotonic() - started - trained_s
+            if self.state.step % learner.checkpoint.every_steps == 0:
+                self._checkpoint()
+            self._record(batch, metrics | {"grad_norm": grad_norm, "learning_rate": rate}, trained_s, publish_s)
+        return self._finish()
+
+    # ── beginning and end ────────────────────────────────────────────────────────────────────────────────────────────
+    def _resume(self) -> State:
+        """Load the newest checkpoint that passes its checks; without one, start from the prepared model."""
+        found: tuple[Path, dict[str, Any]] | None = None
+        if self.engine.rank == 0:
+            self.exchange.sweep()
+            for step in reversed(self.exchange.list_checkpoints()):
+                try:
+                    found = self.exchange.open_checkpoint(step)
+                    break
+                except (CorruptFile, FileNotFoundError) as error:
+                    log.error("checkpoint of step %d is damaged (%s); trying the one before", step, error)
+                    self.exchange.remove_checkpoint(step)
+        found = self._agree(found)
+        if found is None:
+            return State()
+        folder, state = found
+        self.engine.load(folder)
+        log.info("resumed from the checkpoint of step %d", state["step"])
+        return State(**state)
+
+    def _begin(self) -> None:
+        if self.engine.rank == 0:
+            # On the disk before anything is published under it, so that no incarnation is ever used twice.
+            self.exchange.write_learner({**self.exchange.learner, "incarnation": self.incarnation})
+            # What a learner that died published after this checkpoint belongs to a future that will not come.
+            self.exchange.retire_weights(v for v in self.exchange.list_versions() if v.step <= self.state.step)
+            self.feed.retire(self._covered())
+        self.publisher.publish(self.state.step)
+        self._heartbeat({})
+
+    def _finish(self) -> bool:
+        finished = self.state.step >= self.spec.learner.steps
+        if self.state.step not in self.exchange.list_checkpoints():
+            self._barrier()  # every rank has looked before rank 0 commits
+            self._checkpoint()
+        if finished:
+            write_model(self.exchange, self.engine, self.exchange.output_dir)
+        self.publisher.close()
+        self._heartbeat({}, finished=finished)
+        log.info("%s at step %d of %d", "finished" if finished else "stopped", self.state.step, self.spec.learner.steps)
+        return finished
+
+    # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────
+    def _checkpoint(self) -> None:
+        step = self.state.step
+        if self.engine.rank == 0:
+            self.exchange.stage_checkpoint(step)
+        self._barrier()
+        folder = self.exchange.staged_checkpoint(step)
+        self.engine.save(folder)
+        write_model(self.exchange, self.engine, folder / "model")
+        self._barrier()
+        if self.engine.rank == 0:
+            self.exchange.commit_checkpoint(step, asdict(self.state))
+            for old in self.exchange.list_checkpoints()[: -self.spec.learner.checkpoint.keep]:
+                self.exchange.remove_checkpoint(old)
+            self.feed.retire(self._covered())
+        self._barrier()
+
+    def _covered(self) -> int:
+        """Rollouts of steps before this one are in every checkpoint that is kept."""
+        return min(self.exchange.list_checkpoints(), default=0)
+
+    # ── telling ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _record(self, batch: Batch, metrics: dict[str, float], trained_s: float, publish_s: float) -> None:
+        tokens = num_tokens(batch.rollouts)
+        self.state.num_tokens += tokens
+        self.state.trained_s += trained_s
+        if self.engine.rank != 0:
+            return
+        record = rollout_metrics(batch) | metrics
+        record |= {
+            "num_tokens": self.state.num_tokens,
+            "off_policy/dropped": self.feed.dropped,
+            "step_time": batch.wait_s + trained_s + publish_s,
+            "perf/train_s": trained_s,
+            "perf/publish_s": publish_s,
+            "perf/tokens_per_s": tokens / trained_s,
+        }
+        self.metrics.write(self.state.step, record)
+        self._heartbeat(record)
+        log.info(
+            "step %d/%d  reward %.3f  lag %.1f (max %d)  loss %.4f  grad_norm %.3f  waited %.1f s",
+            self.state.step,
+            self.spec.learner.steps,
+            record["reward"],
+            record["off_policy/mean"],
+            record["off_policy/max"],
+            record["loss"],
+            record["grad_norm"],
+            batch.wait_s,
+        )
+
+    def _heartbeat(self, record: dict[str, float], *, finished: bool = False) -> None:
+        if self.engine.rank == 0:
+            self.exchange.write_learner(
+                {
+                    "step": self.state.step,
+                    "steps": self.spec.learner.steps,
+                    "incarnation": self.incarnation,
+                    "version": str(self.publisher.version),
+                    "checkpoint_step": max(self.exchange.list_checkpoints(), default=None),
+                    "taken": self.feed.taken,
+                    "dropped": self.feed.dropped,
+                    "finished": finished,
+                    "reward": record.get("reward"),
+                    "lag": record.get("off_policy/mean"),
+                }
+            )
+
+    # ── ranks ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _agree(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        if not dist.is_initialized():
+            return value
+        message = [value]
+        dist.broadcast_object_list(message)
+        return message[0]
+
+    def _barrier(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()

@@ -1,0 +1,120 @@
+"""`python -m heterorl_sampler --root ROOT --group far [--index 0]`: one sampler, until SIGTERM."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from heterorl.errors import ExchangeError, HeteroRLError
+from heterorl.exchange import CANARY_TOKENS, Exchange, Slot
+from heterorl.logs import setup_logging
+from heterorl.metrics import Metrics
+
+if TYPE_CHECKING:
+    from heterorl_sampler.sample import Sampler
+
+log = logging.getLogger("heterorl_sampler")
+
+
+def main() -> int:
+    """Parse, set up, sample; the exit code says whether it went well (0), was the user's to mend (2) or failed (1)."""
+    parser = argparse.ArgumentParser(prog="heterorl_sampler", description=__doc__)
+    parser.add_argument("--root", type=Path, required=True, help="the run's folder on the shared volume")
+    parser.add_argument("--group", required=True, help="sampler group of the spec")
+    parser.add_argument("--index", type=int, help="slot in the group; absent: the first that is free")
+    args = parser.parse_args()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    exchange = Exchange(args.root)
+    setup_logging(f"sampler-{args.group}")
+    try:
+        serve(exchange, args.group, args.index, stop)
+    except HeteroRLError as error:
+        log.error("%s", error)
+        return error.exit_code
+    return 0
+
+
+def serve(exchange: Exchange, group_name: str, index: int | None, stop: threading.Event) -> None:
+    """Lease a slot, start the engine, sample until `stop`."""
+    from transformers import AutoTokenizer  # slow to import, and `--help` needs none of it
+
+    from heterorl_sampler.engine import build_engine
+    from heterorl_sampler.rewards import build_rewards
+    from heterorl_sampler.sample import Sampler
+
+    spec = exchange.spec
+    group = spec.group(group_name)
+    while exchange.prepared is None:  # with `heterorl render` nobody orders the pods
+        if stop.wait(spec.exchange.poll_seconds):
+            return
+    indices = [index] if index is not None else range(group.replicas)
+    lease = exchange.acquire_slot([Slot(group_name, i) for i in indices])
+    if spec.generation.truncated_law:
+        log.warning("topP, topK, minP or a repetition penalty truncate the law: importance ratios are biased")
+    rows = [json.loads(line) for line in exchange.data_file("train").read_text().splitlines()]
+    engine = build_engine(
+        group.engine,
+        exchange.model_dir,
+        dtype=spec.model.dtype,
+        max_model_len=max(CANARY_TOKENS, spec.generation.max_prompt_tokens + spec.generation.max_completion_tokens),
+        gpus=group.gpus,
+        tensor_parallel=group.tensor_parallel,
+        gpu_memory_utilization=group.gpu_memory_utilization,
+        kv_cache_bytes=group.kv_cache_bytes,
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="heterorl-weights-") as scratch,
+        Metrics.open(
+            exchange.metrics_dir, f"sampler-{lease.slot}", spec.monitoring, run=exchange.run.metadata.name
+        ) as metrics,
+        build_rewards(spec) as rewards,
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(exchange.model_dir)
+        sampler = Sampler(exchange, lease, engine, tokenizer, rows, rewards, metrics, stop, Path(scratch))
+        with Heartbeat(exchange, sampler, stop):
+            sampler.run()
+    engine.close()
+
+
+class Heartbeat:
+    """Keeps the slot's lease on a thread of its own, as a long generation must not lose it; released at the end."""
+
+    def __init__(self, exchange: Exchange, sampler: Sampler, stop: threading.Event) -> None:
+        self._exchange, self._sampler, self._stop = exchange, sampler, stop
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> None:
+        self._exchange.beat(self._sampler.lease, self._sampler.status)
+        self._thread.start()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        if kind is None:
+            self._exchange.beat(self._sampler.lease, {**self._sampler.status, "state": "stopped"}, released=True)
+
+    def _run(self) -> None:
+        period = min(2.0, self._exchange.spec.exchange.lease_seconds / 4)
+        while not self._done.wait(period):
+            try:
+                self._exchange.beat(self._sampler.lease, self._sampler.status)
+            except ExchangeError as error:
+                log.error("%s", error)
+                self._stop.set()
+                return
+            except OSError as error:
+                log.warning("no heartbeat written: %s", error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
