@@ -1,8 +1,8 @@
 r"""Data sets: from a file, the Hub or thin air to rows that were all checked before the first step.
 
-A row is `{"id", "prompt", "answer", "columns"}`: its place in the source counted from 0, the problem's text, the reference
-answer, and the row as it was. `prepare_rows` adds `"prompt_ids"`. Whatever is wrong with a data set is a `DataError` that
-names the source, how many rows are concerned, and the first few of them by line.
+A row is `{"id", "prompt", "answer", "columns"}`: its place in the source counted from 0, the problem's text, the
+reference answer, and the row as it was. `prepare_rows` adds `"prompt_ids"`. Whatever is wrong with a data set is a
+`DataError` that names the source, how many rows are concerned, and the first few of them by line.
 """
 
 from __future__ import annotations
@@ -43,17 +43,18 @@ class _BadRow(Exception):
 def load_rows(dataset: Dataset, base: Path, *, seed: int = 0) -> list[Row]:
     """Every row of a data set, checked and with its columns mapped, without `prompt_ids`.
 
-    Relative paths start at `base`, the manifest's folder; `seed` (the run's) is added to the seed of built-in arithmetic.
+    Relative paths start at `base`, the manifest's folder; `seed`, the run's, is added to built-in arithmetic's.
     """
-    source, originals = _open(dataset, base, seed)
+    source, originals = source_name(dataset), _open(dataset, base, seed)
+    pattern = _compiled(dataset.columns.answer_pattern)
     rows: list[Row] = []
     problems: list[tuple[int, str]] = []
     for place, original in itertools.islice(originals, dataset.limit):
         try:
-            rows.append(_mapped(place, original, dataset.columns))
+            rows.append(_mapped(place, original, dataset.columns, pattern))
         except _BadRow as why:
             problems.append((place, str(why)))
-    _refuse(source, problems, len(rows) + len(problems))
+    _refuse(dataset, problems, len(rows) + len(problems))
     if not rows:
         raise DataError(f"{source}: the data set is empty; name one with at least one row")
     return rows
@@ -71,12 +72,12 @@ def prepare_rows(
 ) -> PreparedData:
     """Rows with their prompts as token ids; with `need_gold_parse` every answer must be one math-verify can read.
 
-    Prompts of more than `max_prompt_tokens` tokens are counted and left out. Raises `DataError` when a row is unusable or
-    none is left, `ModelError` when the tokenizer cannot render the template.
+    Prompts of more than `max_prompt_tokens` tokens are counted and left out. Raises `DataError` when a row is unusable
+    or none is left, `ModelError` when the tokenizer cannot render the template.
     """
     rows = load_rows(dataset, base, seed=seed)
     if need_gold_parse:
-        _check_answers(source_name(dataset), rows)
+        _check_answers(dataset, rows)
     for row in rows:
         row["prompt_ids"] = render(template, tokenizer, row["prompt"])
     kept = [row for row in rows if len(row["prompt_ids"]) <= max_prompt_tokens]
@@ -95,24 +96,24 @@ def source_name(dataset: Dataset) -> str:
 
 
 # ── sources: each yields (place, row) ────────────────────────────────────────────────────────────────────────────────
-def _open(dataset: Dataset, base: Path, seed: int) -> tuple[str, Iterator[tuple[int, Any]]]:
+def _open(dataset: Dataset, base: Path, seed: int) -> Iterator[tuple[int, Any]]:
     source = source_name(dataset)
     if dataset.source == "arithmetic":
-        return source, _arithmetic(dataset.arithmetic, seed)
+        return enumerate(_arithmetic(dataset.arithmetic, seed))
     if dataset.source == "hub":
-        return source, enumerate(_from_hub(dataset))
+        return enumerate(_from_hub(dataset))
     path = base / Path(source).expanduser()
     if not path.is_file():
         raise DataError(f"{source}: no such file (looked for {path}); relative paths start at the manifest's folder")
     if path.suffix == ".jsonl":
-        return source, _from_jsonl(source, path)
+        return _from_jsonl(source, path)
     if path.suffix == ".parquet":
-        return source, enumerate(_from_parquet(source, path))
+        return enumerate(_from_parquet(source, path))
     raise DataError(f"{source}: a data file ends in .jsonl or .parquet, this one in {path.suffix or 'nothing'}")
 
 
 def _from_jsonl(source: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """Lines as they are read; a line that is no JSON comes as text, for `_mapped` to refuse. Blank lines are passed over."""
+    """Lines as they are read, blank ones passed over; one that is no JSON comes as text, for `_mapped` to refuse."""
     try:
         with path.open(encoding="utf-8-sig") as lines:
             for place, line in enumerate(lines):
@@ -143,13 +144,13 @@ def _from_hub(dataset: Dataset) -> list[Any]:
         rows: list[Any] = loaded.to_list()
     except Exception as error:  # whatever the network, the cache or the builder raises, the way out is the same
         raise DataError(
-            f"{dataset.name}: the data set could not be had from the Hub ({_first_line(error)}); check name, config, split"
-            " and network, or download it and write source: file"
+            f"{dataset.name}: the data set could not be had from the Hub ({_first_line(error)}); check name, config,"
+            " split and the network, or download it and write source: file"
         ) from error
     return rows
 
 
-def _arithmetic(task: Arithmetic, seed: int) -> Iterator[tuple[int, Row]]:
+def _arithmetic(task: Arithmetic, seed: int) -> Iterator[Row]:
     """Sums of two operands of exactly `digits` digits, each problem once while there are enough of them."""
     low, high = (0 if task.digits == 1 else 10 ** (task.digits - 1)), 10**task.digits
     draw = random.Random(task.seed + seed)
@@ -158,13 +159,13 @@ def _arithmetic(task: Arithmetic, seed: int) -> Iterator[tuple[int, Row]]:
         problems = draw.sample(range(span * span), task.rows)
     else:
         problems = draw.choices(range(span * span), k=task.rows)
-    for place, problem in enumerate(problems):
+    for problem in problems:
         a, b = low + problem // span, low + problem % span
-        yield place, {"problem": f"{a}+{b}=", "answer": str(a + b)}
+        yield {"problem": f"{a}+{b}=", "answer": str(a + b)}
 
 
 # ── one row ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _mapped(place: int, original: Any, columns: Columns) -> Row:
+def _mapped(place: int, original: Any, columns: Columns, pattern: re.Pattern[str] | None) -> Row:
     """The row in our form, or `_BadRow`."""
     if not isinstance(original, dict):
         raise _BadRow("not a JSON object")
@@ -175,14 +176,19 @@ def _mapped(place: int, original: Any, columns: Columns) -> Row:
         problem = problem.rstrip().removesuffix(columns.strip_suffix.rstrip())
     if not problem.strip():
         raise _BadRow("the problem is empty")
-    answer = _answer(_column(original, columns.answer, ANSWER_ALIASES), columns.answer_pattern)
+    if not problem.isascii() and any("\ud800" <= character <= "\udfff" for character in problem):
+        raise _BadRow("the problem holds half of a surrogate pair, which is no valid text")
+    answer = _answer(_column(original, columns.answer, ANSWER_ALIASES), pattern)
     # Parquet and the Hub may hold dates, bytes, decimals: columns travel as JSON, so such values travel as text.
-    return {
-        "id": place,
-        "prompt": problem,
-        "answer": answer,
-        "columns": json.loads(json.dumps(original, default=str)),
-    }
+    columns_as_json = json.loads(json.dumps(original, default=str))
+    return {"id": place, "prompt": problem, "answer": answer, "columns": columns_as_json}
+
+
+def _compiled(pattern: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if pattern is None else re.compile(pattern)
+    except re.error as error:
+        raise DataError(f"columns.answerPattern {pattern!r} is no regular expression: {error}") from error
 
 
 def _column(original: Row, name: str, aliases: dict[str, str]) -> Any:
@@ -192,16 +198,16 @@ def _column(original: Row, name: str, aliases: dict[str, str]) -> Any:
     raise _BadRow(f"no {name} (columns: {', '.join(map(str, original)) or 'none'})")
 
 
-def _answer(value: Any, pattern: str | None) -> str:
+def _answer(value: Any, pattern: re.Pattern[str] | None) -> str:
     """The reference answer in a column: the pattern's first group, else the column's last box, else all of it."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise _BadRow(f"the answer is a {type(value).__name__}, not text or a number")
     text = str(value)
     if pattern is not None:
-        found = re.search(pattern, text)
+        found = pattern.search(text)
         if found is None:
-            raise _BadRow(f"answerPattern {pattern!r} is not found in the answer")
-        answer = (found.group(1) if found.re.groups else found.group()) or ""
+            raise _BadRow(f"answerPattern {pattern.pattern!r} is not found in the answer")
+        answer = (found.group(1) if pattern.groups else found.group()) or ""
     else:
         answer = extract_boxed(text) or text
     if not answer.strip():
@@ -210,20 +216,22 @@ def _answer(value: Any, pattern: str | None) -> str:
 
 
 # ── messages ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _check_answers(source: str, rows: list[Row]) -> None:
-    with AnswerChecker() as checker:
+def _check_answers(dataset: Dataset, rows: list[Row]) -> None:
+    with AnswerChecker(time_limit_s=20) as checker:  # generous: a busy machine must not turn a good row into a bad one
         problems = [
             (row["id"], f"the answer {_shortened(row['answer'])!r} is no mathematics that math-verify can read")
             for row in rows
             if not checker.parses(row["answer"])
         ]
-    _refuse(source, problems, len(rows))
+    _refuse(dataset, problems, len(rows))
 
 
-def _refuse(source: str, problems: list[tuple[int, str]], num_rows: int) -> None:
+def _refuse(dataset: Dataset, problems: list[tuple[int, str]], num_rows: int) -> None:
     """Raise with all problems counted and the first few named."""
     if problems:
-        named = "; ".join(f"line {place + 1}: {why}" for place, why in problems[:MAX_ROWS_NAMED])
+        source = source_name(dataset)
+        unit = "line" if source.endswith(".jsonl") else "row"
+        named = "; ".join(f"{unit} {place + 1}: {why}" for place, why in problems[:MAX_ROWS_NAMED])
         more = f"; and {len(problems) - MAX_ROWS_NAMED} more" if len(problems) > MAX_ROWS_NAMED else ""
         raise DataError(
             f"{source}: {len(problems)} of {num_rows} rows cannot be used: {named}{more};"
