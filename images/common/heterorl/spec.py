@@ -2,19 +2,32 @@
 
 The CRD (`heterorl.crd`), `docs/spec.md` and the command line's help are generated from these classes. Learner, sampler
 and operator read the same resolved spec. Fields are `snake_case` here and `camelCase` in YAML; the sentence under a
-field is its documentation. Rules that span fields are validators here, with messages that say what to write instead.
+field is its documentation. Rules that span fields are `broken_rules`, with messages that say what to write instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import pairwise
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, model_validator
-from pydantic.alias_generators import to_camel
+from pydantic import Field
 
+from heterorl.block import (
+    Block,
+    GroupName,
+    Path_,
+    Problem,
+    Quantity,
+    RunName,
+    Seed,
+    ShortText,
+    StringMap,
+    Text,
+    duplicates,
+    list_map,
+)
 from heterorl.names import Slot
+from heterorl.pods import PodTemplate
 
 API_VERSION = "heterorl.dev/v1alpha1"
 KIND = "HeteroRLRun"
@@ -46,68 +59,6 @@ RewardName = Literal[
     "boxed",
     "custom",
 ]
-
-Text = Annotated[str, StringConstraints(max_length=4096)]
-ShortText = Annotated[str, StringConstraints(max_length=253)]
-Path_ = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
-RUN_NAME = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
-GROUP_NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
-QUANTITY = r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|Pi|k|M|G|T|P)?$"
-PATTERNS = {
-    RUN_NAME: "lower-case letters, digits and '-', beginning with a letter and not ending with '-'",
-    GROUP_NAME: "lower-case letters and digits, joined by single '-'",
-    QUANTITY: "a quantity as 100Gi",
-}
-"""What a pattern asks for, in words."""
-
-RunName = Annotated[str, StringConstraints(pattern=RUN_NAME, max_length=40)]
-GroupName = Annotated[str, StringConstraints(pattern=GROUP_NAME, max_length=20)]
-Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
-FreeForm = dict[str, Any]
-Problem = tuple[str, str]
-
-RULES_LATER = "rules later"
-"""As validation context: leave the rules across fields to the caller, who reports them all (`heterorl.load`)."""
-StringMap = Annotated[dict[ShortText, Text], Field(max_length=64)]
-
-
-class Block(BaseModel):
-    """One mapping of the manifest: unknown keys are refused, and nothing is coerced: "3" is no number."""
-
-    model_config = ConfigDict(
-        strict=True,
-        alias_generator=to_camel,
-        validate_by_name=True,
-        validate_by_alias=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        frozen=True,
-        allow_inf_nan=False,
-    )
-
-    def broken_rules(self) -> Iterable[Problem]:
-        """What is wrong across this block's fields: (path of the field below it, what to write instead)."""
-        return ()
-
-    @model_validator(mode="after")
-    def _obey_rules(self, info: ValidationInfo) -> Self:
-        if info.context != RULES_LATER:
-            problems = [f"{path}: {message}" for path, message in self.broken_rules()]
-            if problems:
-                raise ValueError("; ".join(problems))
-        return self
-
-
-def block_in(annotation: Any) -> type[Block] | None:
-    """The block that a field's annotation names, alone or in a list; None for plain values."""
-    if isinstance(annotation, type) and issubclass(annotation, Block):
-        return annotation
-    return next((found for argument in get_args(annotation) if (found := block_in(argument))), None)
-
-
-def _duplicates(path: str, names: list[str]) -> Iterable[Problem]:
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        yield path, f"{', '.join(repeated)} stands more than once; every item needs its own"
 
 
 # ── model and data ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -186,7 +137,7 @@ class Dataset(Block):
     source: Literal["file", "hub", "arithmetic"] = "arithmetic"
     """Where the rows come from."""
     path: Path_ | None = None
-    """A .jsonl or .parquet file, relative to the manifest's folder (`source: file`)."""
+    """A .jsonl or .parquet file (`source: file`), relative to the manifest's folder; on Kubernetes, to the volume."""
     name: ShortText | None = None
     """Name of the data set on the Hub (`source: hub`)."""
     config: ShortText | None = None
@@ -222,7 +173,7 @@ class Data(Block):
 
     train: Dataset = Dataset()
     """Problems the samplers draw prompts from."""
-    evals: list[EvalDataset] = Field([], max_length=16)
+    evals: list[EvalDataset] = Field([], max_length=16, json_schema_extra=list_map("label"))
     """Problems for evaluation."""
     prompt_template: Literal["think", "noThink", "raw"] = "raw"
     """think: reason first, answer in a box; noThink: answer in a box at once; raw: the problem's text alone."""
@@ -231,7 +182,7 @@ class Data(Block):
 
     def broken_rules(self) -> Iterable[Problem]:
         """Labels differ."""
-        yield from _duplicates("evals", [dataset.label for dataset in self.evals])
+        yield from duplicates("evals", [dataset.label for dataset in self.evals])
 
 
 # ── rewards and algorithm ────────────────────────────────────────────────────────────────────────────────────────────
@@ -426,66 +377,6 @@ class Generation(Block):
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0 or self.repetition_penalty != 1
 
 
-# ── pods ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-class Toleration(Block):
-    """Kubernetes' toleration."""
-
-    key: ShortText | None = None
-    """Taint key; absent with operator Exists matches all."""
-    operator: Literal["Exists", "Equal"] = "Equal"
-    """How value is compared."""
-    value: ShortText | None = None
-    """Taint value."""
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """Taint effect; absent matches all."""
-    toleration_seconds: int | None = Field(None, ge=0)
-    """How long NoExecute is tolerated."""
-
-
-class Resources(Block):
-    """Kubernetes' resource requests and limits."""
-
-    requests: StringMap = Field({})
-    """Requested quantities, as `cpu: "2"`."""
-    limits: StringMap = Field({})
-    """Limits, as `nvidia.com/gpu: "1"`."""
-
-
-class PodTemplate(Block):
-    """What may be said about a role's pods; merged into the operator's template, lists by their key."""
-
-    image: Annotated[str, StringConstraints(max_length=512)] | None = None
-    """Container image instead of the chart's."""
-    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
-    """When to pull the image."""
-    labels: StringMap = Field({})
-    """Labels of the workload and its pods."""
-    annotations: StringMap = Field({})
-    """Annotations of the workload and its pods."""
-    node_selector: StringMap = Field({})
-    """Node labels a pod needs."""
-    tolerations: list[Toleration] = Field([], max_length=32)
-    """Taints a pod tolerates."""
-    affinity: FreeForm | None = None
-    """Kubernetes' affinity, passed through."""
-    resources: Resources = Resources()
-    """Requests and limits of the main container."""
-    env: list[FreeForm] = Field([], max_length=64)
-    """Environment variables of the main container; secrets by valueFrom.secretKeyRef."""
-    volumes: list[FreeForm] = Field([], max_length=32)
-    """Further volumes of the pod."""
-    volume_mounts: list[FreeForm] = Field([], max_length=32)
-    """Where the main container mounts them."""
-    runtime_class_name: ShortText | None = None
-    """Kubernetes' runtimeClassName, as `nvidia`."""
-    scheduler_name: ShortText | None = None
-    """Scheduler, as `volcano`."""
-    priority_class_name: ShortText | None = None
-    """Priority class."""
-    image_pull_secrets: list[FreeForm] = Field([], max_length=16)
-    """Secrets for pulling the image."""
-
-
 # ── learner ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 class LearnerBatch(Block):
     """What one optimizer step trains on."""
@@ -587,7 +478,7 @@ class Learner(Block):
     replicas: int = Field(1, ge=1, le=256)
     """Pods of the learner (on one machine: nodes are emulated as processes)."""
     processes_per_replica: int = Field(1, ge=1, le=64)
-    """Ranks in each replica; with GPUs one a device."""
+    """Ranks in each replica; with GPUs one for each, so the same number as gpus."""
     gpus: int = Field(0, ge=0, le=64)
     """GPUs of each replica; 0 trains on the CPU."""
     threads: int = Field(0, ge=0, le=1024)
@@ -605,7 +496,18 @@ class Learner(Block):
     seed: Seed = 0
     """Seed of the learner's own random choices."""
     pod_template: PodTemplate = PodTemplate()
-    """Pods of the learner."""
+    """Pods of the learner, and of the preparation."""
+
+    def broken_rules(self) -> Iterable[Problem]:
+        """One rank drives one GPU."""
+        if self.gpus and self.processes_per_replica != self.gpus:
+            yield (
+                "processesPerReplica",
+                (
+                    f"is {self.processes_per_replica}, but gpus is {self.gpus} and a rank drives one;"
+                    f" write processesPerReplica: {self.gpus}"
+                ),
+            )
 
     @property
     def world_size(self) -> int:
@@ -618,7 +520,7 @@ class DelayTrace(Block):
     """Recorded delays, replayed in order and from the start again."""
 
     path: Path_ | None = None
-    """CSV file, relative to the manifest's folder."""
+    """CSV file, relative to the manifest's folder; on Kubernetes, to the volume."""
     column: ShortText | None = None
     """Column with the delays."""
     values: list[Annotated[float, Field(ge=0)]] = Field([], max_length=4096)
@@ -702,26 +604,23 @@ class AvailabilityPoint(Block):
 
 
 class Availability(Block):
-    """How many of a group's replicas exist at a moment of the run."""
+    """How many of a group's replicas exist at a moment of the run; never more than `replicas`."""
 
     type: Literal["always", "windows", "churn", "trace"] = "always"
     """Kind of availability."""
     windows: list[Window] = Field([], max_length=64)
-    """Spans with their replicas; outside them the group has none."""
+    """Spans with their replicas: the largest that holds a moment counts; outside them the group has none."""
     churn: Churn = Churn()
     """Random coming and going."""
-    trace: list[AvailabilityPoint] = Field([], max_length=1024)
+    trace: list[AvailabilityPoint] = Field([], max_length=1024, json_schema_extra=list_map("atSeconds"))
     """Replicas over time as steps; before the first point all replicas are there."""
 
     def broken_rules(self) -> Iterable[Problem]:
-        """A type needs its field; times rise, windows do not overlap."""
+        """A type needs its field; times rise."""
         if self.type == "windows" and not self.windows:
             yield "windows", "is empty, but type is windows; write at least one, or type: always"
         if self.type == "trace" and not self.trace:
             yield "trace", "is empty, but type is trace; write at least one point, or type: always"
-        spans = sorted((window.start_seconds, window.end_seconds) for window in self.windows)
-        if any(following[0] < span[1] for span, following in pairwise(spans)):
-            yield "windows", "overlap; end one window before the next starts"
         times = [point.at_seconds for point in self.trace]
         if times != sorted(set(times)):
             yield "trace", "is out of order; atSeconds must rise from point to point"
@@ -756,16 +655,12 @@ class SamplerGroup(Block):
     """Pods of the group."""
 
     def broken_rules(self) -> Iterable[Problem]:
-        """Devices and replicas suffice for what is asked."""
+        """A model that is split needs its devices."""
         if self.gpus and self.tensor_parallel > self.gpus:
             yield (
                 "tensorParallel",
                 f"is {self.tensor_parallel}, but gpus is {self.gpus}; write gpus: {self.tensor_parallel}",
             )
-        counts = [window.replicas for window in self.availability.windows]
-        planned = max(counts + [point.replicas for point in self.availability.trace], default=0)
-        if planned > self.replicas:
-            yield "availability", f"asks for {planned} replicas at times; the group has {self.replicas}: raise replicas"
 
 
 # ── exchange, evaluation, life cycle ─────────────────────────────────────────────────────────────────────────────────
@@ -774,7 +669,7 @@ class Volume(Block):
 
     claim_name: ShortText | None = None
     """Use this PersistentVolumeClaim."""
-    size: Annotated[str, StringConstraints(pattern=QUANTITY, max_length=32)] = "100Gi"
+    size: Quantity = "100Gi"
     """Size of a new claim; it may grow, never shrink."""
     storage_class_name: ShortText | None = None
     """Storage class of a new claim."""
@@ -832,6 +727,8 @@ class Evaluation(Block):
     """Temperature; 0 is greedy."""
     top_p: float = Field(0.95, gt=0, le=1)
     """Nucleus sampling."""
+    top_k: int = Field(0, ge=0, le=1_000_000)
+    """Sample among so many likeliest tokens; 0 is off."""
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
     """Length limit; absent: the training limit."""
     engine: Literal["vllm", "transformers"] = "vllm"
@@ -842,6 +739,8 @@ class Evaluation(Block):
     """GPUs of the evaluation process."""
     seed: Seed = 0
     """Seed of sampling."""
+    pod_template: PodTemplate = PodTemplate()
+    """Pods of the evaluation."""
 
     def broken_rules(self) -> Iterable[Problem]:
         """pass@k needs k samples."""
@@ -859,6 +758,24 @@ class FailurePolicy(Block):
     """Crashes of each sampler that are restarted."""
     min_samplers: int = Field(1, ge=0, le=1024)
     """Samplers that must be alive (when available) for the run to count as healthy."""
+
+
+class SecretKey(Block):
+    """A key of a Secret in the run's namespace."""
+
+    name: ShortText
+    """Name of the Secret."""
+    key: ShortText
+    """Key in it."""
+
+
+class Credentials(Block):
+    """Secrets on Kubernetes, by reference; on one machine HF_TOKEN and WANDB_API_KEY of the environment are used."""
+
+    hub_token: SecretKey | None = None
+    """Token of the Hugging Face Hub, for gated models and data."""
+    wandb_api_key: SecretKey | None = None
+    """API key of Weights & Biases."""
 
 
 class Local(Block):
@@ -887,7 +804,7 @@ class RunSpec(Block):
     """Sampling."""
     learner: Learner = Learner()
     """The learner."""
-    samplers: list[SamplerGroup] = Field(min_length=1, max_length=32)
+    samplers: list[SamplerGroup] = Field(min_length=1, max_length=32, json_schema_extra=list_map("name"))
     """Groups of samplers."""
     exchange: Exchange = Exchange()
     """The shared volume."""
@@ -897,6 +814,8 @@ class RunSpec(Block):
     """Metrics."""
     failure_policy: FailurePolicy = FailurePolicy()
     """Restart budgets."""
+    credentials: Credentials = Credentials()
+    """Secrets."""
     local: Local = Local()
     """One-machine runs."""
     time_scale: float = Field(1.0, gt=0, le=1000)
@@ -912,8 +831,8 @@ class RunSpec(Block):
 
     def broken_rules(self) -> Iterable[Problem]:
         """Rules that span blocks."""
-        yield from _duplicates("samplers", [group.name for group in self.samplers])
-        yield from _duplicates("rewards", [reward.path or reward.name for reward in self.rewards])
+        yield from duplicates("samplers", [group.name for group in self.samplers])
+        yield from duplicates("rewards", [reward.path or reward.name for reward in self.rewards])
         if self.mode == "hetero" and self.algorithm.staleness.max_steps == 0:
             yield "algorithm.staleness.maxSteps", "is 0, which only mode: online can keep; write that, or a larger lag"
         if self.mode == "online":

@@ -18,7 +18,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from heterorl.spec import API_VERSION, KIND, PATTERNS, RULES_LATER, Block, HeteroRLRun, RunSpec, block_in
+from heterorl.block import PATTERNS, RULES_LATER, Block, block_in
+from heterorl.spec import API_VERSION, KIND, HeteroRLRun, RunSpec
 
 Location = tuple[str | int, ...]
 
