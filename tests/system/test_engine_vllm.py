@@ -95,7 +95,7 @@ def test_a_swap_that_keeps_the_prefix_cache_is_an_error_and_would_poison(engine,
     engine.load_weights(weights(0))
     engine.generate([LONG], 1, Sampling(max_tokens=1), seed=0)  # its two full blocks are cached now
     with monkeypatch.context() as patch:
-        patch.setattr(engine._llm, "reset_prefix_cache", lambda: False)
+        patch.setattr(engine._engine, "reset_prefix_cache", lambda: False)
         with pytest.raises(HeteroRLError, match="kept its prefix cache"):
             engine.load_weights(weights(1))
     (poisoned,) = engine.generate([LONG], 2, Sampling(max_tokens=4), seed=0)
@@ -141,6 +141,17 @@ def test_a_seed_repeats_completions_and_no_two_prompts_share_one(engine):
     assert len({tuple(c.token_ids) for group in first for c in group}) == 8
     other = engine.generate([PROMPTS[0]], 4, sampling, seed=6)
     assert {tuple(c.token_ids) for c in other[0]}.isdisjoint(tuple(c.token_ids) for c in first[0])
+
+
+def test_stopping_keeps_the_groups_that_are_complete_and_leaves_no_request(engine, weights):
+    engine.load_weights(weights(0))
+    asked = iter([False] * 4 + [True] * 9)
+    many = [PROMPTS[0]] * 40
+    groups = engine.generate(many, 1, Sampling(max_tokens=500, temperature=2.0), seed=0, stop=lambda: next(asked))
+    assert 0 < sum(group is None for group in groups) < len(groups)
+    assert all(group[0].token_ids[-1] == 1 for group in groups if group)
+    engine.load_weights(weights(1))  # fails if a request still runs
+    assert score_difference(weights(1), engine) < TOLERANCE
 
 
 def test_log_probs_are_of_the_truncated_law_that_was_sampled(engine, weights):

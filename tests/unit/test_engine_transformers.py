@@ -113,6 +113,14 @@ def test_an_end_token_ends_and_belongs_to_a_completion(tiny_model_dir):
         assert not completion.truncated or len(completion.token_ids) == 8
 
 
+def test_stopping_keeps_the_groups_that_are_complete(tiny_model_dir):
+    sampling = Sampling(max_tokens=300, temperature=2.0)
+    asked = iter([False] * 5 + [True])
+    groups = engine_on(tiny_model_dir()).generate([PROMPTS[0]] * 40, 1, sampling, seed=0, stop=lambda: next(asked))
+    assert 0 < sum(group is None for group in groups) < len(groups)
+    assert all(group[0].token_ids[-1] == END and len(group[0].token_ids) <= 6 for group in groups if group)
+
+
 def test_a_seed_repeats_completions_and_another_does_not(tiny_model_dir):
     engine = engine_on(tiny_model_dir())
     sampling = Sampling(max_tokens=8)
@@ -175,6 +183,8 @@ def test_missing_parts_are_said_in_one_sentence(tiny_model_dir, tmp_path, monkey
     monkeypatch.delitem(sys.modules, "heterorl_sampler.engine_vllm", raising=False)
     with pytest.raises(UserError, match=r"vLLM is not installed; install heterorl\[sampler\]"):
         build_engine("vllm", tiny_model_dir(), dtype="float32", max_model_len=16)
+    with pytest.raises(ModelError, match=r"may take 2000 tokens, the model's context holds 1024"):
+        build_engine("transformers", tiny_model_dir(), dtype="float32", max_model_len=2000)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="gpus: 1, but torch finds no GPU"):
         build_engine("transformers", tiny_model_dir(), dtype="float32", max_model_len=16, gpus=1)

@@ -8,7 +8,7 @@ with the token, never from a second forward.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -51,11 +51,21 @@ class Sampling:
     """Divides the logits of tokens already seen, the prompt's too; 1 is off."""
 
 
+def never() -> bool:
+    """The `stop` of a generation that runs to its end."""
+    return False
+
+
 class Engine(Protocol):
     """A model on this machine that generates and scores; not for use from several threads."""
 
-    def generate(self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int) -> list[list[Completion]]:
-        """`n` completions of each prompt, in the order of the prompts; the same seed and weights repeat them."""
+    def generate(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, stop: Callable[[], bool] = never
+    ) -> list[list[Completion] | None]:
+        """`n` completions of each prompt, in the order of the prompts; the same seed and weights repeat them.
+
+        `stop` is asked after every token; once it says yes, groups that are not complete come back as None.
+        """
         ...
 
     def load_weights(self, folder: Path) -> None:
@@ -91,6 +101,12 @@ def build_engine(
     """
     if not (model_dir / "config.json").is_file():
         raise ModelError(f"{model_dir}: no config.json; a model is a Hugging Face folder with config and safetensors")
+    context = context_length(model_dir)
+    if max_model_len > context:
+        raise ModelError(
+            f"{model_dir}: prompt and completion may take {max_model_len} tokens, the model's context holds {context};"
+            " lower generation.maxPromptTokens or maxCompletionTokens"
+        )
     if kind == "transformers":
         from heterorl_sampler.engine_transformers import TransformersEngine
 
@@ -130,6 +146,14 @@ def end_token_ids(model_dir: Path) -> list[int]:
     if not ends:
         raise ModelError(f"{model_dir}: no end-of-sequence token; set eos_token_id in generation_config.json")
     return sorted(ends)
+
+
+def context_length(model_dir: Path) -> int:
+    """Tokens that the model was made for, prompt and completion together."""
+    from transformers import AutoConfig
+
+    length: int = AutoConfig.from_pretrained(model_dir).get_text_config().max_position_embeddings
+    return length
 
 
 def weight_files(folder: Path) -> list[Path]:

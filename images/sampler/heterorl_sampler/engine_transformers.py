@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from heterorl_sampler.engine import (
     Dtype,
     Sampling,
     end_token_ids,
+    never,
     require_same_tensors,
     tensor_shapes,
     weight_files,
@@ -43,7 +45,9 @@ class TransformersEngine:
         self._ends = torch.tensor(end_token_ids(model_dir), device=self._device)
 
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int) -> list[list[Completion]]:
+    def generate(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, stop: Callable[[], bool] = never
+    ) -> list[list[Completion] | None]:
         """`n` completions of each prompt; rows are generated together, each prompt is read once."""
         if not prompts:
             return []
@@ -68,13 +72,15 @@ class TransformersEngine:
             logps.append(logp.gather(1, token))
             lives.append(alive)
             alive = alive & ~torch.isin(token[:, 0], self._ends)
-            if step + 1 == sampling.max_tokens or not alive.any():
+            at_limit = step + 1 == sampling.max_tokens
+            if at_limit or stop() or not alive.any():
                 break
             texts = torch.cat([texts, token], 1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             positions = positions + 1
             logits = self._forward(token, mask, positions, cache)
-        return _completions(torch.cat(tokens, 1), torch.cat(logps, 1), torch.stack(lives, 1), alive, n)
+        groups = _completions(torch.cat(tokens, 1), torch.cat(logps, 1), torch.stack(lives, 1), alive, n)
+        return [group if at_limit or not any(c.truncated for c in group) else None for group in groups]
 
     def _forward(self, token_ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """Logits [R, V] after the last token, in float32."""

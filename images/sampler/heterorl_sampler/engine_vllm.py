@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,25 +28,26 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "0" if torch.cuda.is_available() el
 import numpy as np
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig
-from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams
+from vllm import CompletionOutput, EngineArgs, LLMEngine, RequestOutput, SamplingParams
+from vllm.inputs import tokens_input
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from heterorl.errors import HeteroRLError, UserError
+from heterorl.exchange import CANARY_TOKENS
 from heterorl_sampler.engine import (
     Completion,
     Dtype,
     Sampling,
+    context_length,
     end_token_ids,
+    never,
     require_same_tensors,
     tensor_shapes,
     weight_files,
 )
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-SCORE_TOKENS = 520
-"""Room for the canary: two blocks of vLLM's CPU cache (2 x 128 tokens) and more, even if the run's texts are short."""
 
 
 class VLLMEngine:
@@ -67,21 +69,28 @@ class VLLMEngine:
         self._shapes = _served_shapes(weight_files(model_dir))
         self._views = tempfile.TemporaryDirectory(prefix="heterorl-vllm-")
         self._view_numbers = itertools.count()
-        context = AutoConfig.from_pretrained(model_dir).get_text_config().max_position_embeddings
         # Eager and with a given cache size vLLM's CPU build skips its warm-up.
         on_cpu = {"enforce_eager": True, "kv_cache_memory_bytes": kv_cache_bytes}
-        self._llm = LLM(
+        args = EngineArgs(
             str(self._make_view(model_dir)),
             skip_tokenizer_init=True,
             dtype=dtype,
-            max_model_len=min(max(max_model_len, SCORE_TOKENS), context),
+            max_model_len=min(max(max_model_len, CANARY_TOKENS + 1), context_length(model_dir)),
             tensor_parallel_size=tensor_parallel,
             logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
             use_tqdm_on_load=False,
             **({"gpu_memory_utilization": gpu_memory_utilization} if gpus else on_cpu),
         )
+        try:
+            self._engine = LLMEngine.from_engine_args(args)
+        except ValueError as error:
+            raise UserError(f"vLLM does not start on {model_dir}: {' '.join(str(error).split())}") from error
+        self._request_numbers = itertools.count()
 
-    def generate(self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int) -> list[list[Completion]]:
+    def generate(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, stop: Callable[[], bool] = never
+    ) -> list[list[Completion] | None]:
         """`n` completions of each prompt, one request a prompt."""
         # vLLM gives completion j of a request the seed + j; spread prompts so that those never meet.
         seeds = np.random.SeedSequence(seed).generate_state(len(prompts), np.uint64) >> np.uint64(2)
@@ -102,29 +111,41 @@ class VLLMEngine:
             )
             for prompt_seed in seeds
         ]
-        return [[_completion(output) for output in request.outputs] for request in self._run(prompts, params)]
+        requests = self._run(prompts, params, stop)
+        return [request and [_completion(output) for output in request.outputs] for request in requests]
 
     def score(self, token_ids: list[list[int]]) -> list[list[float]]:
         """Log-probabilities at temperature 1 of tokens 1 and later; vLLM's prompt log-probabilities know no other."""
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
         scores = []
-        for text, request in zip(token_ids, self._run(token_ids, [params] * len(token_ids))):
+        for text, request in zip(token_ids, self._run(token_ids, [params] * len(token_ids), never)):
+            assert request is not None
             assert request.prompt_logprobs is not None
             scores.append([entry[token].logprob for token, entry in zip(text[1:], request.prompt_logprobs[1:])])
         return scores
 
-    def _run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
-        return self._llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    def _run(
+        self, prompts: list[list[int]], params: list[SamplingParams], stop: Callable[[], bool]
+    ) -> list[RequestOutput | None]:
+        """Finished requests in the order of the prompts; None for those that `stop` cut short."""
+        names = [str(next(self._request_numbers)) for _ in prompts]
+        for name, prompt, param in zip(names, prompts, params):
+            self._engine.add_request(name, tokens_input(prompt), param)
+        finished: dict[str, RequestOutput] = {}
+        while len(finished) < len(names) and not stop():
+            finished |= {output.request_id: output for output in self._engine.step() if output.finished}
+        self._engine.abort_request([name for name in names if name not in finished])
+        return [finished.get(name) for name in names]
 
     def load_weights(self, folder: Path) -> None:
         """Reload from the folder's files in place, then drop the prefix cache."""
         require_same_tensors(_served_shapes(weight_files(folder)), self._shapes)
         view = self._make_view(folder)
         try:
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(view)})
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(view)})
         finally:
             shutil.rmtree(view)
-        if not self._llm.reset_prefix_cache():
+        if not self._engine.reset_prefix_cache():
             raise HeteroRLError("vLLM kept its prefix cache after a swap, so a request was still running")
 
     def _make_view(self, folder: Path) -> Path:
@@ -145,8 +166,8 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Stop vLLM and remove the serving folders."""
-        self._llm.llm_engine.engine_core.shutdown()
-        del self._llm
+        self._engine.engine_core.shutdown()
+        del self._engine
         self._views.cleanup()
 
 
