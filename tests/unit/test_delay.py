@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from heterorl.delay import Adoption, draw, draws, horizon, inline_trace, law, uniform
+from heterorl.delay import Adoption, draw, draws, horizon, inline_trace, law
 from heterorl.errors import DataError
+from heterorl.seeds import uniform
 from heterorl.spec import Delay
 
 PAPER = {"lower": 60.0, "upper": 1920.0, "confidence": 0.995}

@@ -25,6 +25,11 @@ def open_metrics(folder: Path, monitoring: Monitoring = QUIET, name="learner", *
     return Metrics.open(folder, name, monitoring, run="quick", clock=lambda: 1000.0, **options)
 
 
+def written(folder: Path, name="learner") -> list[dict]:
+    """Records between a process's start and its stop."""
+    return [r for r in read_metrics(folder / f"{name}.jsonl") if r.get("event") not in ("start", "stop")]
+
+
 def scrape(folder: Path, name="learner") -> dict[str, tuple[float, dict[str, str], str]]:
     port = int((folder / f"{name}.port").read_text())
     text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
@@ -36,13 +41,13 @@ def scrape(folder: Path, name="learner") -> dict[str, tuple[float, dict[str, str
 def test_each_record_is_one_line_and_readable_at_once(tmp_path):
     with open_metrics(tmp_path) as metrics:
         metrics.write(1, {"reward": 0.25, "off_policy/by_group/far": 3})
-        assert read_metrics(tmp_path / "learner.jsonl") == [
+        assert read_metrics(tmp_path / "learner.jsonl")[1:] == [
             {"time": 1000.0, "step": 1, "reward": 0.25, "off_policy/by_group/far": 3}
         ]
         metrics.event("swap", {"version_step": 1, "canary_max_abs_diff": 1e-6})
         metrics.write(None, {"rollouts": 8})
     lines = (tmp_path / "learner.jsonl").read_text().splitlines()
-    assert [sorted(json.loads(line)) for line in lines[1:]] == [
+    assert [sorted(json.loads(line)) for line in lines[2:-1]] == [
         ["canary_max_abs_diff", "event", "time", "version_step"],
         ["rollouts", "time"],
     ]
@@ -59,7 +64,7 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
 def test_scalars_of_numpy_and_torch_are_plain_numbers(tmp_path):
     with open_metrics(tmp_path) as metrics:
         metrics.write(1, {"a": np.float32(0.5), "b": np.int64(3), "c": torch.tensor(2.0), "d": np.bool_(True)})
-    assert read_metrics(tmp_path / "learner.jsonl")[0] == {
+    assert written(tmp_path)[0] == {
         "time": 1000.0, "step": 1, "a": 0.5, "b": 3, "c": 2.0, "d": True,
     }  # fmt: skip
 
@@ -70,7 +75,7 @@ def test_torn_last_line_is_cut_when_the_file_is_opened_again(tmp_path, torn):
     with open_metrics(tmp_path) as metrics:
         metrics.write(2, {"reward": 1.0})
     records = [json.loads(line) for line in (tmp_path / "learner.jsonl").read_text().splitlines()]
-    assert records == [{"step": 1}, {"time": 1000.0, "step": 2, "reward": 1.0}]
+    assert [records[0], records[2]] == [{"step": 1}, {"time": 1000.0, "step": 2, "reward": 1.0}]
 
 
 def test_reader_ignores_a_half_written_line_and_a_missing_file(tmp_path):
@@ -100,7 +105,14 @@ def test_batches_without_a_step_are_all_kept(tmp_path):
     with open_metrics(tmp_path) as metrics:
         for _ in range(3):
             metrics.write(None, {"version_step": 7})
-    assert len(read_metrics(tmp_path / "learner.jsonl")) == 3
+    assert len(written(tmp_path)) == 3
+
+
+def test_file_says_when_a_process_started_and_stopped(tmp_path):
+    for _ in range(2):
+        with open_metrics(tmp_path):
+            pass
+    assert [r["event"] for r in read_metrics(tmp_path / "learner.jsonl")] == ["start", "stop", "start", "stop"]
 
 
 def test_full_volume_is_an_error_with_a_way_out_and_the_torn_line_is_cut_later(tmp_path):

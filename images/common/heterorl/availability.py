@@ -10,7 +10,8 @@ from bisect import bisect_right
 from functools import lru_cache
 from threading import Lock
 
-from heterorl.delay import Exponential, uniform
+from heterorl.delay import Exponential
+from heterorl.seeds import uniform
 from heterorl.spec import SamplerGroup
 
 

@@ -8,7 +8,6 @@ to choose and what each setting does.
 from __future__ import annotations
 
 import csv
-import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,15 +17,10 @@ from statistics import NormalDist
 from typing import Any, Protocol, TypeVar
 
 from heterorl.errors import DataError
+from heterorl.seeds import uniform
 from heterorl.spec import Delay, DelayTrace
 
 MAX_TRACE_VALUES = 4096
-
-
-def uniform(*key: object) -> float:
-    """A number in the open interval (0, 1) that depends on `key` alone, on every machine and Python the same."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return ((int.from_bytes(digest, "big") >> 12) + 0.5) * 2.0**-52
 
 
 # ── laws ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

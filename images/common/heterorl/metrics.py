@@ -5,7 +5,8 @@ resumed from step c writes c + 1 again, so a line with a step supersedes every e
 (`read_metrics` applies that). Numbers that are not finite are written as null.
 
     metrics/NAME.jsonl     {"step": 12, "time": 1767225600.0, "reward": 0.25, ...}     one line a step or batch
-                           {"event": "swap", "time": ..., "version_step": 12, ...}     what happened in between
+                           {"event": "swap", "time": ..., "version_step": 12, ...}     what happened in between;
+                                                                 `start` and `stop` frame the life of a process
     metrics/NAME.port      port of /metrics while the process runs
     metrics/tensorboard/NAME/   metrics/wandb/
 """
@@ -21,6 +22,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -82,7 +84,9 @@ class Metrics:
             raise RunFolderError(f"{folder}: metrics cannot be written there: {error}") from error
         if monitoring.tensorboard and (board := _open_tensorboard(folder / "tensorboard" / name)):
             sinks.append(board)
-        return cls([*sinks, project] if project else sinks, clock=clock)
+        metrics = cls([*sinks, project] if project else sinks, clock=clock)
+        metrics.event("start", {"pid": os.getpid()})
+        return metrics
 
     def write(self, step: int | None, values: Mapping[str, Any]) -> None:
         """Record the values of a learner step, or of a sampler's batch (step None)."""
@@ -99,6 +103,8 @@ class Metrics:
 
     def close(self) -> None:
         """Flush every sink and stop serving."""
+        with suppress(RunFolderError):  # a full volume has been reported by the write that met it
+            self.event("stop", {})
         for sink in self._sinks:
             sink.close()
 
