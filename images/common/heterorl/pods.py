@@ -161,11 +161,11 @@ class PodTemplate(Block):
     """When to pull the image."""
     image_pull_secrets: list[SecretName] = Field([], max_length=16, json_schema_extra=list_map("name"))
     """Secrets for pulling the image."""
-    labels: StringMap = {}
+    labels: StringMap = Field({})
     """Labels of the workload and its pods; queueing labels of Kueue go on the workload alone."""
-    annotations: StringMap = {}
+    annotations: StringMap = Field({})
     """Annotations of the workload and its pods."""
-    node_selector: StringMap = {}
+    node_selector: StringMap = Field({})
     """Node labels a pod needs."""
     tolerations: list[Toleration] = Field([], max_length=32)
     """Taints a pod tolerates."""

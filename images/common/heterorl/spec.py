@@ -392,7 +392,7 @@ class Optimizer(Block):
 
     learning_rate: float = Field(1e-6, gt=0, le=1)
     """Peak learning rate."""
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
     """Decay of the first and second moments."""
     eps: float = Field(1e-8, gt=0, le=1)
     """Term added to the denominator."""
