@@ -1,0 +1,258 @@
+"""Puts the starting model and the tokenised data onto the volume, once, before anybody else starts.
+
+Order: tokenizer, data, model, marker. What a user may have got wrong is found before the costly part, and nothing is
+seen half-written: files and the model folder appear by rename, the marker comes last. A second call does nothing; one
+after a crash starts over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from heterorl.data import PreparedData, prepare_rows
+from heterorl.errors import HeteroRLError, ModelError, RunFolderError
+from heterorl.exchange import Exchange
+from heterorl.files import STAGING, Files
+from heterorl.logs import setup_logging
+from heterorl.spec import Model, RunSpec
+from heterorl_learner.tiny import MAX_POSITIONS, build_model, build_tokenizer, examples_from, supervise
+
+logger = logging.getLogger(__name__)
+
+MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors")
+"""What is taken from a model folder or repository: configuration, tokenizer, weights; no code and no pickles."""
+
+
+def prepare(exchange: Exchange) -> dict[str, Any]:
+    """Prepare the run unless it is prepared; returns what the marker says.
+
+    That is `{"model": {"source", "digest", ...}, "data": {NAME: {"rows", "skipped"}}}`; a tiny model's entry also has
+    `supervised_steps` and `held_out_accuracy`. Raises ModelError and DataError for what the user has to put right.
+    """
+    if (done := exchange.prepared) is not None:
+        return done
+    spec = exchange.spec
+    folder = find_model(spec.model)
+    tokenizer = load_tokenizer(folder) if folder else build_tokenizer()
+    _require_positions(spec, folder)
+    tables = dict(_tokenise(spec, tokenizer, exchange.root))
+    exchange.files.make_dir(exchange.data_file("train").parent)
+    for name, table in tables.items():
+        logger.info("%s: %d problems, %d skipped for their length", name, len(table.rows), table.skipped)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table.rows)
+        exchange.files.replace(exchange.data_file(name), lines.encode())
+    with _staged(exchange.model_dir, exchange.files) as staged:
+        if folder:
+            _copy(folder, staged, exchange.files)
+            about: dict[str, Any] = {"source": str(folder)}
+        else:
+            about = {"source": "tiny", **_make_tiny(spec, tokenizer, tables["train"].rows, staged)}
+        about["digest"] = _digest(staged, exchange.files)
+    info = {
+        "model": about,
+        "data": {name: {"rows": len(table.rows), "skipped": table.skipped} for name, table in tables.items()},
+    }
+    exchange.mark_prepared(info)
+    return info
+
+
+# ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _tokenise(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, base: Path) -> Iterator[tuple[str, PreparedData]]:
+    """Every data set under its file's name. What is compared with the gold answer needs one that can be compared."""
+    compares = any(reward.name in ("accuracy", "cosine") for reward in spec.rewards)
+    datasets = [("train", spec.data.train, compares), *((f"eval-{e.label}", e, True) for e in spec.data.evals)]
+    for name, dataset, need_gold_parse in datasets:
+        yield (
+            name,
+            prepare_rows(
+                dataset,
+                base,
+                tokenizer,
+                spec.data.prompt_template,
+                spec.generation.max_prompt_tokens,
+                need_gold_parse=need_gold_parse,
+                seed=spec.seed,
+            ),
+        )
+
+
+# ── model ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def find_model(model: Model) -> Path | None:
+    """The complete Hugging Face folder to start from, downloaded if need be; None for a tiny model."""
+    if model.source == "tiny":
+        return None
+    folder = _inner_model(Path(model.path)) if model.path and model.source == "path" else _download(model)
+    _require_complete(folder)
+    return folder
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer; ModelError when it holds none that can be read."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise ModelError(
+            f"{folder} has no tokenizer (tokenizer.json); copy the tokenizer's files there, as"
+            " `AutoTokenizer.from_pretrained(BASE_MODEL).save_pretrained(FOLDER)` does"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
+
+
+def _inner_model(folder: Path) -> Path:
+    """The model inside an output folder, a checkpoint or a whole run's folder (there its output)."""
+    if not folder.is_dir():
+        raise ModelError(f"model.path {folder} is no folder; write the folder of a Hugging Face model")
+    inner = ("output",) if (folder / "run.json").is_file() else ("", "model", "hf")
+    for candidate in (folder / name for name in inner):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise ModelError(
+        f"model.path {folder} has no config.json; expected a Hugging Face folder with config.json, model.safetensors"
+        " and tokenizer.json, or a run's output/ or checkpoints/step-N"
+    )
+
+
+def _download(model: Model) -> Path:
+    """The folder of the Hub's model in the local cache, which is filled over the network where it has to be."""
+    where = f"model {model.name}" + (f" at revision {model.revision}" if model.revision else "")
+    try:
+        return Path(snapshot_download(str(model.name), revision=model.revision, allow_patterns=list(MODEL_FILES)))
+    except HFValidationError as error:
+        raise ModelError(f"{where}: {_first_line(error)}; write a name as Qwen/Qwen3-1.7B") from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{where}: the Hub has no such revision; write a branch, tag or commit of it") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{where}: not on the Hub, or not open to you; check the name, and set HF_TOKEN if it is private or gated"
+        ) from error
+    except (LocalEntryNotFoundError, HTTPError) as error:
+        raise ModelError(
+            f"{where}: the Hugging Face Hub cannot be reached and the local cache does not hold it; fill the cache"
+            f" where there is a network (`hf download {model.name}`), or write source: path and the folder of a copy"
+        ) from error
+
+
+def _require_complete(folder: Path) -> None:
+    """ModelError, naming it, for the first thing that a folder lacks or that cannot be read."""
+    try:
+        AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: config.json cannot be read: {_first_line(error)}") from error
+    index = folder / "model.safetensors.index.json"
+    names = (
+        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    )
+    for name in names:
+        if not (folder / name).is_file():
+            raise ModelError(
+                f"{folder} has no {name}; only weights in safetensors are read: load the model with transformers and"
+                " save_pretrained() it once"
+            )
+        try:
+            with safe_open(folder / name, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{folder}: {name} cannot be read ({_first_line(error)}); copy it again") from error
+
+
+def _require_positions(spec: RunSpec, folder: Path | None) -> None:
+    """ModelError when prompt and completion may grow longer than the model can read."""
+    config = AutoConfig.from_pretrained(folder) if folder else None
+    positions = getattr(config, "max_position_embeddings", None) if config else MAX_POSITIONS
+    wanted = spec.generation.max_prompt_tokens + spec.generation.max_completion_tokens
+    if positions is not None and wanted > positions:
+        raise ModelError(
+            f"generation.maxPromptTokens + maxCompletionTokens is {wanted}, but the model reads {positions} tokens;"
+            " lower one of them"
+        )
+
+
+def _make_tiny(
+    spec: RunSpec, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], staged: Path
+) -> dict[str, Any]:
+    torch.set_num_threads(1)  # the same sums in the same order on every machine
+    tiny = spec.model.tiny.model_copy(update={"seed": spec.model.tiny.seed + spec.seed})
+    model = build_model(tiny, tokenizer)
+    outcome = supervise(model, examples_from(rows, tokenizer, boxed=spec.data.prompt_template != "raw"), tiny)
+    model.save_pretrained(staged)
+    tokenizer.save_pretrained(staged)
+    return {"supervised_steps": outcome.steps, "held_out_accuracy": outcome.accuracy}
+
+
+def _copy(folder: Path, staged: Path, files: Files) -> None:
+    for path in sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)}):
+        files.copy(path, staged / path.name)
+
+
+@contextmanager
+def _staged(target: Path, files: Files) -> Iterator[Path]:
+    """A hidden folder that becomes `target` when the block ends well and is removed when it does not."""
+    staged = target.with_name(f"{STAGING}{target.name}")
+    files.remove(staged)
+    files.make_dir(staged)
+    try:
+        yield staged
+        for path in staged.iterdir():
+            files.sync_file(path)
+        files.sync_dir(staged)
+        files.remove(target)  # of an earlier attempt that never set the marker
+        files.rename(staged, target)
+    except BaseException:
+        files.remove(staged)
+        raise
+
+
+def _digest(folder: Path, files: Files) -> str:
+    """SHA-256 over names and contents of a flat folder."""
+    listing = "".join(f"{files.digest(path)}  {path.name}\n" for path in sorted(folder.iterdir()))
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+def main() -> int:
+    """`python -m heterorl_learner.prepare --root ROOT`; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Put the starting model and the tokenised data onto the volume.")
+    parser.add_argument("--root", type=Path, required=True, help="the run's folder")
+    root = parser.parse_args().root
+    setup_logging("prepare")
+    try:
+        info = prepare(Exchange(root))
+    except HeteroRLError as error:
+        logger.error("%s", error)
+        return error.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        logger.error("no space left on the volume of %s; free some and run again", root)
+        return RunFolderError.exit_code
+    logger.info("prepared: %s", json.dumps(info))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
