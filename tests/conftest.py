@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of the real data sets; where it is absent the test skips, under HETERORL_REQUIRE=all it fails."""
+    folder = (Path(__file__).parents[2] / "shared" / "data").resolve()
+    if not folder.is_dir():
+        reason = f"real data sets are not at {folder}"
+        (pytest.fail if os.environ.get("HETERORL_REQUIRE") == "all" else pytest.skip)(reason)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,7 @@ def cosine(group: Group, params: Reward) -> list[float]:
 
 # ── of the text ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def repetition(group: Group, params: Reward) -> list[float]:
-    """Penalty x (1 - distinct / all n-grams of words), penalty being `maxPenalty`; 0 below n words (arXiv 2502.03373)."""
+    """Penalty `maxPenalty` x (1 - distinct / all n-grams of words); 0 below n words (arXiv 2502.03373)."""
 
     def value(text: str) -> float:
         words = text.lower().split()
