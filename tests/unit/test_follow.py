@@ -1,0 +1,138 @@
+"""Following the weights: swaps, refusals and what is served after each, on a real exchange with an honest little engine."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from heterorl.delay import Adoption
+from heterorl.exchange import Canary, Exchange, Version
+from heterorl.spec import API_VERSION, KIND, Delay, HeteroRLRun
+from heterorl_sampler.follow import Follower, Swap
+
+TEXTS = [[1, 2], [3, 4]]
+
+
+class OneNumberEngine:
+    """A model of one weight, which is also every log-probability it computes."""
+
+    def __init__(self) -> None:
+        self.weight = 0.0
+
+    def load_weights(self, folder: Path) -> None:
+        self.weight = float((folder / "model.safetensors").read_text())
+
+    def score(self, token_ids: list[list[int]]) -> list[list[float]]:
+        return [[self.weight] * (len(text) - 1) for text in token_ids]
+
+
+@pytest.fixture
+def exchange(tmp_path: Path) -> Exchange:
+    exchange = Exchange(tmp_path / "run")
+    samplers = [{"name": "far"}]
+    spec = {"samplers": samplers, "model": {"dtype": "float32"}}
+    exchange.create(
+        HeteroRLRun.model_validate(
+            {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "test"}, "spec": spec}
+        )
+    )
+    return exchange
+
+
+@pytest.fixture
+def engine() -> OneNumberEngine:
+    return OneNumberEngine()
+
+
+@pytest.fixture
+def follower(exchange: Exchange, engine: OneNumberEngine, tmp_path: Path) -> Follower:
+    return Follower(exchange, engine, Adoption(Delay(), slot="far-0"), tmp_path / "scratch")
+
+
+def publish(exchange: Exchange, step: int, weight: float, *, canary: float | None = None) -> Version:
+    version = Version(step, 1)
+    (exchange.stage_weights(version) / "model.safetensors").write_text(str(weight))
+    expected = weight if canary is None else canary
+    exchange.commit_weights(version, Canary(TEXTS, [[expected], [expected]]))
+    return version
+
+
+def settle(follower: Follower) -> list[Swap]:
+    """Advance until nothing is under way any more."""
+    swaps = []
+    for _ in range(6):
+        if swap := follower.advance():
+            swaps.append(swap)
+        time.sleep(0.05)  # the fetch runs on a thread of its own
+    return swaps
+
+
+def test_the_first_weights_are_served_and_then_the_newest(
+    exchange: Exchange, engine: OneNumberEngine, follower: Follower
+) -> None:
+    publish(exchange, 0, -1.0)
+    assert [swap.version for swap in settle(follower)] == [Version(0, 1)]
+    publish(exchange, 1, -2.0)
+    newest = publish(exchange, 2, -3.0)
+    assert [swap.version for swap in settle(follower)] == [newest]
+    assert (engine.weight, follower.version) == (-3.0, newest)
+
+
+def test_a_damaged_version_is_refused_once_and_the_old_one_stays(
+    exchange: Exchange, engine: OneNumberEngine, follower: Follower, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = publish(exchange, 0, -1.0)
+    settle(follower)
+    damaged = publish(exchange, 1, -2.0)
+    (exchange.root / "weights" / str(damaged) / "model.safetensors").write_text("-9.0")
+    assert settle(follower) == []
+    assert (engine.weight, follower.version) == (-1.0, first)
+    assert list(follower.rejected) == [damaged]
+    refusals = [r.getMessage() for r in caplog.records if "refused" in r.getMessage()]
+    assert len(refusals) == 1
+    assert "checksum" in refusals[0]
+    assert f"goes on with {first}" in refusals[0]
+
+
+def test_a_version_whose_canary_fails_is_refused_and_the_old_weights_are_loaded_again(
+    exchange: Exchange, engine: OneNumberEngine, follower: Follower
+) -> None:
+    first = publish(exchange, 0, -1.0)
+    settle(follower)
+    wrong = publish(exchange, 1, -2.0, canary=-2.1)
+    settle(follower)
+    assert (engine.weight, follower.version) == (-1.0, first)
+    assert "differ by 0.1" in follower.rejected[wrong]
+    good = publish(exchange, 2, -3.0)
+    settle(follower)
+    assert (engine.weight, follower.version) == (-3.0, good)
+
+
+def test_a_version_retired_during_the_fetch_is_no_failure(
+    exchange: Exchange, engine: OneNumberEngine, follower: Follower
+) -> None:
+    publish(exchange, 0, -1.0)
+    settle(follower)
+    publish(exchange, 1, -2.0)
+    list(follower._look())
+    exchange.retire_weights([])
+    newest = publish(exchange, 2, -3.0)
+    settle(follower)
+    assert (follower.version, follower.rejected) == (newest, {})
+
+
+def test_after_a_learner_crash_its_successor_is_followed_back(
+    exchange: Exchange, engine: OneNumberEngine, follower: Follower
+) -> None:
+    for step in range(8):
+        publish(exchange, step, float(-step))
+    settle(follower)
+    assert follower.version == Version(7, 1)
+    exchange.retire_weights([Version(step, 1) for step in range(6)])  # resumed from the checkpoint of step 5
+    resumed = Version(5, 2)
+    (exchange.stage_weights(resumed) / "model.safetensors").write_text("-5.5")
+    exchange.commit_weights(resumed, Canary(TEXTS, [[-5.5], [-5.5]]))
+    settle(follower)
+    assert follower.version == resumed
