@@ -134,6 +134,7 @@ def build_engine(folder: Path, spec: RunSpec) -> Engine:
         from heterorl_learner.engine_torch import TorchEngine
 
         return TorchEngine(folder, spec, device)
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # read when DeepSpeed is imported
     from heterorl_learner.engine_deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine(folder, spec, device)

@@ -1,0 +1,203 @@
+"""The engines compute the same: one process, DDP, and ZeRO 1, 2 and 3 on the same recorded batches.
+
+Two processes under torchrun run all distributed engines one after the other (most of the time goes into imports); this
+file is their script as well as the test.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from heterorl.spec import RunSpec
+from heterorl_learner.batching import MicroBatch, Sequence, plan
+from heterorl_learner.engine import Engine, LossFunction, build_engine
+
+STEPS, STOP = 10, 5
+TOKEN_BUDGET = 64
+DISTRIBUTED = ["torch", "zero1", "zero2", "zero3"]
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a run leaves: the step's loss over all ranks, the gradient norm, and the final weights."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, Tensor]
+
+
+def recorded_batch(step: int) -> list[Sequence]:
+    """The same on every rank and for every engine; 7 sequences, so that two ranks never have equally much to do."""
+    rng = np.random.default_rng(step)
+    lengths = [(rng.integers(1, 10), rng.integers(1, 50)) for _ in range(7)]
+    return [
+        Sequence(
+            rng.integers(24, size=prompt).astype(np.int32),
+            rng.integers(24, size=completion).astype(np.int32),
+            np.zeros(completion, np.float32),
+            group=0,
+            advantage=rng.uniform(0.5, 1.5),  # of one sign, so that the loss is no small difference of large numbers
+        )
+        for prompt, completion in lengths
+    ]
+
+
+def policy_gradient(batch: MicroBatch, logp: Tensor) -> Tensor:
+    return -(logp * batch.advantages[batch.seq_ids]).sum() / 100
+
+
+def flipped(batch: MicroBatch, logp: Tensor) -> Tensor:
+    loss = policy_gradient(batch, logp)
+    return 2 * loss.detach() - loss  # the same value, the opposite gradient
+
+
+def run_spec(strategy: str) -> RunSpec:
+    return RunSpec.model_validate(
+        {
+            "samplers": [{"name": "near"}],
+            "model": {"dtype": "float32"},
+            "learner": {"strategy": strategy, "optimizer": {"weightDecay": 0.01}},
+        }
+    )
+
+
+def train(engine: Engine, steps: range, loss_function: LossFunction) -> tuple[list[float], list[float]]:
+    losses, norms = [], []
+    for step in steps:
+        batches = plan(recorded_batch(step), TOKEN_BUDGET, engine.world_size)[engine.rank]
+        loss = torch.tensor(engine.forward_backward(batches, 1.0, loss_function))
+        if engine.world_size > 1:
+            torch.distributed.all_reduce(loss)
+        losses.append(loss.item())
+        norms.append(engine.step(3e-4))
+    return losses, norms
+
+
+def run_through(folder: Path, strategy: str, loss_function: LossFunction = policy_gradient) -> Trajectory:
+    engine = build_engine(folder, run_spec(strategy))
+    losses, norms = train(engine, range(STEPS), loss_function)
+    return Trajectory(losses, norms, engine.full_state_dict())
+
+
+def run_with_a_stop(folder: Path, strategy: str, checkpoint: Path) -> Trajectory:
+    first = build_engine(folder, run_spec(strategy))
+    before = train(first, range(STOP), policy_gradient)
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    first.save(checkpoint)
+    second = build_engine(folder, run_spec(strategy))
+    second.load(checkpoint)
+    after = train(second, range(STOP, STEPS), policy_gradient)
+    return Trajectory(before[0] + after[0], before[1] + after[1], second.full_state_dict())
+
+
+def main(folder: Path, out: Path) -> None:
+    """A rank's work; rank 0 writes what it saw."""
+    torch.set_num_threads(1)
+    for strategy in DISTRIBUTED:
+        whole = run_through(folder, strategy)
+        stopped = run_with_a_stop(folder, strategy, out / f"checkpoint-{strategy}")
+        if os.environ["RANK"] == "0":
+            torch.save({"whole": vars(whole), "stopped": vars(stopped)}, out / f"{strategy}.pt")
+    build_engine(folder, run_spec("torch")).close()
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model_dir: Callable[..., Path]) -> Path:
+    return tiny_model_dir(tied=True)
+
+
+@pytest.fixture(scope="module")
+def single(folder: Path) -> Trajectory:
+    """Plain torch in one process and one thread: what all others are compared with."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield run_through(folder, "torch")
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def distributed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Trajectory]]:
+    out = tmp_path_factory.mktemp("engines")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder), str(out)]
+    result = subprocess.run(
+        [sys.executable, *launch],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout[-8000:]
+    return {
+        strategy: {name: Trajectory(**run) for name, run in torch.load(out / f"{strategy}.pt").items()}
+        for strategy in DISTRIBUTED
+    }
+
+
+def assert_agree(found: Trajectory, expected: Trajectory, start: dict[str, Tensor]) -> None:
+    assert found.losses == pytest.approx(expected.losses, rel=1e-4)
+    assert found.norms == pytest.approx(expected.norms, rel=1e-4)
+    assert set(found.weights) == set(expected.weights) == set(start)
+    assert update_difference(found, expected, start) < 1e-3
+
+
+def update_difference(found: Trajectory, expected: Trajectory, start: dict[str, Tensor]) -> float:
+    """|difference of the weights| over |change of the weights since the start|, in the Euclidean norm."""
+
+    def norm(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+        return sum((one[name] - other[name]).double().square().sum().item() for name in start) ** 0.5
+
+    return norm(found.weights, expected.weights) / norm(expected.weights, start)
+
+
+@pytest.fixture(scope="module")
+def start(folder: Path) -> dict[str, Tensor]:
+    return build_engine(folder, run_spec("torch")).full_state_dict()
+
+
+def test_the_recorded_batches_give_ranks_different_numbers_of_packs_and_some_none() -> None:
+    plans = [plan(recorded_batch(step), TOKEN_BUDGET, 2) for step in range(STEPS)]
+    assert len({len(ranks[0]) for ranks in plans}) > 1
+    assert any(len(batch.lengths) == 0 for ranks in plans for batches in ranks for batch in batches)
+
+
+@pytest.mark.parametrize("strategy", DISTRIBUTED)
+def test_two_processes_train_as_one_does(
+    strategy: str,
+    single: Trajectory,
+    distributed: dict[str, dict[str, Trajectory]],
+    start: dict[str, Tensor],
+) -> None:
+    assert_agree(distributed[strategy]["whole"], single, start)
+
+
+@pytest.mark.parametrize("strategy", DISTRIBUTED)
+def test_stopping_and_resuming_changes_nothing(
+    strategy: str, distributed: dict[str, dict[str, Trajectory]], start: dict[str, Tensor]
+) -> None:
+    whole, stopped = distributed[strategy]["whole"], distributed[strategy]["stopped"]
+    assert stopped.losses == whole.losses
+    assert stopped.norms == whole.norms
+    for name in start:
+        assert torch.equal(stopped.weights[name], whole.weights[name]), name
+
+
+def test_a_flipped_gradient_fails_the_comparison(folder: Path, single: Trajectory, start: dict[str, Tensor]) -> None:
+    wrong = run_through(folder, "torch", flipped)
+    with pytest.raises(AssertionError):
+        assert_agree(wrong, single, start)
+    assert wrong.losses[0] == single.losses[0]  # the first loss cannot tell
+    assert update_difference(wrong, single, start) > 1
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
