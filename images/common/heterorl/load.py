@@ -44,10 +44,13 @@ def load_run(path: Path | str, sets: Sequence[str] = ()) -> HeteroRLRun:
 
 def warnings_for(run: HeteroRLRun) -> list[str]:
     """What is allowed but deserves a word."""
-    if run.spec.generation.truncated_law:
+    generation = run.spec.generation
+    neutral = {"topP": (generation.top_p, 1), "topK": (generation.top_k, 0), "minP": (generation.min_p, 0)}
+    neutral["repetitionPenalty"] = (generation.repetition_penalty, 1)
+    if set_ := [f"{name} {value:g}" for name, (value, off) in neutral.items() if value != off]:
         return [
-            "spec.generation: topP, topK, minP or repetitionPenalty truncate the sampler's law, so importance ratios"
-            " compare with another law than the one trained; topP: 1, topK: 0 avoid that"
+            f"spec.generation: {', '.join(set_)} truncate what a sampler may draw, so importance ratios compare two"
+            f" different laws; {', '.join(f'{name}: {off}' for name, (_, off) in neutral.items())} avoid that"
         ]
     return []
 

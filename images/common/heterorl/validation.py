@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic.alias_generators import to_camel
 from pydantic.fields import FieldInfo
 
 from heterorl.block import PATTERNS, RULES_LATER, Block, block_in
@@ -205,7 +206,7 @@ def _explain_unknown(location: Location) -> tuple[str, str | None]:
     key, known = str(location[-1]), _fields(_block_at(location[:-1]))
     if near := nearest(key, known):
         return f"unknown field; did you mean {near}?", near
-    places = list(_places(key, RunSpec, "spec"))
+    places = list(_places(to_camel(key), RunSpec, "spec"))
     if 0 < len(places) <= 3:
         return f"unknown field here; it belongs to {' or '.join(places)}", None
     return f"unknown field; known here: {', '.join(sorted(known))}", None

@@ -1,0 +1,202 @@
+"""The CRD against the rules for structural schemas, written out here from the Kubernetes documentation."""
+
+import re
+
+from heterorl.block import Block, block_in
+from heterorl.crd import IMMUTABLE, RULES, WHEN_SUSPENDED, change_rules, crd, crd_yaml
+from heterorl.spec import HeteroRLRun, RunSpec
+
+# Keywords of apiextensions/v1 JSONSchemaProps that may stand anywhere, and that this CRD has a use for.
+ALLOWED = {
+    "type",
+    "description",
+    "default",
+    "enum",
+    "format",
+    "pattern",
+    "minimum",
+    "maximum",
+    "exclusiveMinimum",
+    "exclusiveMaximum",
+    "multipleOf",
+    "minLength",
+    "maxLength",
+    "minItems",
+    "maxItems",
+    "minProperties",
+    "maxProperties",
+    "required",
+    "properties",
+    "additionalProperties",
+    "items",
+    "x-kubernetes-list-type",
+    "x-kubernetes-list-map-keys",
+    "x-kubernetes-preserve-unknown-fields",
+    "x-kubernetes-validations",
+}
+
+
+def root():
+    (version,) = crd()["spec"]["versions"]
+    return version["schema"]["openAPIV3Schema"]
+
+
+def nodes(schema, path=""):
+    yield path, schema
+    for key, inner in schema.get("properties", {}).items():
+        yield from nodes(inner, f"{path}.{key}")
+    for key in ("items", "additionalProperties"):
+        if key in schema:
+            yield from nodes(schema[key], f"{path}[]")
+
+
+NODES = list(nodes(root()))
+
+
+def test_every_node_is_typed_and_uses_only_structural_keywords():
+    for path, schema in NODES:
+        assert schema.get("type") in ("object", "array", "string", "integer", "number", "boolean"), path
+        assert set(schema) <= ALLOWED, path
+        assert ("properties" in schema) + ("additionalProperties" in schema) <= 1, path
+        for bound in ("exclusiveMinimum", "exclusiveMaximum"):
+            assert isinstance(schema.get(bound, True), bool), path
+
+
+def test_metadata_is_left_to_the_api_server():
+    assert root()["properties"]["metadata"] == {"type": "object"}
+
+
+def test_every_string_list_and_map_is_bounded():
+    for path, schema in NODES:
+        if path in ("", ".apiVersion", ".kind", ".metadata"):
+            continue
+        if schema["type"] == "string":
+            assert "maxLength" in schema or "enum" in schema, path
+        if schema["type"] == "array":
+            assert "maxItems" in schema, path
+        if "additionalProperties" in schema:
+            assert "maxProperties" in schema, path
+
+
+def test_list_maps_have_required_keys():
+    for path, schema in NODES:
+        if schema.get("x-kubernetes-list-type") == "map":
+            assert set(schema["x-kubernetes-list-map-keys"]) <= set(schema["items"]["required"]), path
+    by_path = dict(NODES)
+    assert by_path[".spec.samplers"]["x-kubernetes-list-map-keys"] == ["name"]
+    assert by_path[".status.conditions"]["x-kubernetes-list-map-keys"] == ["type"]
+
+
+def test_defaults_fit_their_type_and_hold_no_null():
+    kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool}
+    for path, schema in NODES:
+        if "default" in schema:
+            assert isinstance(schema["default"], kinds[schema["type"]]), path
+            assert "enum" not in schema or schema["default"] in schema["enum"], path
+    assert "null" not in crd_yaml()
+
+
+def test_a_block_with_defaults_is_filled_in_so_that_rules_may_name_its_fields():
+    for path, schema in NODES:
+        if schema.get("default") == {} and "properties" in schema:
+            assert not schema.get("required"), path
+
+
+def test_only_the_affinity_is_free_of_a_schema():
+    free = {path.split(".")[-1] for path, schema in NODES if schema.get("x-kubernetes-preserve-unknown-fields")}
+    assert free == {"affinity"}
+
+
+def test_columns_name_fields_that_exist():
+    by_path = dict(NODES)
+    columns = crd()["spec"]["versions"][0]["additionalPrinterColumns"]
+    assert [c["name"] for c in columns if not c.get("priority")] == [
+        "State",
+        "Step",
+        "Steps",
+        "Reward",
+        "Lag",
+        "Samplers",
+        "Age",
+    ]
+    assert [c["name"] for c in columns if c.get("priority")] == ["Model", "Loss", "Restarts"]
+    for column in columns:
+        if column["type"] != "date":
+            assert by_path[column["jsonPath"]]["type"] == column["type"], column
+
+
+def test_names_and_status_subresource():
+    spec = crd()["spec"]
+    assert spec["names"]["shortNames"] == ["hrl"]
+    assert spec["names"]["categories"] == ["all", "heterorl"]
+    assert spec["versions"][0]["subresources"] == {"status": {}}
+    assert crd()["metadata"]["name"] == f"{spec['names']['plural']}.{spec['group']}"
+
+
+def rules():
+    return [
+        (path, rule["rule"], rule["message"]) for path, s in NODES for rule in s.get("x-kubernetes-validations", [])
+    ]
+
+
+def test_rules_name_only_fields_of_their_block():
+    by_path = dict(NODES)
+    for path, rule, _ in rules():
+        for chain in re.findall(r"\b(?:self|oldSelf)((?:\.\w+)+)(?!\w*\()", re.sub(r"'[^']*'", "''", rule)):
+            parts = chain.split(".")[1:]
+            schema = by_path[path]
+            for part in parts:
+                if "properties" not in schema or (path == "" and part == "name"):
+                    break
+                assert part in schema["properties"], f"{path}: {rule}"
+                schema = schema["properties"][part]
+
+
+def test_messages_are_one_short_line():
+    for path, _, message in rules():
+        assert 0 < len(message) <= 200, path
+        assert "\n" not in message
+
+
+def test_every_rule_table_is_that_of_a_block_in_the_spec():
+    def names(block: type[Block]):
+        yield block.__name__
+        for info in block.model_fields.values():
+            if inner := block_in(info.annotation):
+                yield from names(inner)
+
+    assert set(RULES) <= set(names(HeteroRLRun))
+
+
+def test_every_block_with_rules_in_python_has_rules_in_cel():
+    def with_rules(block: type[Block]):
+        if "broken_rules" in vars(block):
+            yield block.__name__
+        for info in block.model_fields.values():
+            if inner := block_in(info.annotation):
+                yield from with_rules(inner)
+
+    # Data's labels differ by its list-map.
+    assert set(with_rules(HeteroRLRun)) - {"Data"} <= set(RULES)
+
+
+def test_every_field_of_the_spec_is_immutable_guarded_or_live():
+    live = {
+        "samplers",  # groups come and go; their fields are guarded one by one
+        "learner",
+        "exchange",
+        "evaluation",
+        "failurePolicy",
+        "local",
+        "suspend",
+        "resume",
+        "ttlSecondsAfterFinished",
+        "activeDeadlineSeconds",
+    }
+    fields = {info.alias or name for name, info in RunSpec.model_fields.items()}
+    assert {*IMMUTABLE, *WHEN_SUSPENDED} | live == fields
+    guarded = "\n".join(rule for rule, _ in change_rules())
+    for name in ("self.learner.batch", "self.exchange.maxPendingGroups", "o.podTemplate == g.podTemplate"):
+        assert name in guarded
+    for name in ("learner.steps", "exchange.retention", "g.replicas", "g.delay", "g.availability"):
+        assert name not in guarded
