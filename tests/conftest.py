@@ -60,10 +60,11 @@ def save_tiny_qwen3(folder: Path, tied: bool, seed: int) -> None:
 
 
 def save_character_tokenizer(folder: Path) -> None:
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     characters = ["<pad>", "<eos>", *"0123456789+-*/=()[]{} \\?"][:24]
     words = Tokenizer(models.WordLevel({text: i for i, text in enumerate(characters)}, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    words.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)

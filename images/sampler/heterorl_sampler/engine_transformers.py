@@ -17,6 +17,7 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from heterorl.errors import UserError
 from heterorl_sampler.engine import (
@@ -39,6 +40,7 @@ class TransformersEngine:
     def __init__(self, model_dir: Path, *, dtype: Dtype, gpus: int = 0) -> None:
         if gpus and not torch.cuda.is_available():
             raise UserError(f"gpus: {gpus}, but torch finds no GPU here; write gpus: 0 or run where there is one")
+        disable_progress_bar()  # logs are read by people and collectors
         self._device = torch.device("cuda" if gpus else "cpu")
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
         self._model = model.to(self._device).eval()
