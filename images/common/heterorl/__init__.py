@@ -1,0 +1,1 @@
+"""HeteroRL: reinforcement learning for language models on machines that are far apart, unequal, or come and go."""

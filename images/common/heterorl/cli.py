@@ -127,6 +127,9 @@ def main(arguments: list[str] | None = None) -> None:
     except HeteroRLError as error:
         _say(str(error))
         sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
     except click.ClickException as error:
         _say(error.format_message())
         sys.exit(2)

@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import pytest
+
+from heterorl.cli import cli, main
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(capsys, *arguments):
+    """Exit code, standard output and standard error of a command."""
+    code = 0
+    try:
+        main(list(arguments))
+    except SystemExit as ended:
+        code = ended.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_validate_reports_all_problems_of_all_files_and_exits_2(capsys, tmp_path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("apiVersion: heterorl.dev/v1alpha1\nkind: HeteroRLRun\nmetadata: {name: 3}\nspec: {}\n")
+    good, missing = EXAMPLES / "quickstart.yaml", tmp_path / "missing.yaml"
+    code, out, err = run(capsys, "validate", str(bad), str(good), str(missing))
+    assert code == 2
+    assert out == f"{good}: ok\n"
+    assert err.splitlines() == [
+        f'heterorl: {bad}: line 3: metadata.name: found 3, expected text; write it in quotes: "3"',
+        f"heterorl: {bad}: line 4: spec.samplers: is missing; write it",
+        f"heterorl: {missing}: there is no such file",
+    ]
+
+
+def test_validate_prints_warnings_and_exits_0(capsys):
+    code, _, err = run(capsys, "validate", str(EXAMPLES / "online.yaml"), "--set", "generation.topP=0.9")
+    assert code == 0
+    assert err.startswith("heterorl: warning: ")
+
+
+def test_run_refuses_a_bad_manifest_before_it_writes_anything(capsys, tmp_path):
+    runs = tmp_path / "runs"
+    code, _, err = run(
+        capsys, "run", str(EXAMPLES / "quickstart.yaml"), "--set", "learner.stepz=1", "--runs-dir", str(runs)
+    )
+    assert code == 2
+    assert "did you mean steps?" in err
+    assert not runs.exists()
+
+
+def test_an_unknown_option_is_one_line_and_exits_2(capsys):
+    code, _, err = run(capsys, "run", "x.yaml", "--resum")
+    assert code == 2
+    assert err.startswith("heterorl: No such option")
+    assert "--resume" in err
+
+
+def test_interrupting_a_command_exits_130(capsys, monkeypatch):
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.commands["validate"], "callback", interrupted)
+    assert run(capsys, "validate", "x.yaml")[0] == 130
+
+
+@pytest.mark.parametrize("command", ["crd", "docs"])
+def test_check_fails_where_the_generated_file_is_not_up_to_date(capsys, monkeypatch, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, command, "--check")[0] == 1
+    assert run(capsys, command)[0] == 0
+    assert run(capsys, command, "--check")[0] == 0
+    (written,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    written.write_text("old")
+    code, _, err = run(capsys, command, "--check")
+    assert code == 1
+    assert f"run heterorl {command}" in err
+
+
+def test_eval_passes_its_arguments_on(capfd):
+    code, out, _ = run(capfd, "eval", "--help")
+    assert code == 0
+    assert "--data" in out
