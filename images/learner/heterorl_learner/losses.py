@@ -93,12 +93,11 @@ class LossInputs:
         return self.sequence_mean(self.sampler_logp)
 
     def sequence_sum(self, values: Tensor) -> Tensor:
-        """Sum [T] -> [S]; 0 where the sequence is left out."""
-        values = values.masked_fill(~self.token_counted, 0.0)
+        """Sum [T] -> [S], also of sequences left out."""
         return values.new_zeros(self.lengths.shape[0]).index_add(0, self.seq_ids, values)
 
     def sequence_mean(self, values: Tensor) -> Tensor:
-        """Mean [T] -> [S]; 0 where the sequence is left out."""
+        """Mean [T] -> [S]; of no meaning where the sequence is left out."""
         return self.sequence_sum(values) / self.lengths.clamp(min=1)
 
 
