@@ -70,6 +70,9 @@ def test_many_open_boxes_take_linear_time() -> None:
         (r"\$18.90", "18.90"),
         ("(3,4]", r"\left(3, 4\right]"),
         ("4", "$4$"),
+        ("72", "72."),
+        (r"\frac{1}{2}", r"0.5\,."),
+        ("0.5", r"\left.\frac{1}{2}\right."),
         ("4", "x = 4"),
     ],
 )

@@ -35,6 +35,7 @@ CHILD_BYTES = 4 << 30
 CACHED_VERDICTS = 65_536
 
 _BRACES = re.compile(r"(\\boxed\s*\{)|\\.|\{|\}", re.DOTALL)
+_TRAILING = re.compile(r"(?<!\\right)(?<!\\left)(?:\.|\\[,;:! ]| )+\Z")
 _INTEGER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d{1,40})")
 
 
@@ -56,10 +57,10 @@ def extract_boxed(text: str) -> str | None:
 
 
 def _normalised(answer: str) -> str:
-    """The answer without math delimiters and needless blanks."""
+    """The answer without math delimiters, needless blanks, and what ends a sentence (`72.` parses as nothing)."""
     answer = " ".join(answer.split())
     delimited = len(answer) > 2 and answer[0] == answer[-1] == "$" and answer[-2] != "\\"
-    return answer.strip("$").strip() if delimited else answer
+    return _TRAILING.sub("", answer.strip("$") if delimited else answer).strip()
 
 
 def _integer(answer: str) -> int | None:
@@ -102,6 +103,8 @@ class AnswerChecker:
 
     def equal(self, gold: str, answer: str) -> bool:
         """Whether two bare answers are equal; plain integers and identical texts are decided here, at once."""
+        if len(answer) > MAX_ANSWER_CHARS:
+            return False
         gold, answer = _normalised(gold), _normalised(answer)
         if not gold or not answer:
             return False
