@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from heterorl.exchange import Exchange, Version
-from heterorl.processes import Outcome, Role
+from heterorl.processes import Outcome, Role, shown
 
 
 def due_versions(
@@ -41,9 +41,10 @@ class Evaluations:
         self._every = exchange.spec.evaluation.every_steps
         self._pinned: set[Version] = set()
         self._left: set[Version] = set()  # done, or not worth another try
-        self._version: Version | None = None
+        self.version: Version | None = None
+        """The version being evaluated, if any."""
         self.role: Role | None = None
-        """The process at work, if any."""
+        """The process at work on it."""
 
     def want(self, *, finished: bool) -> None:
         """Start what is due, unless one is at work."""
@@ -54,7 +55,7 @@ class Evaluations:
             self._exchange.pin(version)
             self._pinned.add(version)
         if due:
-            self._version, self.role = due[0], self._make_role(due[0])
+            self.version, self.role = due[0], self._make_role(due[0])
             self.role.wanted = True
 
     def stop(self) -> None:
@@ -68,17 +69,17 @@ class Evaluations:
 
     def ended(self, outcome: Outcome) -> str | None:
         """Take note of the end of the process; a message if its version is left out."""
-        assert self._version is not None
+        assert self.version is not None
         assert self.role is not None
         if outcome not in (Outcome.CLEAN, Outcome.GAVE_UP):
             return None
-        version, log = self._version, self.role.log
+        version, log = self.version, self.role.log
         self._left.add(version)
         self._exchange.unpin(version)
-        self._version = self.role = None
+        self.version = self.role = None
         if version in self._exchange.read_evals():
             return None
-        return f"the evaluation of {version} gave no result and is left out; see {log}"
+        return f"the evaluation of {version} gave no result and is left out; see {shown(log)}"
 
     def _due(self, *, finished: bool) -> list[Version]:
         if not self._every:

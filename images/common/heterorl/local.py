@@ -7,11 +7,11 @@ claim the folder ── prepare ── learner + samplers + evaluations ── s
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 from heterorl import summary
 from heterorl.exchange import Exchange
+from heterorl.processes import USER_ERROR, shown
 from heterorl.runfolder import claim, no_space_is_a_user_error
 from heterorl.runner import Programs, Runner, Verdict, count_interrupts
 from heterorl.spec import HeteroRLRun
@@ -43,16 +43,16 @@ def run_local(manifest: Path, run: HeteroRLRun, runs_dir: Path, resume: bool, pr
 def _conclude(exchange: Exchange, verdict: Verdict, manifest: Path, *, resumable: bool) -> None:
     """Write summary and report, say where things are and what to do next."""
     if not resumable:
-        if verdict.status == "stopped":
-            print("stopped before the preparation was complete; nothing is left behind")
+        if verdict.exit_code != USER_ERROR:  # then its message is the last line already
+            print(f"{verdict.status}: {verdict.reason}")
         return
     result = summary.write_summary(exchange.root)
-    report = _draw_report(exchange) if result["steps"] else None
+    report = _draw_report(exchange) if result["reward_last_tenth"] is not None else None
     print(summary.in_words(result))
     for label, path in (("model", exchange.output_dir), ("summary", exchange.summary_file), ("report", report)):
         if path is not None and path.exists():
-            print(f"  {label:<8} {_short(path)}")
-    print(f"  {'logs':<8} {_short(exchange.logs_dir)}")
+            print(f"  {label:<8} {shown(path)}")
+    print(f"  {'logs':<8} {shown(exchange.logs_dir)}")
     if verdict.status != "succeeded":
         print(f"{verdict.status}: {verdict.reason}")
         print(f"go on with: heterorl run {manifest} --resume")
@@ -61,13 +61,11 @@ def _conclude(exchange: Exchange, verdict: Verdict, manifest: Path, *, resumable
 def _draw_report(exchange: Exchange) -> Path | None:
     try:
         from heterorl.report import write_report
+
+        return write_report([exchange.root])
     except ModuleNotFoundError as error:
-        print(f"no report drawn: {error.name} is not installed; pip install 'heterorl[plot]' and `heterorl report`")
-        return None
-    return write_report([exchange.root], exchange.root)
-
-
-def _short(path: Path) -> str:
-    with suppress(ValueError):
-        return str(path.relative_to(Path.cwd()))
-    return str(path)
+        reason = f"{error.name} is not installed; pip install 'heterorl[plot]'"
+    except Exception as error:  # a picture that fails must not fail a run that trained for days
+        reason = f"{type(error).__name__}: {error}"
+    print(f"no report drawn: {reason}; then `heterorl report {shown(exchange.root)}`")
+    return None

@@ -168,6 +168,11 @@ class Role:
         return Outcome.CRASHED
 
 
+def shown(path: Path) -> str:
+    """A path as one would type it from here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def describe_exit(code: int | None) -> str:
     """An exit code in words."""
     if code is not None and code < 0:

@@ -20,9 +20,9 @@ from pathlib import Path
 from heterorl.availability import replicas_at
 from heterorl.evaluations import Evaluations
 from heterorl.exchange import Exchange, Slot, Version
-from heterorl.processes import USER_ERROR, Outcome, Process, Role, describe_exit, tail
+from heterorl.processes import USER_ERROR, Outcome, Process, Role, describe_exit, shown, tail
 from heterorl.runfolder import assign_gpus, gpu_devices
-from heterorl.view import ProcessState, View
+from heterorl.view import ProcessState, RunState, View
 
 TICK_S = 0.2
 GRACE_S = 120.0
@@ -140,10 +140,10 @@ class Runner:
             self.interrupts.wait(TICK_S)
         self.state.prepare_s += time.monotonic() - started
         if self.interrupts.count:
-            return Verdict("stopped", INTERRUPTED, "interrupted")
+            return Verdict("stopped", INTERRUPTED, "interrupted during the preparation")
         if role.exit_code == 0 and self.exchange.prepared is not None:
             return None
-        return Verdict("failed", role.exit_code if role.exit_code == USER_ERROR else 1, "preparation failed")
+        return Verdict("failed", USER_ERROR if role.exit_code == USER_ERROR else 1, "the preparation failed")
 
     def supervise(self, view: View) -> Verdict:
         """Keep the run going until it is done, fails, or is interrupted; then stop everybody."""
@@ -155,7 +155,7 @@ class Runner:
             self.state.elapsed_s += now - last
             last = now
             verdict = self._step(view, verdict)
-            self._publish(view, now)
+            self._publish(view, verdict, now)
             if verdict and not self._busy(verdict):
                 break
             self.interrupts.wait(TICK_S)
@@ -213,13 +213,13 @@ class Runner:
     def _ended(self, role: Role, outcome: Outcome, view: View) -> Verdict | None:
         """React to the end of a process; a verdict if the run ends with it."""
         how = f"{role.name}: {describe_exit(role.exit_code)}"
-        last_lines = f"the last lines of {role.log}:\n{tail(role.log)}"
+        last_lines = f"the last lines of {shown(role.log)}:\n{tail(role.log)}"
         if outcome is Outcome.USER_ERROR:
             view.say(f"{how}; {last_lines}")
             return Verdict("failed", USER_ERROR, f"{role.name} ended with an error that a restart does not mend")
         if outcome is Outcome.CRASHED:
             self.state.restarts[role.name] = self.state.restarts.get(role.name, 0) + 1
-            view.say(f"{how}; restart {role.crashes} of {role.budget}, see {role.log}")
+            view.say(f"{how}; restart {role.crashes} of {role.budget}, see {shown(role.log)}")
         if outcome is Outcome.GAVE_UP:
             view.say(f"{how}; its budget of {role.budget} restarts is used up; {last_lines}")
         if role is self.evaluations.role:
@@ -234,9 +234,12 @@ class Runner:
             view.say(f"{role.name} left before the run's end and is started again")
         return None
 
-    def _publish(self, view: View, now: float) -> None:
-        slots = {slot: ProcessState(role.state, role.crashes) for slot, role in self.samplers.items()}
-        view.show(slots, learner=ProcessState(self.learner.state, self.learner.crashes), elapsed_s=self.state.elapsed_s)
+    def _publish(self, view: View, verdict: Verdict | None, now: float) -> None:
+        def seen(role: Role) -> ProcessState:
+            return ProcessState("done" if verdict and role.state == "away" else role.state, role.crashes)
+
+        slots = {slot: seen(role) for slot, role in self.samplers.items()}
+        view.show(RunState(seen(self.learner), slots, self.evaluations.version, self.state.elapsed_s))
         if now - self._saved_at >= _SAVE_EVERY_S:
             self.state.save(self.exchange)
             self._saved_at = now

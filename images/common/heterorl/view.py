@@ -17,7 +17,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from heterorl.exchange import Exchange, Slot
+from heterorl.exchange import Exchange, Slot, Version
+from heterorl.processes import shown
 from heterorl.progress import Progress, ProgressReader, SlotProgress
 
 _REFRESH_S = 0.5
@@ -31,8 +32,18 @@ class ProcessState:
     """A process as its runner sees it."""
 
     state: str
-    """up, stopping, restarting, away (not available now) or lost (given up)."""
+    """up, stopping, restarting, away (not available now), lost (given up) or done."""
     crashes: int = 0
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run's processes as their runner sees them."""
+
+    learner: ProcessState
+    slots: Mapping[Slot, ProcessState]
+    evaluating: Version | None
+    elapsed_s: float
 
 
 class View(Protocol):
@@ -42,7 +53,7 @@ class View(Protocol):
         """Print a message that stays."""
         ...
 
-    def show(self, slots: Mapping[Slot, ProcessState], *, learner: ProcessState, elapsed_s: float) -> None:
+    def show(self, state: RunState) -> None:
         """Show the run as it is now; called often, draws now and then."""
         ...
 
@@ -57,7 +68,9 @@ def open_view(exchange: Exchange, console: Console | None = None) -> Iterator[Vi
         lines.close()
         return
     with Live(console=console, auto_refresh=False, transient=False) as live:
-        yield LiveView(exchange, live)
+        view = LiveView(exchange, live)
+        yield view
+        view.close()
 
 
 class LiveView:
@@ -67,17 +80,26 @@ class LiveView:
         self._reader, self._live, self._clock = ProgressReader(exchange), live, clock
         self._title, self._root = exchange.run.metadata.name, exchange.root
         self._drawn_at = float("-inf")
+        self._state: RunState | None = None
 
     def say(self, message: str) -> None:
         """Print above the panel."""
         self._live.console.print(Text(f"{time.strftime('%H:%M:%S')} {message}"))
 
-    def show(self, slots: Mapping[Slot, ProcessState], *, learner: ProcessState, elapsed_s: float) -> None:
+    def show(self, state: RunState) -> None:
         """Redraw, at most twice a second."""
+        self._state = state
         if self._clock() - self._drawn_at >= _REFRESH_S:
-            panel = render(self._title, self._root, self._reader.read(), slots, learner, elapsed_s)
-            self._live.update(panel, refresh=True)
-            self._drawn_at = self._clock()
+            self._draw(state)
+
+    def close(self) -> None:
+        """Draw how it ended."""
+        if self._state:
+            self._draw(self._state)
+
+    def _draw(self, state: RunState) -> None:
+        self._live.update(render(self._title, self._root, self._reader.read(), state), refresh=True)
+        self._drawn_at = self._clock()
 
 
 class PlainView:
@@ -91,10 +113,10 @@ class PlainView:
         """Print a line."""
         self._console.print(Text(f"{time.strftime('%H:%M:%S')} {message}"), soft_wrap=True)
 
-    def show(self, slots: Mapping[Slot, ProcessState], *, learner: ProcessState, elapsed_s: float) -> None:
+    def show(self, state: RunState) -> None:
         """Print a line if it is time for one."""
         if self._clock() - self._printed_at >= _LINE_EVERY_S:
-            self._print(self._reader.read(), slots)
+            self._print(self._reader.read(), state.slots)
 
     def close(self) -> None:
         """Print where it ended, unless that was said."""
@@ -126,57 +148,60 @@ def describe(progress: Progress, slots: Mapping[Slot, ProcessState]) -> str:
     return " | ".join(parts)
 
 
-def render(
-    title: str,
-    root: Path,
-    progress: Progress,
-    slots: Mapping[Slot, ProcessState],
-    learner: ProcessState,
-    elapsed_s: float,
-) -> Panel:
+def render(title: str, root: Path, progress: Progress, state: RunState) -> Panel:
     """The panel: the learner's head lines, then a row a sampler."""
     return Panel(
-        Group(_head(progress, learner, elapsed_s), Text(), _slot_table(progress, slots)),
+        Group(_head(progress, state), Text(), _slot_table(progress, state.slots)),
         title=f"[bold]{title}[/]",
-        subtitle=f"[dim]{_shown(root)} · Ctrl-C stops cleanly[/]",
+        subtitle=f"[dim]{shown(root)} · Ctrl-C stops cleanly[/]",
         border_style="cyan",
         padding=(0, 1),
         width=100,
     )
 
 
-def _head(progress: Progress, learner: ProcessState, elapsed_s: float) -> Table:
+def _head(progress: Progress, state: RunState) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", min_width=8)
     grid.add_column()
     bar = Table.grid(padding=(0, 2))
     done = progress.step / progress.steps if progress.steps else 0.0
-    eta = "ETA –" if progress.eta_s is None else f"ETA {duration(progress.eta_s)}"
+    times = f"{duration(state.elapsed_s)} gone"
+    if progress.eta_s is not None and progress.step < progress.steps:
+        times += f" · ETA {duration(progress.eta_s)}"
     bar.add_row(
         Text(f"{progress.step}/{progress.steps}", style="bold"),
         ProgressBar(total=max(progress.steps, 1), completed=progress.step, width=36, complete_style="cyan"),
         Text(f"{done:.0%}"),
-        Text(f"{duration(elapsed_s)} gone · {eta}", style="dim"),
+        Text(times, style="dim"),
     )
     grid.add_row("step", bar)
     rewards = [progress.rewards[step] for step in sorted(progress.rewards)]
     reward = Text("–" if progress.reward is None else f"{progress.reward:.3f}", style="bold green")
     grid.add_row("reward", reward + Text(f"  {sparkline(rewards, 48)}", style="green"))
     lag = "–" if progress.lag_mean is None else f"{progress.lag_mean:.1f} steps, max {progress.lag_max:.0f}"
-    dropped = f", {progress.dropped} rollouts too old" if progress.dropped else ""
+    dropped = f" · {_count(progress.dropped, 'rollout')} too old" if progress.dropped else ""
     grid.add_row("lag", lag + dropped)
     made = sum(row.tokens_per_s for slot, row in progress.slots.items())
     grid.add_row("tokens/s", f"learner {progress.learner_tokens_per_s:,.0f} · samplers {made:,.0f}")
-    state = Text(learner.state, style=_STYLES.get(learner.state, ""))
-    crashes = f" · {learner.crashes} restarts" if learner.crashes else ""
-    grid.add_row(
-        "learner", state + Text(f" · waits for rollouts {progress.waiting:.0%} of the time{crashes}", style="dim")
-    )
+    learner = Text(state.learner.state, style=_STYLES.get(state.learner.state, ""))
+    waits = f" · waits for rollouts {progress.waiting:.0%} of the time"
+    crashes = f" · {_count(state.learner.crashes, 'restart')}" if state.learner.crashes else ""
+    grid.add_row("learner", learner + Text(waits + crashes, style="dim"))
+    if progress.evals or state.evaluating:
+        grid.add_row("evals", _evals(progress, state.evaluating))
+    return grid
+
+
+def _evals(progress: Progress, evaluating: Version | None) -> str:
+    parts = []
     if progress.evals:
         version, result = max(progress.evals.items())
         scores = " · ".join(f"{label} {values['mean']:.3f}" for label, values in result.get("sets", {}).items())
-        grid.add_row("evals", f"{scores} [dim]at step {version.step}[/]")
-    return grid
+        parts.append(f"{scores} [dim]at step {version.step}[/]")
+    if evaluating:
+        parts.append(f"[dim]evaluating step {evaluating.step}[/]")
+    return " · ".join(parts)
 
 
 def _slot_table(progress: Progress, slots: Mapping[Slot, ProcessState]) -> Table:
@@ -224,6 +249,10 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(_BLOCKS[round((value - low) / span * (len(_BLOCKS) - 1)) if span else 0] for value in means)
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def duration(seconds: float) -> str:
     """Seconds for people: 42 s, 3:07, 2:03:09."""
     whole = round(seconds)
@@ -231,7 +260,3 @@ def duration(seconds: float) -> str:
         return f"{whole} s"
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
-
-
-def _shown(root: Path) -> str:
-    return str(root.relative_to(Path.cwd())) if root.is_relative_to(Path.cwd()) else str(root)
