@@ -77,7 +77,7 @@ class AnswerChecker:
     """Compares answers in a worker process, at most `time_limit_s` seconds each; usable from any thread.
 
     Close it, or use it as a context manager. `boxed_only` False (template `raw`) takes the whole completion as the
-    answer when it holds no box. `cut_off` counts the comparisons that hit a limit; they count as wrong.
+    answer when it holds no box. `cut_off` counts the comparisons that hit the time limit; they count as wrong.
     Raises `UserError` when math-verify is not installed.
     """
 

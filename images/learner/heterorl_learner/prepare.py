@@ -60,7 +60,7 @@ def prepare(exchange: Exchange) -> dict[str, Any]:
     exchange.files.make_dir(exchange.data_file("train").parent)
     for name, table in tables.items():
         logger.info("%s: %d problems, %d skipped for their length", name, len(table.rows), table.skipped)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table.rows)
+        lines = "".join(json.dumps(row) + "\n" for row in table.rows)
         exchange.files.replace(exchange.data_file(name), lines.encode())
     with _staged(exchange.model_dir, exchange.files) as staged:
         if folder:
@@ -80,7 +80,7 @@ def prepare(exchange: Exchange) -> dict[str, Any]:
 # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _tokenise(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, base: Path) -> Iterator[tuple[str, PreparedData]]:
     """Every data set under its file's name. What is compared with the gold answer needs one that can be compared."""
-    compares = any(reward.name in ("accuracy", "cosine") for reward in spec.rewards)
+    compares = any(reward.name in ("accuracy", "cosine", "length") for reward in spec.rewards)
     datasets = [("train", spec.data.train, compares), *((f"eval-{e.label}", e, True) for e in spec.data.evals)]
     for name, dataset, need_gold_parse in datasets:
         yield (
