@@ -282,7 +282,8 @@ def _structural(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str
     if rules := _rules(name):
         result["x-kubernetes-validations"] = [{"rule": rule, "message": message} for rule, message in rules]
     if given.get("default") is not None:
-        result["default"] = {} if name else _without_nulls(given["default"])
+        # Rules see a default as it is written here, so a block that has rules needs its fields; others fill themselves.
+        result["default"] = _without_nulls(given["default"]) if rules or not name else {}
     return result
 
 

@@ -124,6 +124,7 @@ def evaluate_version(exchange: Exchange, version: Version) -> dict[str, Any]:
             max_tokens=evaluation.max_completion_tokens or generation.max_completion_tokens,
             temperature=evaluation.temperature,
             top_p=evaluation.top_p,
+            top_k=evaluation.top_k,
         ),
         samples=evaluation.samples_per_prompt,
         pass_k=evaluation.pass_k,
