@@ -240,6 +240,10 @@ def _finish(axes: Axes, title: str, unit: str, runs: Sequence[Run]) -> None:
     last = max((r["step"] for run in runs for r in run.learner), default=1)
     axes.set_xlim(0, max(last, 1))
     _legend_above(axes)
+    _say_if_empty(axes)
+
+
+def _say_if_empty(axes: Axes) -> None:
     if not any(len(line.get_xdata()) for line in axes.lines):  # type: ignore[arg-type]
         axes.text(0.5, 0.5, "nothing recorded yet", transform=axes.transAxes, ha="center", color=FAINT)
 
@@ -261,7 +265,7 @@ def _scale(axes: Axes, panel: Panel, values: Sequence[Floats]) -> None:
     elif panel.log and len(positive) and np.quantile(positive, 0.99) > 30 * np.quantile(positive, 0.01):
         axes.set_yscale("log")
         axes.set_ylim(bottom=float(np.quantile(positive, 0.01)) / 3)
-    elif len(together) and together.min() >= 0:
+    elif len(together) and together.min() >= -0.01 * together.max():  # a k3 estimate of nothing may be a rounding below
         axes.set_ylim(bottom=0)
 
 
@@ -282,9 +286,10 @@ def _draw_timeline(axes: Axes, run: Run, colour: str | None) -> None:
     axes.set_title(run.name if colour else "Who held which weights", color=colour or INK)
     axes.set_xlabel(f"{unit} since the start")
     axes.set_ylabel("version (learner step)")
-    axes.set_xlim(0, max(total / unit_s, 1e-9))
+    axes.set_xlim(0, total / unit_s or 1.0)
     axes.set_ylim(bottom=-0.02 * max(axes.get_ylim()[1], 1.0))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _say_if_empty(axes)
     if len(run.samplers) <= (MAX_LEGEND if colour else 2 * MAX_LEGEND):
         _legend_above(axes)
 
