@@ -62,7 +62,7 @@ def programs(tmp_path: Path) -> Any:
         for name, body in bodies.items():
             script = tmp_path / f"{name}.py"
             script.write_text(PREAMBLE + body)
-            commands[name] = (sys.executable, str(script))
+            commands[name] = (sys.executable, "-S", str(script))  # -S: quicker to start
         return Programs(**commands)
 
     return make

@@ -110,23 +110,27 @@ def test_the_eta_is_what_is_left_at_the_pace_of_the_last_minute(exchange):
 def test_the_plain_line_names_step_reward_lag_and_every_sampler():
     row = SlotProgress(version=112, rollouts=640)
     progress = Progress(step=120, steps=400, rewards={120: 0.41}, lag_mean=8.2, lag_max=21, slots={FAR: row}, eta_s=190)
-    assert describe(progress, {FAR: UP}) == (
+    state = RunState(learner=UP, slots={FAR: UP}, evaluating=None, elapsed_s=1.0)
+    assert describe(progress, state) == (
         "step 120/400 | reward 0.410 | lag 8.2 (max 21) | far-0 v112 640 rollouts | ETA 3:10"
     )
-    assert "far-0 v112 640 rollouts away" in describe(progress, {FAR: ProcessState("away")})
+    away = RunState(learner=UP, slots={FAR: ProcessState("away")}, evaluating=Version(100, 1), elapsed_s=1.0)
+    assert "far-0 v112 640 rollouts away | evaluating step 100" in describe(progress, away)
 
 
-def test_plain_lines_come_at_intervals_and_once_at_the_end(exchange):
+def test_plain_lines_come_at_intervals_while_there_is_news_and_once_at_the_end(exchange):
     clock, output = Clock(), io.StringIO()
     view = PlainView(exchange, Console(file=output, width=200), clock)
-    for now in (1.0, 11.0, 12.0, 21.5):
+    for now, step in ((1.0, 0), (11.0, 0), (12.0, 1), (21.5, 2), (32.0, 2)):
+        exchange.write_learner({"step": step})
         clock.now = now
         view.show(running(now))
-    assert output.getvalue().count("step 0/100") == 2
-    exchange.write_learner({"step": 3})
+    shown = [line.split(" | ")[0].split(" step ")[1] for line in output.getvalue().splitlines()]
+    assert shown[:2] == ["0/100", "2/100"]  # at 11 s and 21.5 s
+    exchange.write_learner({"step": 100})
     view.close()
     view.close()
-    assert output.getvalue().count("step 3/100") == 1
+    assert output.getvalue().count("step 100/100") == 1
 
 
 def test_without_a_terminal_there_are_plain_lines_only(exchange):

@@ -284,9 +284,16 @@ def cores() -> int:
 def process_env(threads: int, gpus: Sequence[str]) -> dict[str, str]:
     """Environment of a child: its share of threads (spinning OpenMP threads slow each other down), its devices."""
     numbers = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "PYTHONUNBUFFERED": "1"}
+    defaults = {
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",  # progress bars make no sense in a log
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    }
+    if not gpus:
+        defaults["DS_ACCELERATOR"] = "cpu"  # otherwise DeepSpeed warns that it looked for one
     fixed = {**dict.fromkeys(numbers, str(threads)), "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-    return {**quiet, **os.environ, **fixed}
+    return {**defaults, **os.environ, **fixed}
 
 
 def _print_from(log: Path, offset: int) -> int:

@@ -103,11 +103,12 @@ class LiveView:
 
 
 class PlainView:
-    """A line every ten seconds while steps are made, for logs and pipes."""
+    """A line every ten seconds, while there is something new to say; for logs and pipes."""
 
     def __init__(self, exchange: Exchange, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._reader, self._console, self._clock = ProgressReader(exchange), console, clock
-        self._printed_at, self._printed = clock(), -1
+        self._looked_at, self._printed = clock(), ""
+        self._state: RunState | None = None
 
     def say(self, message: str) -> None:
         """Print a line."""
@@ -115,22 +116,25 @@ class PlainView:
 
     def show(self, state: RunState) -> None:
         """Print a line if it is time for one."""
-        if self._clock() - self._printed_at >= _LINE_EVERY_S:
-            self._print(self._reader.read(), state.slots)
+        self._state = state
+        if self._clock() - self._looked_at >= _LINE_EVERY_S:
+            self._print(state)
 
     def close(self) -> None:
         """Print where it ended, unless that was said."""
-        progress = self._reader.read()
-        if progress.step != self._printed:
-            self._print(progress, {})
+        if self._state:
+            self._print(self._state)
 
-    def _print(self, progress: Progress, slots: Mapping[Slot, ProcessState]) -> None:
-        self._printed_at, self._printed = self._clock(), progress.step
-        self.say(describe(progress, slots))
+    def _print(self, state: RunState) -> None:
+        self._looked_at = self._clock()
+        line = describe(self._reader.read(), state)
+        if line != self._printed:
+            self.say(line)
+        self._printed = line
 
 
 # ── drawing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def describe(progress: Progress, slots: Mapping[Slot, ProcessState]) -> str:
+def describe(progress: Progress, state: RunState) -> str:
     """The run in one line: `step 120/400 reward 0.410 lag 8.2 (max 21) ...`."""
     parts = [f"step {progress.step}/{progress.steps}"]
     if progress.reward is not None:
@@ -140,9 +144,11 @@ def describe(progress: Progress, slots: Mapping[Slot, ProcessState]) -> str:
     if progress.learner_tokens_per_s:
         parts.append(f"learner {progress.learner_tokens_per_s:,.0f} tok/s, waiting {progress.waiting:.0%}")
     for slot, row in progress.slots.items():
-        state = slots[slot].state if slot in slots else "up"
+        seen = state.slots[slot].state
         version = "" if row.version is None else f" v{row.version}"
-        parts.append(f"{slot}{version} {row.rollouts} rollouts" + ("" if state == "up" else f" {state}"))
+        parts.append(f"{slot}{version} {row.rollouts} rollouts" + ("" if seen == "up" else f" {seen}"))
+    if state.evaluating:
+        parts.append(f"evaluating step {state.evaluating.step}")
     if progress.eta_s is not None and progress.step < progress.steps:
         parts.append(f"ETA {duration(progress.eta_s)}")
     return " | ".join(parts)
