@@ -143,6 +143,13 @@ def test_a_seed_repeats_completions_and_no_two_prompts_share_one(engine):
     assert {tuple(c.token_ids) for c in other[0]}.isdisjoint(tuple(c.token_ids) for c in first[0])
 
 
+def test_many_long_prompts_are_sampled_with_seeds(engine, weights):
+    engine.load_weights(weights(0))
+    prompts = [[*LONG, token] for token in range(2, 14)]  # 3444 tokens: more than vLLM schedules in one go
+    for prompt, group in zip(prompts, engine.generate(prompts, 2, Sampling(max_tokens=3), seed=0)):
+        assert largest_difference(weights(0), prompt, group) < TOLERANCE
+
+
 def test_stopping_keeps_the_groups_that_are_complete_and_leaves_no_request(engine, weights):
     engine.load_weights(weights(0))
     asked = iter([False] * 4 + [True] * 9)

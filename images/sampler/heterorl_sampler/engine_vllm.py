@@ -69,8 +69,9 @@ class VLLMEngine:
         self._shapes = _served_shapes(weight_files(model_dir))
         self._views = tempfile.TemporaryDirectory(prefix="heterorl-vllm-")
         self._view_numbers = itertools.count()
-        # Eager and with a given cache size vLLM's CPU build skips its warm-up.
-        on_cpu = {"enforce_eager": True, "kv_cache_memory_bytes": kv_cache_bytes}
+        # Eager and with a given cache size, vLLM skips its warm-up on a CPU. Prompts are read whole there: after a part
+        # of one, vLLM winds a seeded request's generator back, which a generator on the CPU cannot do.
+        on_cpu = {"enforce_eager": True, "kv_cache_memory_bytes": kv_cache_bytes, "enable_chunked_prefill": False}
         args = EngineArgs(
             str(self._make_view(model_dir)),
             skip_tokenizer_init=True,
@@ -112,7 +113,7 @@ class VLLMEngine:
             for prompt_seed in seeds
         ]
         requests = self._run(prompts, params, stop)
-        return [request and [_completion(output) for output in request.outputs] for request in requests]
+        return [[_completion(output) for output in request.outputs] if request else None for request in requests]
 
     def score(self, token_ids: list[list[int]]) -> list[list[float]]:
         """Log-probabilities at temperature 1 of tokens 1 and later; vLLM's prompt log-probabilities know no other."""
@@ -133,7 +134,9 @@ class VLLMEngine:
             self._engine.add_request(name, tokens_input(prompt), param)
         finished: dict[str, RequestOutput] = {}
         while len(finished) < len(names) and not stop():
-            finished |= {output.request_id: output for output in self._engine.step() if output.finished}
+            for output in self._engine.step():
+                if isinstance(output, RequestOutput) and output.finished:
+                    finished[output.request_id] = output
         self._engine.abort_request([name for name in names if name not in finished])
         return [finished.get(name) for name in names]
 
