@@ -20,7 +20,7 @@ from heterorl.evaluations import due_versions
 from heterorl.exchange import Exchange, Version
 from heterorl.local import run_local
 from heterorl.processes import Process
-from heterorl.runfolder import assign_gpus, check_gpus, check_space, differences, gpu_devices
+from heterorl.runfolder import assign_gpus, check_gpus, check_space, differences, gpu_devices, with_absolute_paths
 from heterorl.runner import Programs, process_env
 from heterorl.spec import HeteroRLRun, RunSpec
 
@@ -454,3 +454,19 @@ def test_an_evaluation_that_fails_is_left_out_and_the_run_succeeds(tmp_path, pro
     run = manifest(evaluation={"everySteps": 3, "engine": "transformers"}, data={"evals": [{"label": "sums"}]})
     assert start(tmp_path, programs(learner=learner, evaluate="sys.exit(1)"), run) == 0
     assert "gave no result and is left out" in capsys.readouterr().out
+
+
+def test_a_recorded_delay_is_written_into_the_spec_so_that_it_stands_on_its_own(tmp_path):
+    (tmp_path / "lag.csv").write_text("step,lag\n0,3\n1,\n2,5\n")
+    delay = {
+        "distribution": "trace",
+        "unit": "steps",
+        "model": "transit",
+        "trace": {"path": "lag.csv", "column": "lag"},
+    }
+    spec = {"samplers": [{"name": "far", "engine": "transformers", "delay": delay}]}
+    run = HeteroRLRun.model_validate(
+        {"apiVersion": "heterorl.dev/v1alpha1", "kind": "HeteroRLRun", "metadata": {"name": "t"}, "spec": spec}
+    )
+    (group,) = with_absolute_paths(run, tmp_path, must_exist=True).spec.samplers
+    assert (group.delay.trace.values, group.delay.trace.path) == ([3.0, 5.0], None)

@@ -169,6 +169,11 @@ class Exchange:
         return self.root / "metrics"
 
     @property
+    def completions_file(self) -> Path:
+        """Samples of what the model wrote, when the spec asks for them."""
+        return self.root / "completions.jsonl"
+
+    @property
     def summary_file(self) -> Path:
         """What the run came to."""
         return self.root / "summary.json"

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from heterorl.delay import inline_trace
 from heterorl.errors import DataError, RunFolderError, UserError
 from heterorl.exchange import Exchange
 from heterorl.spec import HeteroRLRun, RunSpec
@@ -165,12 +166,13 @@ def _lock(path: Path) -> int:
 
 
 def with_absolute_paths(run: HeteroRLRun, base: Path, *, must_exist: bool) -> HeteroRLRun:
-    """The run with model, data and trace paths made absolute, read relative to the manifest's folder `base`."""
+    """The run with model and data paths made absolute, relative to the manifest's folder `base`, and traces read in."""
     tree = run.resolved()
     spec = tree["spec"]
+    for group, block in zip(run.spec.samplers, spec["samplers"]):
+        block["delay"] = inline_trace(group.delay, base).model_dump(mode="json", by_alias=True)
     places = [("model.path", spec["model"]), ("data.train.path", spec["data"]["train"])]
     places += [(f"data.evals.{i}.path", dataset) for i, dataset in enumerate(spec["data"]["evals"])]
-    places += [(f"samplers.{i}.delay.trace.path", g["delay"]["trace"]) for i, g in enumerate(spec["samplers"])]
     for field, block in places:
         if block["path"] is None:
             continue

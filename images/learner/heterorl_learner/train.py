@@ -22,6 +22,7 @@ import torch.distributed as dist
 from heterorl.errors import CorruptFile
 from heterorl.exchange import Exchange
 from heterorl.metrics import Metrics
+from heterorl_learner.completions import completions_log
 from heterorl_learner.engine import Engine, learning_rate
 from heterorl_learner.export import write_model
 from heterorl_learner.feed import Batch, Feed
@@ -53,6 +54,7 @@ class Trainer:
         self.incarnation: int = self._agree(exchange.learner.get("incarnation", 0) + 1)
         self.feed = Feed(exchange, self.state.step, self.incarnation, stop)
         self.publisher = Publisher(exchange, engine, self.incarnation)
+        self.log_completions = completions_log(exchange) if engine.rank == 0 else lambda batch: None
 
     def train(self) -> bool:
         """Train to the last step or until told to stop; True if the last step was reached."""
@@ -157,6 +159,7 @@ class Trainer:
             "perf/tokens_per_s": tokens / trained_s,
         }
         self.metrics.write(self.state.step, record)
+        self.log_completions(batch)
         self._heartbeat(record)
         log.info(
             "step %d/%d  reward %.3f  lag %.1f (max %d)  loss %.4f  grad_norm %.3f  waited %.1f s",
