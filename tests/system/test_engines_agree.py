@@ -4,6 +4,7 @@ Two processes under torchrun run all distributed engines one after the other (mo
 file is their script as well as the test.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from heterorl.errors import TrainingError, UserError
 from heterorl.spec import RunSpec
-from heterorl_learner.batching import MicroBatch, Sequence, plan
+from heterorl_learner.batching import MicroBatch, Sequence, micro_batch, plan
 from heterorl_learner.engine import Engine, LossFunction, build_engine
 
 STEPS, STOP = 10, 5
@@ -28,11 +30,12 @@ pytestmark = pytest.mark.slow
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a run leaves: the step's loss over all ranks, the gradient norm, and the final weights."""
+    """What a run leaves: the step's loss over all ranks, the gradient norm, the final weights, and their scores."""
 
     losses: list[float]
     norms: list[float]
     weights: dict[str, Tensor]
+    scores: Tensor
 
 
 def recorded_batch(step: int) -> list[Sequence]:
@@ -49,6 +52,9 @@ def recorded_batch(step: int) -> list[Sequence]:
         )
         for prompt, completion in lengths
     ]
+
+
+CANARY = micro_batch(recorded_batch(1000))
 
 
 def policy_gradient(batch: MicroBatch, logp: Tensor) -> Tensor:
@@ -70,9 +76,14 @@ def run_spec(strategy: str) -> RunSpec:
     )
 
 
-def train(engine: Engine, steps: range, loss_function: LossFunction) -> tuple[list[float], list[float]]:
+def train(
+    engine: Engine, steps: range, loss_function: LossFunction, publish: bool = False
+) -> tuple[list[float], list[float]]:
     losses, norms = [], []
     for step in steps:
+        if publish:  # what the learner does between steps must not touch training
+            engine.score(CANARY, 1.0)
+            engine.full_state_dict()
         batches = plan(recorded_batch(step), TOKEN_BUDGET, engine.world_size)[engine.rank]
         loss = torch.tensor(engine.forward_backward(batches, 1.0, loss_function))
         if engine.world_size > 1:
@@ -85,18 +96,44 @@ def train(engine: Engine, steps: range, loss_function: LossFunction) -> tuple[li
 def run_through(folder: Path, strategy: str, loss_function: LossFunction = policy_gradient) -> Trajectory:
     engine = build_engine(folder, run_spec(strategy))
     losses, norms = train(engine, range(STEPS), loss_function)
-    return Trajectory(losses, norms, engine.full_state_dict())
+    return Trajectory(losses, norms, engine.full_state_dict(), engine.score(CANARY, 1.0))
 
 
 def run_with_a_stop(folder: Path, strategy: str, checkpoint: Path) -> Trajectory:
     first = build_engine(folder, run_spec(strategy))
-    before = train(first, range(STOP), policy_gradient)
+    before = train(first, range(STOP), policy_gradient, publish=True)
     checkpoint.mkdir(parents=True, exist_ok=True)
     first.save(checkpoint)
     second = build_engine(folder, run_spec(strategy))
     second.load(checkpoint)
-    after = train(second, range(STOP, STEPS), policy_gradient)
-    return Trajectory(before[0] + after[0], before[1] + after[1], second.full_state_dict())
+    after = train(second, range(STOP, STEPS), policy_gradient, publish=True)
+    losses, norms = before[0] + after[0], before[1] + after[1]
+    return Trajectory(losses, norms, second.full_state_dict(), second.score(CANARY, 1.0))
+
+
+def refusals(folder: Path, strategy: str) -> list[str]:
+    """What the engine says when only rank 1's gradient, or only rank 1's loss, is not finite; "" if it goes on."""
+    engine = build_engine(folder, run_spec(strategy))
+    train(engine, range(1), policy_gradient)
+    before = engine.full_state_dict()
+
+    def broken_gradient(batch: MicroBatch, logp: Tensor) -> Tensor:
+        broken = (logp - logp.detach()).abs().sqrt().sum()  # 0, with an infinite slope
+        return policy_gradient(batch, logp) + (broken if engine.rank == 1 else 0)
+
+    def broken_loss(batch: MicroBatch, logp: Tensor) -> Tensor:
+        return policy_gradient(batch, logp) + (math.inf if engine.rank == 1 else 0)
+
+    messages = []
+    for loss_function in (broken_gradient, broken_loss):
+        try:
+            train(engine, range(1, 2), loss_function)
+            messages.append("")
+        except TrainingError as error:
+            messages.append(str(error))
+    after = engine.full_state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    return messages
 
 
 def main(folder: Path, out: Path) -> None:
@@ -105,8 +142,10 @@ def main(folder: Path, out: Path) -> None:
     for strategy in DISTRIBUTED:
         whole = run_through(folder, strategy)
         stopped = run_with_a_stop(folder, strategy, out / f"checkpoint-{strategy}")
+        messages = refusals(folder, strategy)
         if os.environ["RANK"] == "0":
             torch.save({"whole": vars(whole), "stopped": vars(stopped)}, out / f"{strategy}.pt")
+            (out / f"{strategy}.txt").write_text("\n".join(messages))
     build_engine(folder, run_spec("torch")).close()
 
 
@@ -125,7 +164,8 @@ def single(folder: Path) -> Trajectory:
 
 
 @pytest.fixture(scope="module")
-def distributed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Trajectory]]:
+def out(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the two processes wrote."""
     out = tmp_path_factory.mktemp("engines")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder), str(out)]
     result = subprocess.run(
@@ -137,6 +177,11 @@ def distributed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         timeout=600,
     )
     assert result.returncode == 0, result.stdout[-8000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def distributed(out: Path) -> dict[str, dict[str, Trajectory]]:
     return {
         strategy: {name: Trajectory(**run) for name, run in torch.load(out / f"{strategy}.pt").items()}
         for strategy in DISTRIBUTED
@@ -148,6 +193,7 @@ def assert_agree(found: Trajectory, expected: Trajectory, start: dict[str, Tenso
     assert found.norms == pytest.approx(expected.norms, rel=1e-4)
     assert set(found.weights) == set(expected.weights) == set(start)
     assert update_difference(found, expected, start) < 1e-3
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=0)
 
 
 def update_difference(found: Trajectory, expected: Trajectory, start: dict[str, Tensor]) -> float:
@@ -189,6 +235,23 @@ def test_stopping_and_resuming_changes_nothing(
     assert stopped.norms == whole.norms
     for name in start:
         assert torch.equal(stopped.weights[name], whole.weights[name]), name
+
+
+@pytest.mark.parametrize("strategy", DISTRIBUTED)
+def test_all_ranks_stop_before_the_optimizer_when_one_has_a_number_that_is_not_finite(strategy: str, out: Path) -> None:
+    gradient, loss = (out / f"{strategy}.txt").read_text().splitlines()
+    assert "rank 0: loss" in gradient  # the gradient is everyone's by then
+    assert "gradient norm nan" in gradient
+    assert "rank 1: loss inf" in loss
+
+
+def test_a_checkpoint_of_another_number_of_ranks_is_refused_with_what_to_do(folder: Path, out: Path) -> None:
+    engine = build_engine(folder, run_spec("zero1"))
+    try:
+        with pytest.raises(UserError, match="optimizer state of 2 ranks, but this learner has 1"):
+            engine.load(out / "checkpoint-zero1")
+    finally:
+        engine.close()
 
 
 def test_a_flipped_gradient_fails_the_comparison(folder: Path, single: Trajectory, start: dict[str, Tensor]) -> None:

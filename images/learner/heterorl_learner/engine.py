@@ -123,13 +123,12 @@ class Engine(ABC):
 def build_engine(folder: Path, spec: RunSpec) -> Engine:
     """The engine of `learner.strategy` with the weights of a Hugging Face folder.
 
-    Under torchrun it joins the process group first. Raises ModelError for the folder and UserError for missing GPUs.
+    Under torchrun it joins the process group first, and leaves it in `close`. Raises ModelError for the folder and
+    UserError for missing GPUs.
     """
     device = _device(spec.learner)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        # Rank 0 may wait for rollouts for hours while the others wait for rank 0.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+    if not dist.is_initialized():
+        _join_process_group(device, alone=spec.learner.strategy != "torch")
     if spec.learner.strategy == "torch":
         from heterorl_learner.engine_torch import TorchEngine
 
@@ -161,7 +160,8 @@ def build_optimizer(policy: nn.Module, learner: Learner) -> torch.optim.AdamW:
     matrices = [p for p in policy.parameters() if p.ndim >= 2]
     vectors = [p for p in policy.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=tuple(options.betas), eps=options.eps)
+    beta1, beta2 = options.betas
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(beta1, beta2), eps=options.eps)
 
 
 def unique_tensors(policy: nn.Module) -> dict[str, Tensor]:
@@ -173,6 +173,17 @@ def unique_tensors(policy: nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))
             tensors[name.removeprefix("model.")] = tensor
     return tensors
+
+
+def _join_process_group(device: torch.device, alone: bool) -> None:
+    """Joins torchrun's ranks; with `alone` a single process makes a group of one, as DeepSpeed needs it."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Rank 0 may wait for rollouts for hours while the others wait for rank 0.
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+    elif alone:
+        os.environ.setdefault("LOCAL_RANK", "0")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def _device(learner: Learner) -> torch.device:

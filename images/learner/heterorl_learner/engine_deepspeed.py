@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from heterorl.errors import UserError
 from heterorl.spec import RunSpec
 from heterorl_learner.engine import Engine, build_optimizer, unique_tensors
 from heterorl_learner.model import Policy, choose_attention, load_policy
@@ -24,31 +24,32 @@ BUCKET_ELEMENTS = 200_000_000
 class DeepSpeedEngine(Engine):
     """Weights in the spec's dtype, with float32 master weights and gradient sums beside bfloat16 ones."""
 
+    _zero: Any
+    """`policy` again, by DeepSpeed's own interface, which is untyped."""
+
     def __init__(self, folder: Path, spec: RunSpec, device: torch.device) -> None:
-        if not dist.is_initialized():  # DeepSpeed wants what torchrun sets up, also for one process alone
-            os.environ.setdefault("LOCAL_RANK", "0")
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         super().__init__(spec, device)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # None of DeepSpeed's own kernels is used; declared unavailable, none is compiled (over a minute).
+        # None of DeepSpeed's own kernels is used; declared unavailable, none is compiled, which takes over a minute.
         deepspeed.ops.__compatible_ops__ = {}
         attention = choose_attention(spec.model.attn_implementation, self.dtype)
         self._bare = load_policy(folder, self.dtype, attention, spec.learner.gradient_checkpointing).to(device)
-        self.policy, *_ = deepspeed.initialize(
+        engine, *_ = deepspeed.initialize(
             model=self._bare,
             optimizer=build_optimizer(self._bare, spec.learner),
             config=zero_config(spec, self._bare),
             dist_init_required=False,
         )
+        self.policy, self._zero = engine, engine
         self._partitioned = spec.learner.strategy == "zero3"
 
     def step(self, learning_rate: float) -> float:
         self._refuse_non_finite(0.0)
-        for group in self.policy.optimizer.param_groups:
+        for group in self._zero.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.policy.step()
-        norm = float(self.policy.get_global_grad_norm())
-        if not self.policy.was_step_applied():  # DeepSpeed leaves the step out where the norm is not finite
+        self._zero.step()
+        norm = float(self._zero.get_global_grad_norm())
+        if not self._zero.was_step_applied():  # DeepSpeed leaves the step out where the norm is not finite
             self._refuse_non_finite(float("nan"))
         return norm
 
@@ -62,18 +63,24 @@ class DeepSpeedEngine(Engine):
         return tensors
 
     def save(self, folder: Path) -> None:
-        self.policy.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False)
+        self._zero.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False)
         dist.barrier()
 
     def load(self, folder: Path) -> None:
-        self.policy.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+        saved = len(list((folder / CHECKPOINT_TAG).glob("*_optim_states.pt")))
+        if saved != self.world_size:
+            raise UserError(
+                f"{folder} holds the optimizer state of {saved} ranks, but this learner has {self.world_size};"
+                f" ZeRO divides it by rank: set learner.replicas and processesPerReplica so that they make {saved}"
+            )
+        self._zero.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
 
     def _accumulating(self, is_last: bool) -> AbstractContextManager[object]:
-        self.policy.set_gradient_accumulation_boundary(is_last)
+        self._zero.set_gradient_accumulation_boundary(is_last)
         return nullcontext()
 
     def _backward(self, loss: Tensor) -> None:
-        self.policy.backward(loss * self.world_size)  # DeepSpeed averages over ranks; the shares are to be summed
+        self._zero.backward(loss * self.world_size)  # DeepSpeed averages over ranks; the shares are to be summed
 
 
 def zero_config(spec: RunSpec, policy: Policy) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class TorchEngine(Engine):
         self._max_grad_norm = spec.learner.optimizer.max_grad_norm
         self.policy = self._bare
         if self.world_size > 1:
-            self.policy = DistributedDataParallel(self._bare, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.policy = DistributedDataParallel(self._bare, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
     def step(self, learning_rate: float) -> float:
         gradients = [p.grad for p in self._bare.parameters() if p.grad is not None]

@@ -6,8 +6,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from heterorl.errors import ModelError
 from heterorl_learner.batching import MicroBatch
@@ -50,11 +52,12 @@ def load_policy(folder: Path, dtype: torch.dtype, attention: str, gradient_check
     Dropout is switched off: with it the learner's probabilities would never match the samplers'.
     Raises ModelError when the folder holds no model that can be read.
     """
+    disable_progress_bar()  # logs are read by people and collectors
     try:
         config = AutoConfig.from_pretrained(folder)
         config.update({key: 0.0 for key, value in config.to_dict().items() if "drop" in key and type(value) is float})
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"{folder} holds no causal language model that can be read: {reason}") from error
     if gradient_checkpointing:
