@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 MAX_POSITIONS = 8192
 VOCAB_MULTIPLE = 64
 BATCH_SIZE = 256
-CHECK_EVERY = 20
+CHECK_EVERY = 10
 HELD_OUT = 256
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
