@@ -18,6 +18,7 @@ import pytest
 from heterorl.errors import DataError, RunFolderError, UserError
 from heterorl.evaluations import due_versions
 from heterorl.exchange import Exchange, Version
+from heterorl.load import load_run
 from heterorl.local import run_local
 from heterorl.processes import Process
 from heterorl.runfolder import assign_gpus, check_gpus, check_space, differences, gpu_devices, with_absolute_paths
@@ -221,7 +222,10 @@ until(lambda: False)
     assert start(tmp_path, programs(learner=learner)) == 130
     assert summary(tmp_path)["status"] == "stopped"
     assert summary(tmp_path)["steps"] == 2
-    assert f"heterorl run {tmp_path / 'run.yaml'} --resume" in capsys.readouterr().out
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("go on with: heterorl run ")
+    assert command == f"{tmp_path}/runs/demo/run.json --resume --runs-dir {tmp_path}/runs"
+    written = load_run(tmp_path / "runs/demo/run.json")
+    assert run_local(tmp_path / "runs/demo/run.json", written, tmp_path / "runs", True, programs()) == 0
 
 
 def test_a_second_ctrl_c_kills_at_once(tmp_path, programs, monkeypatch):
@@ -271,7 +275,7 @@ def test_a_failed_preparation_shows_its_message_and_leaves_nothing(tmp_path, pro
 
 def test_an_earlier_runs_folder_is_refused_with_the_ways_out(tmp_path, programs):
     assert start(tmp_path, programs()) == 0
-    with pytest.raises(RunFolderError, match=r"--resume.*--set metadata.name=.*delete"):
+    with pytest.raises(RunFolderError, match=r"--resume.*--set name=.*delete"):
         start(tmp_path, programs())
 
 

@@ -149,6 +149,11 @@ class Exchange:
 
     # ── places ───────────────────────────────────────────────────────────────────────────────────────────────────────
     @property
+    def run_file(self) -> Path:
+        """The resolved manifest; it can be given to `heterorl run` again."""
+        return self.root / "run.json"
+
+    @property
     def model_dir(self) -> Path:
         """The starting model: an HF folder."""
         return self.root / "model"
@@ -196,13 +201,13 @@ class Exchange:
     def create(self, run: HeteroRLRun) -> None:
         """Make the folder with its resolved manifest."""
         self.files.make_dir(self.root)
-        self._write_json(self.root / "run.json", run.resolved())
+        self._write_json(self.run_file, run.resolved())
 
     @cached_property
     def run(self) -> HeteroRLRun:
         """The resolved manifest."""
         try:
-            return HeteroRLRun.model_validate_json(self.files.read(self.root / "run.json"))
+            return HeteroRLRun.model_validate_json(self.files.read(self.run_file))
         except FileNotFoundError:
             raise RunFolderError(
                 f"{self.root} is no run folder: run.json is missing; start with `heterorl run`"

@@ -7,6 +7,7 @@ claim the folder ── prepare ── learner + samplers + evaluations ── s
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from heterorl import summary
@@ -36,11 +37,11 @@ def run_local(manifest: Path, run: HeteroRLRun, runs_dir: Path, resume: bool, pr
                     verdict = runner.supervise(view)
                 finally:
                     runner.kill_all()
-        _conclude(exchange, verdict, manifest, resumable=exchange.prepared is not None)
+        _conclude(exchange, verdict, resumable=exchange.prepared is not None)
         return verdict.exit_code
 
 
-def _conclude(exchange: Exchange, verdict: Verdict, manifest: Path, *, resumable: bool) -> None:
+def _conclude(exchange: Exchange, verdict: Verdict, *, resumable: bool) -> None:
     """Write summary and report, say where things are and what to do next."""
     if not resumable:
         if verdict.exit_code != USER_ERROR:  # then its message is the last line already
@@ -55,7 +56,15 @@ def _conclude(exchange: Exchange, verdict: Verdict, manifest: Path, *, resumable
     print(f"  {'logs':<8} {shown(exchange.logs_dir)}")
     if verdict.status != "succeeded":
         print(f"{verdict.status}: {verdict.reason}")
-        print(f"go on with: heterorl run {manifest} --resume")
+        print(f"go on with: {_resume_command(exchange)}")
+
+
+def _resume_command(exchange: Exchange) -> str:
+    """The resolved manifest is named, because the user's own was perhaps changed by --set."""
+    command = ["heterorl", "run", shown(exchange.run_file), "--resume"]
+    if exchange.root.parent != Path("runs").resolve():
+        command += ["--runs-dir", shown(exchange.root.parent)]
+    return shlex.join(command)
 
 
 def _draw_report(exchange: Exchange) -> Path | None:

@@ -91,7 +91,7 @@ def check_folder(root: Path, run: HeteroRLRun, *, resume: bool) -> None:
         if root.exists() and any(root.iterdir()):
             raise RunFolderError(
                 f"{root} holds an earlier run; go on with it by --resume, choose another name by"
-                f" --set metadata.name={name}-2, or delete the folder"
+                f" --set name={name}-2, or delete the folder"
             )
         return
     if not root.exists():
@@ -100,7 +100,7 @@ def check_folder(root: Path, run: HeteroRLRun, *, resume: bool) -> None:
     if changes:
         raise RunFolderError(
             f"{root} was started with another spec: {'; '.join(changes)}; undo these changes, or start a run of its own"
-            f" by --set metadata.name={name}-2 without --resume"
+            f" by --set name={name}-2 without --resume"
         )
 
 
@@ -158,7 +158,7 @@ def _lock(path: Path) -> int:
         os.close(descriptor)
         raise RunFolderError(
             f"{path.parent} is in use by another run (pid {holder}); wait for it, stop it with `kill {holder}`,"
-            " or choose another name by --set metadata.name=..."
+            " or choose another name by --set name=..."
         ) from None
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
