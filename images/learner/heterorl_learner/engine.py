@@ -103,20 +103,19 @@ class Engine(ABC):
     @abstractmethod
     def _backward(self, loss: Tensor) -> None: ...
 
-    def _refuse_non_finite(self, grad_norm: float) -> None:
-        """Every rank learns of every rank's loss and gradient, so that all stop or none."""
-        found = torch.tensor([self._loss, grad_norm], dtype=torch.float64)
+    def _refuse_non_finite(self, name: str, value: float) -> None:
+        """Every rank learns of every rank's value, so that all stop or none."""
+        found = torch.tensor([value], dtype=torch.float64)
         everyone = [torch.zeros_like(found) for _ in range(self.world_size)]
         if self.world_size > 1:
             dist.all_gather(everyone, found)
         else:
             everyone = [found]
-        bad = [(rank, *values.tolist()) for rank, values in enumerate(everyone) if not values.isfinite().all()]
+        bad = [f"rank {rank}: {name} {v.item():g}" for rank, v in enumerate(everyone) if not v.isfinite()]
         if bad:
-            what = "; ".join(f"rank {rank}: loss {loss:g}, gradient norm {norm:g}" for rank, loss, norm in bad)
             raise TrainingError(
-                f"loss and gradient must be finite, found {what}. The weights were not changed: resume from the last"
-                " checkpoint with a lower learner.optimizer.learningRate or a smaller maxGradNorm"
+                f"loss and gradient must be finite, found {', '.join(bad)}. The weights were not changed: resume from the"
+                " last checkpoint with a lower learner.optimizer.learningRate or a smaller maxGradNorm"
             )
 
 

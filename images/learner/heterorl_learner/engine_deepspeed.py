@@ -44,13 +44,13 @@ class DeepSpeedEngine(Engine):
         self._partitioned = spec.learner.strategy == "zero3"
 
     def step(self, learning_rate: float) -> float:
-        self._refuse_non_finite(0.0)
+        self._refuse_non_finite("loss", self._loss)
         for group in self._zero.optimizer.param_groups:
             group["lr"] = learning_rate
         self._zero.step()
         norm = float(self._zero.get_global_grad_norm())
         if not self._zero.was_step_applied():  # DeepSpeed leaves the step out where the norm is not finite
-            self._refuse_non_finite(float("nan"))
+            self._refuse_non_finite("gradient norm", float("nan"))
         return norm
 
     def full_state_dict(self) -> dict[str, Tensor]:
