@@ -114,8 +114,8 @@ class Engine(ABC):
         bad = [f"rank {rank}: {name} {v.item():g}" for rank, v in enumerate(everyone) if not v.isfinite()]
         if bad:
             raise TrainingError(
-                f"loss and gradient must be finite, found {', '.join(bad)}. The weights were not changed: resume from the"
-                " last checkpoint with a lower learner.optimizer.learningRate or a smaller maxGradNorm"
+                f"loss and gradient must be finite, found {', '.join(bad)}. The weights were not changed: resume from"
+                " the last checkpoint with a lower learner.optimizer.learningRate or a smaller maxGradNorm"
             )
 
 
