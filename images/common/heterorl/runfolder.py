@@ -194,10 +194,14 @@ def check_space(root: Path, spec: RunSpec) -> None:
     needed = max(estimated_bytes(spec) - used, _FLOOR_BYTES)
     if free < needed:
         raise RunFolderError(
-            f"{place} has {free / 1e9:.1f} GB free; this run needs about {needed / 1e9:.1f} GB for"
+            f"{place} has {_size(free)} free; this run needs about {_size(needed)} for"
             f" {spec.exchange.retention.weights} weights versions and {spec.learner.checkpoint.keep} checkpoints; free"
             " some space, choose another disk with --runs-dir, or lower learner.checkpoint.keep"
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def estimated_bytes(spec: RunSpec) -> int:
@@ -267,7 +271,8 @@ def check_gpus(spec: RunSpec, devices: list[str]) -> None:
     ways = "write gpus: 0 to run on the CPU"
     if devices and not spec.local.share_gpus and max(demands.values()) <= len(devices):
         ways += ", or local.shareGpus: true to let processes share devices"
-    raise UserError(f"{needed} GPUs are asked for ({asked}) and {len(devices)} found by nvidia-smi; {ways}")
+    many = "1 GPU is" if needed == 1 else f"{needed} GPUs are"
+    raise UserError(f"{many} asked for ({asked}) and {len(devices)} found by nvidia-smi; {ways}")
 
 
 def assign_gpus(spec: RunSpec, devices: list[str]) -> dict[str, list[str]]:
