@@ -71,12 +71,14 @@ class Evaluations:
         """Take note of the end of the process; a message if its version is left out."""
         assert self.version is not None
         assert self.role is not None
-        if outcome not in (Outcome.CLEAN, Outcome.GAVE_UP):
+        if outcome is Outcome.CRASHED:
             return None
         version, log = self.version, self.role.log
+        self.version = self.role = None
+        if outcome is Outcome.STOPPED:
+            return None
         self._left.add(version)
         self._exchange.unpin(version)
-        self.version = self.role = None
         if version in self._exchange.read_evals():
             return None
         return f"the evaluation of {version} gave no result and is left out; see {shown(log)}"

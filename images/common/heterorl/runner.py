@@ -236,7 +236,8 @@ class Runner:
 
     def _publish(self, view: View, verdict: Verdict | None, now: float) -> None:
         def seen(role: Role) -> ProcessState:
-            return ProcessState("done" if verdict and role.state == "away" else role.state, role.crashes)
+            ended = None if verdict is None else "done" if verdict.status == "succeeded" else "stopped"
+            return ProcessState(ended or role.state if role.state == "away" else role.state, role.crashes)
 
         slots = {slot: seen(role) for slot, role in self.samplers.items()}
         view.show(RunState(seen(self.learner), slots, self.evaluations.version, self.state.elapsed_s))

@@ -32,7 +32,7 @@ class ProcessState:
     """A process as its runner sees it."""
 
     state: str
-    """up, stopping, restarting, away (not available now), lost (given up) or done."""
+    """up, stopping, restarting, away (not available now), lost (given up), done or stopped."""
     crashes: int = 0
 
 
