@@ -1,4 +1,7 @@
+from pathlib import Path
+
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from heterorl.names import Slot
@@ -15,58 +18,9 @@ def manifest(**spec):
     }
 
 
-def group(**fields):
-    return {"samplers": [{"name": "far"} | fields]}
-
-
-BROKEN_RULES = [
-    ({"model": {"source": "path"}}, "spec.model.path"),
-    ({"model": {"source": "hub"}}, "spec.model.name"),
-    ({"data": {"train": {"source": "file"}}}, "spec.data.train.path"),
-    ({"data": {"train": {"source": "hub"}}}, "spec.data.train.name"),
-    ({"data": {"evals": [{"label": "a"}, {"label": "a"}]}}, "spec.data.evals"),
-    ({"rewards": [{"name": "custom"}]}, "spec.rewards.0.path"),
-    ({"rewards": [{"name": "format", "path": "a.b"}]}, "spec.rewards.0.path"),
-    ({"rewards": [{"name": "format"}, {"name": "format"}]}, "spec.rewards"),
-    ({"algorithm": {"groupSize": 1}}, "spec.algorithm.groupSize"),
-    ({"algorithm": {"staleness": {"maxSteps": 0}}}, "spec.algorithm.staleness.maxSteps"),
-    ({"learner": {"gpus": 4}}, "spec.learner.processesPerReplica"),
-    ({"learner": {"batch": {"groups": 65}}}, "spec.learner.batch.groups"),
-    ({"samplers": [{"name": "a"}, {"name": "a"}]}, "spec.samplers"),
-    (group(replicas=0), "spec.samplers"),
-    (group(gpus=1, tensorParallel=2), "spec.samplers.0.tensorParallel"),
-    (group(delay={"distribution": "lognormal", "lower": 5, "upper": 5}), "spec.samplers.0.delay.lower"),
-    (group(delay={"distribution": "weibull", "lower": 0, "upper": 5}), "spec.samplers.0.delay.lower"),
-    (group(delay={"distribution": "trace"}), "spec.samplers.0.delay.trace"),
-    (
-        group(delay={"distribution": "trace", "trace": {"path": "a.csv", "values": [1.0], "column": "b"}}),
-        "spec.samplers.0.delay.trace",
-    ),
-    (group(delay={"distribution": "trace", "trace": {"path": "a.csv"}}), "spec.samplers.0.delay.trace.column"),
-    (
-        group(delay={"distribution": "constant", "model": "transit", "unit": "steps", "lower": 65}),
-        "spec.samplers.0.delay.lower",
-    ),
-    (group(availability={"type": "windows"}), "spec.samplers.0.availability.windows"),
-    (group(availability={"type": "trace"}), "spec.samplers.0.availability.trace"),
-    (
-        group(availability={"windows": [{"startSeconds": 2, "endSeconds": 2, "replicas": 1}]}),
-        "spec.samplers.0.availability.windows.0.startSeconds",
-    ),
-    (
-        group(availability={"trace": [{"atSeconds": 2, "replicas": 1}, {"atSeconds": 1, "replicas": 1}]}),
-        "spec.samplers.0.availability.trace",
-    ),
-    (
-        group(podTemplate={"env": [{"name": "A", "value": "b", "valueFrom": {}}]}),
-        "spec.samplers.0.podTemplate.env.0.value",
-    ),
-    (group(podTemplate={"volumes": [{"name": "v"}]}), "spec.samplers.0.podTemplate.volumes.0.name"),
-    ({"evaluation": {"passK": [2]}}, "spec.evaluation.passK"),
-    ({"evaluation": {"everySteps": 5}}, "spec.data.evals"),
-    ({"mode": "online", "learner": {"publish": {"everySteps": 2}}}, "spec.learner.publish.everySteps"),
-    ({"mode": "online", **group(delay={"distribution": "constant"})}, "spec.samplers.0.delay"),
-]
+# Shared with tests/cluster, which shows them to a real API server.
+BROKEN_MANIFESTS = yaml.safe_load((Path(__file__).parents[1] / "broken_manifests.yaml").read_text())
+BROKEN_RULES = [(broken["spec"], broken["at"]) for broken in BROKEN_MANIFESTS]
 
 
 @pytest.mark.parametrize(("spec", "path"), BROKEN_RULES, ids=[path for _, path in BROKEN_RULES])
