@@ -175,7 +175,7 @@ def test_the_canary_tells_the_largest_difference_and_refuses_nan() -> None:
 # ── rollouts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_a_rollout_is_read_back_as_it_was_put(exchange: Exchange) -> None:
     name = RolloutName(V3, FAR, 0)
-    exchange.put_rollout(name, rollout())
+    exchange.put_rollouts({name: rollout()})
     found = exchange.read_rollout(name)
     assert exchange.list_rollouts() == [name]
     assert found.completion_ids.tolist() == [7, 8, 9]
@@ -184,11 +184,17 @@ def test_a_rollout_is_read_back_as_it_was_put(exchange: Exchange) -> None:
     assert found.meta == {"row_id": 4}
 
 
+def test_groups_published_together_are_all_there(exchange: Exchange) -> None:
+    names = [RolloutName(V3, FAR, seq) for seq in range(3)]
+    exchange.put_rollouts({name: rollout(float(name.seq)) for name in names})
+    assert [exchange.read_rollout(name).rewards[0] for name in names] == [0.0, 1.0, 2.0]
+
+
 def test_a_rollout_is_never_overwritten(exchange: Exchange) -> None:
     name = RolloutName(V3, FAR, 0)
-    exchange.put_rollout(name, rollout(1.0))
+    exchange.put_rollouts({name: rollout(1.0)})
     with pytest.raises(ExchangeError, match="two samplers use one slot"):
-        exchange.put_rollout(name, rollout(2.0))
+        exchange.put_rollouts({name: rollout(2.0)})
     assert exchange.read_rollout(name).rewards[0] == 1.0
 
 
@@ -219,7 +225,7 @@ def test_a_rollout_whose_arrays_do_not_fit_is_refused(change: dict[str, np.ndarr
 
 def test_a_quarantined_rollout_is_out_of_the_way_with_its_reason_beside_it(exchange: Exchange) -> None:
     name = RolloutName(V3, FAR, 7)
-    exchange.put_rollout(name, rollout())
+    exchange.put_rollouts({name: rollout()})
     exchange.quarantine_rollout(name, "bad")
     assert exchange.list_rollouts() == []
     assert exchange.list_quarantined() == [name]
@@ -227,7 +233,7 @@ def test_a_quarantined_rollout_is_out_of_the_way_with_its_reason_beside_it(excha
 
 
 def test_strange_files_among_the_rollouts_are_ignored(exchange: Exchange) -> None:
-    exchange.put_rollout(RolloutName(V3, FAR, 0), rollout())
+    exchange.put_rollouts({RolloutName(V3, FAR, 0): rollout()})
     for stray in (".tmp-1234", "notes.txt", "v00000003-i0001--far-0--s1.safetensors"):
         (exchange.root / "rollouts" / stray).write_bytes(b"")
     assert exchange.list_rollouts() == [RolloutName(V3, FAR, 0)]
@@ -235,7 +241,7 @@ def test_strange_files_among_the_rollouts_are_ignored(exchange: Exchange) -> Non
 
 def test_archived_rollouts_leave_the_queue_and_stay_on_the_volume(exchange: Exchange) -> None:
     name = RolloutName(V3, FAR, 0)
-    exchange.put_rollout(name, rollout())
+    exchange.put_rollouts({name: rollout()})
     exchange.retire_rollouts([name, RolloutName(V3, FAR, 1)], archive=True)
     assert exchange.list_rollouts() == []
     assert (exchange.root / "archive" / f"{name}.safetensors").is_file()
@@ -361,9 +367,9 @@ class CrashingFiles(Files):
         if self.left == 0:
             raise Crash
 
-    def rename(self, source: Path, target: Path) -> None:
+    def move(self, source: Path, target: Path) -> None:
         self._operation()
-        super().rename(source, target)
+        super().move(source, target)
 
     def sync_file(self, path: Path) -> None:
         self._operation()
@@ -385,7 +391,7 @@ def test_a_writer_that_dies_anywhere_leaves_all_or_nothing(exchange: Exchange, t
         name = RolloutName(V3, FAR, 0)
         try:
             publish(writer, V3)
-            writer.put_rollout(name, rollout())
+            writer.put_rollouts({name: rollout()})
             crashed = False
         except Crash:
             crashed = True

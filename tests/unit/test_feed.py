@@ -43,19 +43,17 @@ def put(exchange: Exchange) -> Callable[..., RolloutName]:
     def put(seq: int, step: int = 0, *, made_by: int | None = None, group_size: int = 2) -> RolloutName:
         name = RolloutName(Version(step, 1), Slot("far", 0), seq)
         ones = np.ones(group_size, np.float32)
-        exchange.put_rollout(
-            name,
-            Rollout(
-                prompt_ids=np.array([1], np.int32),
-                completion_ids=np.arange(group_size, dtype=np.int32),
-                lengths=np.ones(group_size, np.int32),
-                logp=-ones,
-                versions=np.full(group_size, step if made_by is None else made_by, np.int32),
-                rewards=ones,
-                advantages=ones * 0,
-                truncated=np.zeros(group_size, np.bool_),
-            ),
+        rollout = Rollout(
+            prompt_ids=np.array([1], np.int32),
+            completion_ids=np.arange(group_size, dtype=np.int32),
+            lengths=np.ones(group_size, np.int32),
+            logp=-ones,
+            versions=np.full(group_size, step if made_by is None else made_by, np.int32),
+            rewards=ones,
+            advantages=ones * 0,
+            truncated=np.zeros(group_size, np.bool_),
         )
+        exchange.put_rollouts({name: rollout})
         return name
 
     return put

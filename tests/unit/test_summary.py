@@ -48,7 +48,7 @@ def publish(exchange: Exchange, *seqs: int) -> None:
         ids = np.array([seq], np.int32)
         step = np.zeros(1, np.int32)
         rollout = Rollout(ids, ids, np.ones(1, np.int32), -one, step, one, one, np.zeros(1, np.bool_))
-        exchange.put_rollout(name(seq), rollout)
+        exchange.put_rollouts({name(seq): rollout})
 
 
 def record(exchange: Exchange, process: str, *records: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from heterorl.errors import DataError
 from heterorl.seeds import uniform
-from heterorl.spec import Delay, DelayTrace
+from heterorl.spec import Delay, DelayTrace, HeteroRLRun
 
 MAX_TRACE_VALUES = 4096
 
@@ -129,6 +129,12 @@ def inline_trace(delay: Delay, folder: Path) -> Delay:
         return delay
     values = _read_column(folder / delay.trace.path, str(delay.trace.column))
     return delay.model_copy(update={"trace": DelayTrace(values=values)})
+
+
+def inline_traces(run: HeteroRLRun, folder: Path) -> HeteroRLRun:
+    """The same run with the traces of all its sampler groups written out; raises as `inline_trace`."""
+    samplers = [group.model_copy(update={"delay": inline_trace(group.delay, folder)}) for group in run.spec.samplers]
+    return run.model_copy(update={"spec": run.spec.model_copy(update={"samplers": samplers})})
 
 
 def _read_column(path: Path, column: str) -> list[float]:

@@ -49,7 +49,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +57,7 @@ from typing import Any, TypeVar
 
 import psutil
 
+from heterorl.delay import inline_traces
 from heterorl.errors import CorruptFile, ExchangeError, RunFolderError
 from heterorl.files import STAGING, Files
 from heterorl.names import RolloutName, Slot, Version
@@ -132,7 +133,10 @@ class Lease:
 
 
 class Exchange:
-    """One run's folder on the shared volume. Root, clock, sleep and file operations are arguments, for tests."""
+    """One run's folder on the shared volume. Root, clock, sleep and file operations are arguments, for tests.
+
+    `spec_file` is where the manifest is read when it is not the folder's run.json: on Kubernetes, a ConfigMap.
+    """
 
     def __init__(
         self,
@@ -141,8 +145,10 @@ class Exchange:
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
         files: Files | None = None,
+        spec_file: Path | None = None,
     ) -> None:
         self.root = Path(root)
+        self._spec_file = spec_file
         self.now = clock
         self.sleep = sleep
         self.files = files or Files()
@@ -205,13 +211,15 @@ class Exchange:
 
     @cached_property
     def run(self) -> HeteroRLRun:
-        """The resolved manifest."""
+        """The resolved manifest; traces of delays are read in, from a file on the volume where they are not yet."""
+        source = self._spec_file or self.run_file
         try:
-            return HeteroRLRun.model_validate_json(self.files.read(self.run_file))
+            run = HeteroRLRun.model_validate_json(self.files.read(source))
         except FileNotFoundError:
             raise RunFolderError(
-                f"{self.root} is no run folder: run.json is missing; start with `heterorl run`"
+                f"{self.root} is no run folder: {source} is missing; start with `heterorl run`"
             ) from None
+        return inline_traces(run, self.root)
 
     @property
     def spec(self) -> RunSpec:
@@ -280,13 +288,13 @@ class Exchange:
         self.files.remove(self.root / "pins" / str(version))
 
     # ── rollouts ─────────────────────────────────────────────────────────────────────────────────────────────────────
-    def put_rollout(self, name: RolloutName, rollout: Rollout) -> None:
-        """Publish one group; ExchangeError if the name was used before."""
-        path = self._rollout(name)
-        if path.exists():
-            raise ExchangeError(f"rollout {name} was published before; two samplers use one slot?")
-        self.files.make_dir(path.parent)
-        self.files.replace(path, rollout.to_bytes())
+    def put_rollouts(self, rollouts: Mapping[RolloutName, Rollout]) -> None:
+        """Publish groups; ExchangeError, and nothing is published, if a name was used before."""
+        for name in rollouts:
+            if self._rollout(name).exists():
+                raise ExchangeError(f"rollout {name} was published before; two samplers use one slot?")
+        self.files.make_dir(self.root / "rollouts")
+        self.files.replace_all({self._rollout(name): rollout.to_bytes() for name, rollout in rollouts.items()})
 
     def list_rollouts(self) -> list[RolloutName]:
         """Published rollouts that were neither deleted nor quarantined, trained ones included."""

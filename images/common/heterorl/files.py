@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 STAGING = ".tmp-"
@@ -45,12 +45,20 @@ class Files:
 
     def replace(self, path: Path, data: bytes) -> None:
         """Put new contents under a name; a reader sees the old ones or the new ones, whole."""
-        staged = path.with_name(f"{STAGING}{uuid.uuid4().hex}")
+        self.replace_all({path: data})
+
+    def replace_all(self, contents: Mapping[Path, bytes]) -> None:
+        """The same for several files of one folder, waiting for the folder once; each file appears whole."""
+        staged = {path: path.with_name(f"{STAGING}{uuid.uuid4().hex}") for path in contents}
         try:
-            self.write(staged, data)
-            self.rename(staged, path)
+            for path, data in contents.items():
+                self.write(staged[path], data)
+            for path in contents:
+                self.move(staged[path], path)
+            self.sync_dir(path.parent)
         except BaseException:
-            staged.unlink(missing_ok=True)
+            for path in staged.values():
+                path.unlink(missing_ok=True)
             raise
 
     def create(self, path: Path, data: bytes) -> bool:
@@ -72,16 +80,20 @@ class Files:
             file.flush()
             os.fsync(file.fileno())
 
-    def rename(self, source: Path, target: Path) -> None:
-        """Rename within a volume and wait until the disk has it."""
+    def move(self, source: Path, target: Path) -> None:
+        """Rename within a volume, at once for all readers."""
         os.replace(source, target)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Rename and wait until the disk has it."""
+        self.move(source, target)
         self.sync_dir(target.parent)
 
     def remove(self, path: Path) -> None:
         """Remove a file or a folder with all in it; fine if it is gone. A folder vanishes from sight at once."""
         if path.is_dir():
             hidden = path.with_name(f"{STAGING}{uuid.uuid4().hex}")
-            os.replace(path, hidden)
+            self.move(path, hidden)
             shutil.rmtree(hidden, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

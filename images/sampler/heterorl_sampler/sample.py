@@ -158,9 +158,8 @@ class Sampler:
             for seq, row, group in finished
         }
         scored = time.monotonic()
-        for name, rollout in rollouts.items():
-            self.exchange.put_rollout(name, rollout)
         if rollouts:
+            self.exchange.put_rollouts(rollouts)
             self._record(version, rollouts, generate_s=generated - started, score_s=scored - generated)
 
     def _sampling(self) -> Sampling:
