@@ -278,6 +278,24 @@ def test_a_folder_without_a_manifest_is_no_run(tmp_path: Path) -> None:
         _ = Exchange(tmp_path).run
 
 
+def test_a_spec_file_elsewhere_stands_for_the_folders_own(exchange: Exchange, tmp_path: Path) -> None:
+    given = json.loads((exchange.root / "run.json").read_text())
+    given["spec"]["learner"]["steps"] = 7
+    elsewhere = tmp_path / "config" / "run.json"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text(json.dumps(given))
+    assert Exchange(exchange.root, spec_file=elsewhere).spec.learner.steps == 7
+    assert Exchange(exchange.root).spec.learner.steps != 7
+
+
+def test_a_trace_that_lies_on_the_volume_is_read_in_with_the_spec(exchange: Exchange) -> None:
+    given = json.loads((exchange.root / "run.json").read_text())
+    given["spec"]["samplers"][0]["delay"] = {"distribution": "trace", "trace": {"path": "lags.csv", "column": "lag"}}
+    (exchange.root / "run.json").write_text(json.dumps(given))
+    (exchange.root / "lags.csv").write_text("lag\n3\n5\n")
+    assert Exchange(exchange.root).spec.samplers[0].delay.trace.values == [3, 5]
+
+
 # ── leases ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 def foreign(exchange: Exchange, slot: Slot, epoch: int) -> None:
     """A lease held on another machine."""

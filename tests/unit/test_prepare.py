@@ -254,3 +254,13 @@ def test_command_ends_with_code_2_and_one_line(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert "is no folder; write the folder of a Hugging Face model" in lines[0]
+
+
+@pytest.mark.usefixtures("own_logging")
+def test_a_spec_given_by_file_is_left_in_the_runs_folder(tmp_path, monkeypatch):
+    elsewhere = exchange_with(tmp_path / "config")
+    monkeypatch.setattr(sys, "argv", ["prepare", "--root", str(tmp_path / "run"), "--spec", str(elsewhere.run_file)])
+    assert module.main() == 0
+    exchange = Exchange(tmp_path / "run")
+    assert exchange.prepared is not None
+    assert exchange.run == elsewhere.run

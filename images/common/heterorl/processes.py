@@ -14,6 +14,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -28,25 +29,39 @@ _PR_SET_PDEATHSIG = 1
 _prctl = getattr(ctypes.CDLL(None), "prctl", None)  # looked up before any fork; absent off Linux
 
 
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks of several machines meet. Every machine starts as many."""
+
+    address: str
+    """Of the first machine."""
+    port: int
+    node: int
+    """Number of this machine, from 0."""
+    nodes: int
+
+
 class Process:
-    """A running program: `ranks` equal processes with one fate, stdout and stderr appended to a log."""
+    """A running program: `ranks` equal processes with one fate, stdout and stderr appended to a log.
+
+    Without a log they write where their parent writes. Without a rendezvous all ranks are here.
+    """
 
     def __init__(
         self,
         command: Sequence[str],
         env: Mapping[str, str],
-        log: Path,
+        log: Path | None,
         *,
         ranks: int = 1,
+        rendezvous: Rendezvous | None = None,
         keep_open: Sequence[int] = (),
     ) -> None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())} if ranks > 1 else {}
+        meeting = rendezvous or Rendezvous("127.0.0.1", _free_port(), 0, 1)
         self._ranks: list[subprocess.Popen[bytes]] = []
         for rank in range(ranks):
-            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-            distributed = rendezvous | {key: str(value) for key, value in places.items()} if ranks > 1 else {}
-            with open(_rank_log(log, rank), "ab") as output:
+            distributed = _torchrun_env(rank, ranks, meeting) if ranks * meeting.nodes > 1 else {}
+            with _opened(log, rank) as output:
                 self._ranks.append(_spawn(command, {**env, **distributed}, output, keep_open))
         self.pid = self._ranks[0].pid
 
@@ -192,8 +207,22 @@ def tail(log: Path, lines: int = 15) -> str:
     return "\n".join(text.rstrip().splitlines()[-lines:])
 
 
-def _rank_log(log: Path, rank: int) -> Path:
-    return log if rank == 0 else log.with_name(f"{log.stem}-rank{rank}{log.suffix}")
+def _opened(log: Path | None, rank: int) -> AbstractContextManager[IO[bytes] | None]:
+    if log is None:
+        return nullcontext()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return open(log if rank == 0 else log.with_name(f"{log.stem}-rank{rank}{log.suffix}"), "ab")
+
+
+def _torchrun_env(rank: int, ranks: int, meeting: Rendezvous) -> dict[str, str]:
+    numbers = {
+        "MASTER_PORT": meeting.port,
+        "RANK": meeting.node * ranks + rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": meeting.nodes * ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+    }
+    return {"MASTER_ADDR": meeting.address} | {key: str(value) for key, value in numbers.items()}
 
 
 def _worst(failed: list[int]) -> int:
@@ -207,7 +236,7 @@ def _free_port() -> int:
 
 
 def _spawn(
-    command: Sequence[str], env: Mapping[str, str], output: IO[bytes], keep_open: Sequence[int]
+    command: Sequence[str], env: Mapping[str, str], output: IO[bytes] | None, keep_open: Sequence[int]
 ) -> subprocess.Popen[bytes]:
     parent = os.getpid()
 

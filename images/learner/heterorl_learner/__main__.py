@@ -22,6 +22,7 @@ def main() -> int:
     """Parse, set up, train; the exit code says whether it went well (0), was the user's to mend (2) or failed (1)."""
     parser = argparse.ArgumentParser(prog="heterorl_learner", description=__doc__)
     parser.add_argument("--root", type=Path, required=True, help="the run's folder on the shared volume")
+    parser.add_argument("--spec", type=Path, metavar="FILE", help="the resolved spec [ROOT/run.json]")
     args = parser.parse_args()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -29,7 +30,7 @@ def main() -> int:
     rank = int(os.environ.get("RANK", "0"))
     setup_logging("learner" if rank == 0 else f"learner-{rank}")
     try:
-        learn(Exchange(args.root), rank, stop)
+        learn(Exchange(args.root, spec_file=args.spec), rank, stop)
     except HeteroRLError as error:
         log.error("%s", error)
         return error.exit_code

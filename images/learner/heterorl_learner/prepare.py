@@ -235,20 +235,24 @@ def _first_line(error: Exception) -> str:
 
 
 def main() -> int:
-    """`python -m heterorl_learner.prepare --root ROOT`; returns the exit code."""
+    """`python -m heterorl_learner.prepare --root ROOT [--spec FILE]`; returns the exit code."""
     parser = argparse.ArgumentParser(description="Put the starting model and the tokenised data onto the volume.")
     parser.add_argument("--root", type=Path, required=True, help="the run's folder")
-    root = parser.parse_args().root
+    parser.add_argument("--spec", type=Path, metavar="FILE", help="the resolved spec [ROOT/run.json]")
+    args = parser.parse_args()
     setup_logging("prepare")
+    exchange = Exchange(args.root, spec_file=args.spec)
     try:
-        info = prepare(Exchange(root))
+        if args.spec:
+            exchange.create(exchange.run)  # so that the folder can be read where the spec's file is not
+        info = prepare(exchange)
     except HeteroRLError as error:
         logger.error("%s", error)
         return error.exit_code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        logger.error("no space left on the volume of %s; free some and run again", root)
+        logger.error("no space left on the volume of %s; free some and run again", args.root)
         return RunFolderError.exit_code
     logger.info("prepared: %s", json.dumps(info))
     return 0

@@ -27,13 +27,14 @@ def main() -> int:
     """Parse, set up, sample; the exit code says whether it went well (0), was the user's to mend (2) or failed (1)."""
     parser = argparse.ArgumentParser(prog="heterorl_sampler", description=__doc__)
     parser.add_argument("--root", type=Path, required=True, help="the run's folder on the shared volume")
+    parser.add_argument("--spec", type=Path, metavar="FILE", help="the resolved spec [ROOT/run.json]")
     parser.add_argument("--group", required=True, help="sampler group of the spec")
     parser.add_argument("--index", type=int, help="slot in the group; absent: the first that is free")
     args = parser.parse_args()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    exchange = Exchange(args.root)
+    exchange = Exchange(args.root, spec_file=args.spec)
     setup_logging(f"sampler-{args.group}")
     try:
         serve(exchange, args.group, args.index, stop)

@@ -286,6 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the results there, as JSON")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--root", type=Path, help="in place of MODEL: a run's folder, with --version")
+    parser.add_argument("--spec", type=Path, metavar="FILE", help="with --root: the resolved spec [ROOT/run.json]")
     parser.add_argument("--version", type=Version.parse, help="published version of that run to evaluate")
     return parser
 
@@ -307,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--pass-k {max(args.pass_k)} needs as many --samples; it is {args.samples}")
     try:
         if of_run:
-            evaluate_version(Exchange(args.root), args.version)
+            evaluate_version(Exchange(args.root, spec_file=args.spec), args.version)
             return 0
         results = evaluate_folder(args)
     except HeteroRLError as error:
