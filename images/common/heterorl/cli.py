@@ -65,6 +65,35 @@ def validate(files: tuple[Path, ...], sets: tuple[str, ...]) -> None:
 
 
 @cli.command()
+@click.argument("file", type=_FILE)
+@_SET
+@click.option("--namespace", "-n", help="Namespace of the objects [the manifest's, else that of kubectl].")
+@click.option(
+    "--images",
+    default="heterorl",
+    show_default=True,
+    metavar="PREFIX",
+    help="Where the images are: PREFIX/learner:TAG and PREFIX/sampler:TAG.",
+)
+@click.option("--image-tag", metavar="TAG", help="Tag of the images [this version].")
+def render(file: Path, sets: tuple[str, ...], namespace: str | None, images: str, image_tag: str | None) -> None:
+    """Print a run's Kubernetes manifests, for use without the operator: heterorl render FILE | kubectl apply -f -"""
+    from importlib.metadata import version
+
+    from heterorl.load import load_run, warnings_for
+    from heterorl.manifests import Images
+    from heterorl.render import render
+
+    manifest, tag = load_run(file, sets), image_tag or version("heterorl")
+    text, notes = render(
+        manifest, file.resolve().parent, Images(f"{images}/learner:{tag}", f"{images}/sampler:{tag}"), namespace
+    )
+    for warning in [*warnings_for(manifest), *notes]:
+        _say(f"warning: {warning}")
+    click.echo(text, nl=False)
+
+
+@cli.command()
 @click.option("--check", is_flag=True, help="Only compare; exit 1 if the file is not up to date.")
 def crd(check: bool) -> None:
     """Write crds/heterorlrun.yaml, the CustomResourceDefinition, from the spec."""
