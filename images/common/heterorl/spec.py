@@ -72,7 +72,7 @@ class TinyModel(Block):
     tie_embeddings: bool = True
     """Share the input embedding with the output head, as Qwen3-0.6B to 4B do."""
     target_accuracy: float = Field(0.2, ge=0, le=0.95)
-    """Supervise on the training data until held-out accuracy, sampled at temperature 1, first passes this; 0 skips it."""
+    """Supervise until held-out accuracy, sampled at temperature 1, first passes this share; 0 skips supervision."""
     max_supervised_steps: int = Field(2000, ge=0, le=100_000)
     """Stop supervising after this many steps even if the target was not reached."""
     supervised_learning_rate: float = Field(1e-3, gt=0, le=1)
@@ -115,7 +115,7 @@ class Columns(Block):
     answer: ShortText = "answer"
     """Column with the reference answer."""
     answer_pattern: ShortText | None = None
-    """Regular expression whose first group is the answer, as `#### (.+)` for GSM8K; absent: the last box in the column, else all of it."""
+    """Its first group is the answer, as in `#### (.+)` for GSM8K; absent: the column's last box, or else all of it."""
     strip_suffix: Text | None = None
     """Text removed from the end of a problem, for files that already end with an instruction."""
 
