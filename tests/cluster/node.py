@@ -125,22 +125,23 @@ class Node:
         """The first process: it reaps what becomes its child, and dies with this one."""
         namespaces = ("--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child", "--mount-proc")
         command = ["setpriv", "--pdeathsig", "KILL", "unshare", *namespaces, str(self.programs["pause"])]
-        self._outer = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        log = self.folder / "unshare.log"
+        with log.open("wb") as output:
+            self._outer = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
         deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and self._outer.poll() is None:
             children = psutil.Process(self._outer.pid).children()
             if children and children[0].name() == "pause":
                 self.init = children[0].pid
                 return
-            if self._outer.poll() is not None:
-                break
             time.sleep(0.02)
         self._outer.kill()
-        raise RuntimeError("unshare made no namespaces; this machine may forbid them")
+        raise RuntimeError(f"unshare made no namespaces; this machine may forbid them: {log.read_text().strip()}")
 
     def _end(self) -> None:
-        init = psutil.Process(self.init)
-        init.kill()
+        psutil.Process(self.init).kill()
         self._outer.wait()
 
     def _mount(self) -> None:
