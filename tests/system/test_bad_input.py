@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
+from heterorl.exchange import Exchange
+from heterorl.load import load_run
+from heterorl.runfolder import with_absolute_paths
+
 MANIFEST: dict[str, Any] = {
     "apiVersion": "heterorl.dev/v1alpha1",
     "kind": "HeteroRLRun",
@@ -50,6 +54,14 @@ def start(tmp_path: Path) -> Start:
         )
 
     return start
+
+
+@pytest.fixture
+def folder(start: Start, tmp_path: Path) -> Exchange:
+    """The run's folder as an earlier start left it."""
+    exchange = Exchange(tmp_path / "runs" / "bad")
+    exchange.create(with_absolute_paths(load_run(tmp_path / "run.yaml"), tmp_path, must_exist=True))
+    return exchange
 
 
 def refused(result: subprocess.CompletedProcess[str], *words: str) -> bool:
@@ -98,12 +110,13 @@ def test_bad_data_is_refused_with_its_lines_and_leaves_no_folder(
     assert not (tmp_path / "runs" / "bad").exists()
 
 
-def test_too_long_prompts_are_counted_and_skipped(start: Start, tmp_path: Path) -> None:
+def test_too_long_prompts_are_counted_and_skipped(folder: Exchange, tmp_path: Path) -> None:
     rows = [{"problem": "1+1=", "answer": "2"}, {"problem": "1+" * 20 + "1=", "answer": "21"}]
-    result = start(data="".join(json.dumps(row) + "\n" for row in rows))
-    assert result.returncode == 0, result.stderr
-    prepared = json.loads((tmp_path / "runs" / "bad" / "prepared.json").read_text())
-    assert prepared["data"]["train"] == {"rows": 1, "skipped": 1}
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare = [sys.executable, "-m", "heterorl_learner.prepare", "--root", str(folder.root)]
+    subprocess.run(prepare, check=True, timeout=300)
+    assert folder.prepared is not None
+    assert folder.prepared["data"]["train"] == {"rows": 1, "skipped": 1}
 
 
 def test_a_model_folder_without_a_tokenizer_is_refused(
@@ -125,14 +138,11 @@ def test_vllm_asked_for_and_not_installed_is_refused(start: Start, tmp_path: Pat
     assert not (tmp_path / "runs" / "bad").exists()
 
 
-def test_the_folder_of_another_run_is_not_touched(start: Start, tmp_path: Path) -> None:
-    assert start().returncode == 0
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "bad").rglob("*")}
+def test_the_folder_of_another_run_is_not_touched(start: Start, folder: Exchange) -> None:
+    before = {path: path.stat().st_mtime_ns for path in folder.root.rglob("*")}
     assert refused(start(), "runs/bad", "--resume")
     assert refused(start("--resume", "--set", "algorithm.groupSize=4"), "groupSize", "4")
-    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "bad").rglob("*")}
-    assert {path for path in before if before[path] != after.get(path)} <= {tmp_path / "runs" / "bad" / "run.lock"}
-    assert set(before) == set(after)
+    assert {path: path.stat().st_mtime_ns for path in folder.root.rglob("*")} == before
 
 
 def test_a_run_folder_in_use_is_refused(start: Start, tmp_path: Path) -> None:

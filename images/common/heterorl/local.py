@@ -11,9 +11,10 @@ import shlex
 from pathlib import Path
 
 from heterorl import summary
+from heterorl.entry import no_space_is_a_user_error
 from heterorl.exchange import Exchange
 from heterorl.processes import USER_ERROR, shown
-from heterorl.runfolder import claim, no_space_is_a_user_error
+from heterorl.runfolder import claim
 from heterorl.runner import Programs, Runner, Verdict, count_interrupts
 from heterorl.spec import HeteroRLRun
 from heterorl.view import open_view

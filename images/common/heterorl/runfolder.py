@@ -6,7 +6,6 @@ anything is written, and holds the folder's lock until the run and every process
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import importlib.util
 import os
@@ -17,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from heterorl.delay import inline_trace
+from heterorl.delay import inline_traces
+from heterorl.entry import no_space_is_a_user_error
 from heterorl.errors import DataError, RunFolderError, UserError
 from heterorl.exchange import Exchange
 from heterorl.spec import HeteroRLRun, RunSpec
@@ -65,19 +65,6 @@ def claim(manifest: Path, run: HeteroRLRun, runs_dir: Path, *, resume: bool) -> 
             if not resume and exchange.prepared is None:
                 shutil.rmtree(root)
             os.close(lock)
-
-
-@contextmanager
-def no_space_is_a_user_error(root: Path) -> Iterator[None]:
-    """Turn a full disk, wherever it shows, into one line that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RunFolderError(
-            f"{root}: no space left on the disk; free some and go on with --resume, or start elsewhere with --runs-dir"
-        ) from error
 
 
 # ── the folder ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -167,10 +154,8 @@ def _lock(path: Path) -> int:
 
 def with_absolute_paths(run: HeteroRLRun, base: Path, *, must_exist: bool) -> HeteroRLRun:
     """The run with model and data paths made absolute, relative to the manifest's folder `base`, and traces read in."""
-    tree = run.resolved()
+    tree = inline_traces(run, base).resolved()
     spec = tree["spec"]
-    for group, block in zip(run.spec.samplers, spec["samplers"]):
-        block["delay"] = inline_trace(group.delay, base).model_dump(mode="json", by_alias=True)
     places = [("model.path", spec["model"]), ("data.train.path", spec["data"]["train"])]
     places += [(f"data.evals.{i}.path", dataset) for i, dataset in enumerate(spec["data"]["evals"])]
     for field, block in places:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import sys
 import threading
 from pathlib import Path
 
-from heterorl.errors import HeteroRLError
+from heterorl.entry import exit_code
 from heterorl.exchange import Exchange
 from heterorl.logs import setup_logging
 from heterorl.metrics import Metrics
-
-log = logging.getLogger("heterorl_learner")
 
 
 def main() -> int:
@@ -29,12 +26,7 @@ def main() -> int:
         signal.signal(number, lambda *_: stop.set())
     rank = int(os.environ.get("RANK", "0"))
     setup_logging("learner" if rank == 0 else f"learner-{rank}")
-    try:
-        learn(Exchange(args.root, spec_file=args.spec), rank, stop)
-    except HeteroRLError as error:
-        log.error("%s", error)
-        return error.exit_code
-    return 0
+    return exit_code(lambda: learn(Exchange(args.root, spec_file=args.spec), rank, stop), args.root)
 
 
 def learn(exchange: Exchange, rank: int, stop: threading.Event) -> None:

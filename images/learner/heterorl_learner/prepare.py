@@ -8,7 +8,6 @@ after a crash starts over.
 from __future__ import annotations
 
 import argparse
-import errno
 import hashlib
 import json
 import logging
@@ -31,7 +30,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from heterorl.data import PreparedData, prepare_rows
-from heterorl.errors import HeteroRLError, ModelError, RunFolderError
+from heterorl.entry import exit_code
+from heterorl.errors import ModelError
 from heterorl.exchange import Exchange
 from heterorl.files import STAGING, Files
 from heterorl.logs import setup_logging
@@ -242,20 +242,14 @@ def main() -> int:
     args = parser.parse_args()
     setup_logging("prepare")
     exchange = Exchange(args.root, spec_file=args.spec)
-    try:
-        if args.spec:
-            exchange.create(exchange.run)  # so that the folder can be read where the spec's file is not
-        info = prepare(exchange)
-    except HeteroRLError as error:
-        logger.error("%s", error)
-        return error.exit_code
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        logger.error("no space left on the volume of %s; free some and run again", args.root)
-        return RunFolderError.exit_code
+    return exit_code(lambda: _prepare(exchange, read_elsewhere=args.spec is not None), args.root)
+
+
+def _prepare(exchange: Exchange, *, read_elsewhere: bool) -> None:
+    if read_elsewhere:
+        exchange.create(exchange.run)  # so that the folder can be read where the spec's file is not
+    info = prepare(exchange)
     logger.info("prepared: %s", json.dumps(info))
-    return 0
 
 
 if __name__ == "__main__":

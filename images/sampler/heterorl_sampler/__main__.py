@@ -12,7 +12,8 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from heterorl.errors import ExchangeError, HeteroRLError
+from heterorl.entry import exit_code
+from heterorl.errors import ExchangeError
 from heterorl.exchange import CANARY_TOKENS, Exchange, Slot
 from heterorl.logs import setup_logging
 from heterorl.metrics import Metrics
@@ -36,12 +37,7 @@ def main() -> int:
         signal.signal(number, lambda *_: stop.set())
     exchange = Exchange(args.root, spec_file=args.spec)
     setup_logging(f"sampler-{args.group}")
-    try:
-        serve(exchange, args.group, args.index, stop)
-    except HeteroRLError as error:
-        log.error("%s", error)
-        return error.exit_code
-    return 0
+    return exit_code(lambda: serve(exchange, args.group, args.index, stop), args.root)
 
 
 def serve(exchange: Exchange, group_name: str, index: int | None, stop: threading.Event) -> None:
