@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from heterorl.data import PreparedData, prepare_rows
@@ -196,8 +197,12 @@ def _make_tiny(
     tiny = spec.model.tiny.model_copy(update={"seed": spec.model.tiny.seed + spec.seed})
     model = build_model(tiny, tokenizer)
     outcome = supervise(model, examples_from(rows, tokenizer, boxed=spec.data.prompt_template != "raw"), tiny)
-    model.save_pretrained(staged)
-    tokenizer.save_pretrained(staged)
+    # Not by model.save_pretrained, which imports DeepSpeed where it is installed: seconds, and a message for nobody.
+    tensors = {name: t for name, t in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    save_file(tensors, staged / "model.safetensors", metadata={"format": "pt"})
+    model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
+    for part in (model.config, model.generation_config, tokenizer):
+        part.save_pretrained(staged)
     return {"supervised_steps": outcome.steps, "held_out_accuracy": outcome.accuracy}
 
 
