@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-unit check crd docs clean
+.PHONY: setup quickstart test test-unit test-cluster check crd docs clean
 
 setup: $(VENV)/.installed
 
@@ -19,10 +19,14 @@ quickstart: setup
 	$(BIN)/heterorl run examples/quickstart.yaml
 
 test: setup
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests/unit tests/contract tests/system
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit tests/contract
+
+# A real API server and more, built from Go modules on first use (a quarter of an hour), cached afterwards.
+test-cluster: setup
+	$(BIN)/python -m pytest tests/cluster
 
 check: setup
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ import pytest
 if not find_spec("vllm") and os.environ.get("HETERORL_REQUIRE") != "all":
     pytest.skip("vLLM is not installed", allow_module_level=True)
 
+NO_EVALUATION = ("--set", "evaluation.everySteps=0")  # another half minute each, and not what is tested here
 pytestmark = pytest.mark.slow  # vLLM takes half a minute to start in each sampler
 
 
@@ -23,7 +24,7 @@ def swaps(run: Any, slot: str) -> list[dict[str, Any]]:
 
 
 def test_a_run_with_an_untied_model_swaps_with_the_canary_holding_at_each(new_run: Callable[..., Any]) -> None:
-    run = new_run("quickstart-vllm.yaml", "--set", "model.tiny.tieEmbeddings=false")
+    run = new_run("quickstart-vllm.yaml", *NO_EVALUATION, "--set", "model.tiny.tieEmbeddings=false")
     summary = run.succeed(600)
     assert summary["status"] == "succeeded"
     assert len(swaps(run, "near-0")) >= 6  # the first weights and five changes
@@ -32,7 +33,7 @@ def test_a_run_with_an_untied_model_swaps_with_the_canary_holding_at_each(new_ru
 
 
 def test_a_damaged_version_is_refused_and_generation_goes_on_with_the_old_one(new_run: Callable[..., Any]) -> None:
-    run = new_run("quickstart-vllm.yaml")  # its model is tied
+    run = new_run("quickstart-vllm.yaml", *NO_EVALUATION)  # its model is tied
     run.start()
     run.until_step(5)
     near, learner = run.child("heterorl_sampler", "near"), run.child("heterorl_learner")
