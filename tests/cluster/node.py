@@ -222,7 +222,7 @@ class Node:
 version = 3
 root = "{self.folder}/containerd"
 state = "/run/containerd"
-disabled_plugins = ["io.containerd.nri.v1.nri"]
+disabled_plugins = ["io.containerd.nri.v1.nri", "io.containerd.internal.v1.opt"]  # they write outside of the folder
 [grpc]
 address = "{self.socket}"
 [plugins."io.containerd.cri.v1.images".pinned_images]
