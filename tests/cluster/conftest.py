@@ -40,14 +40,14 @@ def started(**options: Any) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def needs() -> Callable[[str], None]:
-    """Skips where a level cannot run: `needs("node")`."""
+def needs() -> Callable[[str], dict[str, Path]]:
+    """The programs of a level, `needs("node")`; skips where it cannot run."""
 
-    def check(level: str) -> None:
+    def find(level: str) -> dict[str, Path]:
         with or_skip():
-            find_programs(level)
+            return find_programs(level)
 
-    return check
+    return find
 
 
 @pytest.fixture(scope="module")

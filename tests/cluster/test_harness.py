@@ -50,11 +50,15 @@ def traces_of(folder: Path) -> list[str]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 @pytest.mark.parametrize("level", ["apiserver", "node"])
 def test_nothing_outlives_the_program_that_started_it(needs, start, level, number):
-    needs(level)
+    programs = needs(level)
     command = [sys.executable, HARNESS, level]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as harness:
         assert harness.stdout
         folder = Path(harness.stdout.readline().strip().removeprefix("export KUBECONFIG=")).parent
+        if level == "node":  # with pods on it
+            kubectl = [programs["kubectl"], f"--kubeconfig={folder}/admin.kubeconfig"]
+            subprocess.run([*kubectl, "apply", "-f", "-"], input=deployment("web", 2), text=True, check=True)
+            subprocess.run([*kubectl, "rollout", "status", "deployment/web", "--timeout=60s"], check=True)
         assert len(traces_of(folder)) >= 2
         os.kill(harness.pid, number)
     if number == signal.SIGKILL:
