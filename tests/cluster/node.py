@@ -72,6 +72,7 @@ class Node:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as leaving:
+            make_control_groups(self.folder.name)
             leaving.callback(remove_control_groups, self.folder.name)
             self._unshare()
             leaving.callback(self._end)
@@ -193,8 +194,7 @@ class Node:
             "clusterDomain": "cluster.local",
             "resolvConf": f"{self.folder}/resolv.conf",
             "cgroupDriver": "cgroupfs",
-            "cgroupsPerQOS": False,
-            "cgroupRoot": f"/{self.folder.name}",
+            "cgroupRoot": f"/{self.folder.name}",  # else pods land in a group that other containerds share
             "enforceNodeAllocatable": [],
             "failCgroupV1": False,
             "failSwapOn": False,
@@ -286,6 +286,13 @@ def write_image(archive: Path, name: str, program: Path) -> None:
             }
         )
     )
+
+
+def make_control_groups(name: str) -> None:
+    """The control groups that all pods will be below, one in each hierarchy."""
+    unified = (CONTROL_GROUPS / "cgroup.controllers").exists()
+    for hierarchy in [CONTROL_GROUPS] if unified else CONTROL_GROUPS.iterdir():
+        (hierarchy / name).mkdir(exist_ok=True)
 
 
 def remove_control_groups(name: str) -> None:

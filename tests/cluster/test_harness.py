@@ -43,14 +43,20 @@ def traces_of(folder: Path) -> list[str]:
     processes = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
     found = [command[0] for command in processes if any(str(folder) in part for part in command)]
     found += [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(folder) in line]
-    found += [str(path) for path in node.CONTROL_GROUPS.rglob(folder.name)]
+    found += [str(path) for path in node.CONTROL_GROUPS.glob(f"*/{folder.name}")]
     return found + [name for name in psutil.net_if_addrs() if name == node.LINK]
+
+
+def control_groups_of_containers() -> set[Path]:
+    """Where containerd puts containers that it is not told a place for."""
+    return set(node.CONTROL_GROUPS.glob("**/k8s.io/*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 @pytest.mark.parametrize("level", ["apiserver", "node"])
 def test_nothing_outlives_the_program_that_started_it(needs, start, level, number):
     programs = needs(level)
+    containers_before = control_groups_of_containers()
     command = [sys.executable, HARNESS, level]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as harness:
         assert harness.stdout
@@ -65,6 +71,7 @@ def test_nothing_outlives_the_program_that_started_it(needs, start, level, numbe
         wait_for(lambda: all("cgroup" in trace for trace in traces_of(folder)), 20)
         start("apiserver")  # a new one removes what nobody could
     assert traces_of(folder) == []
+    assert control_groups_of_containers() <= containers_before
     assert not folder.exists()
 
 

@@ -80,6 +80,7 @@ def test_a_restricted_pod_uses_the_api_its_claim_and_answers_the_proxy(
         "image": program_image,
         "args": ["-conf", "/data/Corefile", "-dns.port", "5353"],
         "volumeMounts": [{"name": "data", "mountPath": "/data"}],
+        "resources": {"limits": {"memory": "256Mi", "cpu": "500m"}},
         "readinessProbe": {"httpGet": {"path": "/ready", "port": 8181}, "periodSeconds": 1},
     }
     volumes = [{"name": "data", "persistentVolumeClaim": {"claimName": "data"}}]
