@@ -131,6 +131,16 @@ def test_evaluations_give_best_last_and_the_gap(exchange):
     assert summarise(exchange.root)["evaluations"] == {"sums": {"best": 0.6, "last": 0.5, "gap": pytest.approx(0.1)}}
 
 
+def test_several_evaluation_sets_have_an_average_with_a_gap_of_its_own(exchange):
+    for step, (amc, aime) in {0: (0.4, 0.2), 5: (0.6, 0.2), 9: (0.5, 0.1)}.items():
+        sets = {"amc": {"mean": amc}, "aime": {"mean": aime}}
+        exchange.write_eval(Version(step, 1), {"step": step, "sets": sets, "average": (amc + aime) / 2})
+    # averages 0.3, 0.4, 0.3: best at step 5, where amc is best as well; aime fell by 0.1 since
+    evaluations = summarise(exchange.root)["evaluations"]
+    assert evaluations["average"] == {"best": 0.4, "last": pytest.approx(0.3), "gap": pytest.approx(0.1)}
+    assert evaluations["aime"]["gap"] == pytest.approx(0.1)
+
+
 def test_a_run_without_a_step_has_a_summary_without_numbers(exchange):
     result = write_summary(exchange.root)
     assert json.loads(exchange.summary_file.read_text()) == result

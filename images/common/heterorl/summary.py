@@ -117,11 +117,13 @@ def in_words(result: dict[str, Any]) -> str:
 
 
 def _evaluations(exchange: Exchange) -> dict[str, dict[str, float]]:
-    """Best, last and best-to-last gap of every evaluation set's mean@k, as in the paper's table."""
+    """Best, last and gap of each evaluation set's mean@k, and of their average, as in the paper's table."""
     scores: dict[str, list[float]] = {}
     for result in exchange.read_evals().values():
-        for label, values in result.get("sets", {}).items():
+        for label, values in result["sets"].items():
             scores.setdefault(label, []).append(values["mean"])
+        if len(result["sets"]) > 1:
+            scores.setdefault("average", []).append(result["average"])
     return {
         label: {"best": max(found), "last": found[-1], "gap": max(found) - found[-1]} for label, found in scores.items()
     }
