@@ -375,6 +375,8 @@ def main(arguments: list[str]) -> int:
     if level not in LEVELS:
         print(f"unknown level {level}; known are {', '.join(LEVELS)}", file=sys.stderr)
         return 2
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job would ignore Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     try:
         with Cluster(level) as cluster:
             print(f"export KUBECONFIG={cluster.kubeconfig}\nexport PATH={build.bin_folder()}:$PATH\nCtrl-C ends it.")

@@ -52,7 +52,7 @@ def control_groups_of_containers() -> set[Path]:
     return set(node.CONTROL_GROUPS.glob("**/k8s.io/*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 @pytest.mark.parametrize("level", ["apiserver", "node"])
 def test_nothing_outlives_the_program_that_started_it(needs, start, level, number):
     programs = needs(level)
