@@ -168,21 +168,17 @@ class Cluster:
         for name in ("etcd", "kube-apiserver"):
             self.servers[name].start()
         self.wait("the API server", self.ready)
-        for server in self.servers.values():
+        for name, server in self.servers.items():
+            if name == "kubelet" and self.node:  # it ends at once when it finds no container runtime
+                self.wait("containerd", self.node.socket.exists)
+                self.node.load_pause_image()
             if server.process is None:
                 server.start()
         if "kube-controller-manager" in self.servers:
             self.wait("the controllers", lambda: bool(self.get("/api/v1/namespaces/default/serviceaccounts/default")))
         if self.level == "kwok":
-            self.kubectl(
-                "create",
-                "-f",
-                "-",
-                stdin=json.dumps({"apiVersion": "v1", "kind": "Node", "metadata": {"name": node.NAME}}),
-            )
-        if self.node:
-            self.wait("containerd", self.node.socket.exists)
-            self.node.load_pause_image()
+            made = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": node.NAME}}
+            self.kubectl("create", "-f", "-", stdin=json.dumps(made))
         if self.level in ("kwok", "node"):
             self.wait("the node", self._node_ready)
 

@@ -60,7 +60,9 @@ def test_nothing_outlives_the_program_that_started_it(needs, start, level, numbe
     command = [sys.executable, HARNESS, level]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as harness:
         assert harness.stdout
-        folder = Path(harness.stdout.readline().strip().removeprefix("export KUBECONFIG=")).parent
+        line = harness.stdout.readline().strip()
+        assert line.startswith("export KUBECONFIG=")
+        folder = Path(line.removeprefix("export KUBECONFIG=")).parent
         if level == "node":  # with pods on it
             kubectl = [programs["kubectl"], f"--kubeconfig={folder}/admin.kubeconfig"]
             subprocess.run([*kubectl, "apply", "-f", "-"], input=deployment("web", 2), text=True, check=True)
