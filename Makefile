@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-unit test-cluster check crd docs clean
+.PHONY: setup quickstart test test-unit cluster-programs cluster test-cluster check crd docs clean
 
 setup: $(VENV)/.installed
 
@@ -24,8 +24,15 @@ test: setup
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit tests/contract
 
-# A real API server and more, built from Go modules on first use (a quarter of an hour), cached afterwards.
-test-cluster: setup
+# Kubernetes, etcd, containerd and the rest, built from pinned Go modules: a quarter of an hour, then cached.
+cluster-programs: setup
+	$(BIN)/python tests/cluster/build.py
+
+# A cluster to play with until Ctrl-C: make cluster LEVEL=apiserver|controllers|kwok|node
+cluster: cluster-programs
+	$(BIN)/python tests/cluster/harness.py $(or $(LEVEL),controllers)
+
+test-cluster: cluster-programs
 	$(BIN)/python -m pytest tests/cluster
 
 check: setup

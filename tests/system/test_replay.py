@@ -1,4 +1,4 @@
-"""The same recorded rollouts through every training engine, by the real learner process (decisions 11).
+"""The same recorded rollouts through every training engine, by the real learner process.
 
 The rollouts all come from the starting policy, so nothing but the engine differs. Compared are each step's loss and
 gradient norm and the update of the weights; a flipped gradient must fail that comparison.

@@ -1,4 +1,4 @@
-"""The exceptions of HeteroRL. The command line prints the message on one line and exits with the class's code.
+"""The exceptions of HeteroRL. The command line prints the message, one line a problem, and exits with the class's code.
 
 HeteroRLError
 ├── UserError            something to be put right by the user: exit code 2

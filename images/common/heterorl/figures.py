@@ -83,7 +83,7 @@ PANELS = (
     LAG,
     Panel("Distance between sampler and learner", "KL, nats a token", "mismatch_kl", log=True),
     Panel("Variance of the importance weight", "variance", "weight/variance", log=True),
-    Panel("Effective sample size", "share of completions", "weight/ess", top=1.0),
+    Panel("Effective sample size", "share of the batch", "weight/ess", top=1.0),
 )
 LENGTH = Panel("Completion length", "tokens", "completions/mean_length")
 
