@@ -338,6 +338,21 @@ def test_a_silent_slot_of_another_machine_is_taken_only_after_the_lease_time(exc
     assert exchange.now() - before >= exchange.spec.exchange.lease_seconds
 
 
+def test_a_lease_that_nobody_finished_writing_frees_its_slot_after_the_lease_time(exchange: Exchange) -> None:
+    foreign(exchange, FAR, 1)
+    (exchange.root / "slots" / "far-0" / "lease-00000001.json").write_bytes(b"")
+    before = exchange.now()
+    lease = exchange.acquire_slot([FAR])
+    assert lease is not None
+    assert lease.epoch == 2
+    assert exchange.now() - before >= exchange.spec.exchange.lease_seconds
+
+
+def test_waiting_for_a_slot_ends_when_told(exchange: Exchange) -> None:
+    foreign(exchange, FAR, 1)
+    assert exchange.acquire_slot([FAR], lambda: True) is None
+
+
 def test_a_slot_that_beats_is_left_alone(exchange: Exchange) -> None:
     foreign(exchange, FAR, 1)
     beats = exchange.root / "slots" / "far-0" / "heartbeat.json"

@@ -165,5 +165,14 @@ def test_a_learner_that_died_while_deleting_does_not_train_the_rest_again(
         resumed.take(1)  # one rollout is not enough, and no old one fills up
 
 
+def test_a_replay_stops_when_told_and_is_left_to_the_next_incarnation(
+    exchange: Exchange, put: Callable[..., RolloutName]
+) -> None:
+    put(0), put(1)
+    take(Feed(exchange, 0, 1, never), 0)
+    assert Feed(exchange, 0, 2, lambda: True).take(0) is None
+    assert take(Feed(exchange, 0, 3, never), 0) == [0, 1]
+
+
 def test_a_waiting_feed_stops_when_told(exchange: Exchange) -> None:
     assert Feed(exchange, 0, 1, lambda: True).take(0) is None

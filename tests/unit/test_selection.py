@@ -64,7 +64,13 @@ def test_the_order_of_the_listing_does_not_matter() -> None:
 def test_what_was_taken_no_longer_waits() -> None:
     rollouts = [name(3, "far-0", 0), name(3, "far-0", 1), name(3, "near-0", 0), name(2, "near-0", 1)]
     learner = {"taken": {"far-0": 0}}
-    assert pending(rollouts, learner, Slot("far", 0), Version(3, 1)) == Queue(own=1, total=3, of_version=2)
+    assert pending(spec(), rollouts, learner, Slot("far", 0), Version(3, 1)) == Queue(own=1, total=3, of_version=2)
+
+
+def test_what_is_too_old_to_be_taken_holds_nobody_back() -> None:
+    rollouts = [name(0, "far-0", 0), name(1, "far-0", 1)]
+    queue = pending(spec(), rollouts, {"step": 65}, Slot("far", 0), Version(1, 1))  # lags 65 and 64; maxSteps 64
+    assert queue == Queue(own=1, total=1, of_version=1)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +78,9 @@ def test_what_was_taken_no_longer_waits() -> None:
     [
         ({}, {"step": 5}, Queue(0, 0, 0), 5, None),
         ({}, {"step": 5}, Queue(64, 64, 0), 5, "queue"),  # maxPendingGroups is 64
+        ({"exchange": {"maxPendingGroups": 20}}, {"step": 5}, Queue(20, 31, 0), 5, None),  # a step takes 32
+        ({"exchange": {"maxPendingGroups": 20}}, {"step": 5}, Queue(20, 32, 0), 5, "queue"),
+        ({}, {"step": 70}, Queue(0, 0, 0), 5, "staleness"),  # 65 steps late, and 64 are allowed
         ({}, {"finished": True}, Queue(0, 0, 0), 5, "finished"),
         ({"mode": "online"}, {"step": 5}, Queue(0, 0, 0), 4, "weights"),  # newest is 5
         ({"mode": "online"}, {"step": 5}, Queue(32, 32, 32), 5, "weights"),  # 32 groups a step

@@ -128,10 +128,13 @@ RULES: dict[str, list[Rule]] = {
             "mode: online needs learner.publish.everySteps: 1",
         ),
         (
-            "self.samplers.all(group, group.delay.model != 'transit' || group.delay.unit != 'steps'"
-            " || group.delay.distribution in ['none', 'trace']"
+            "self.samplers.all(group, group.delay.unit != 'steps' || group.delay.distribution in ['none', 'trace']"
             " || group.delay.lower <= double(self.algorithm.staleness.maxSteps))",
             "a delay in steps exceeds algorithm.staleness.maxSteps, so every rollout would be refused; raise maxSteps",
+        ),
+        (
+            "self.mode == 'online' || self.learner.publish.everySteps <= self.algorithm.staleness.maxSteps + 1",
+            "learner.publish.everySteps exceeds algorithm.staleness.maxSteps: rollouts grow too old in between",
         ),
         (
             "self.samplers.exists(group, group.replicas > 0)",

@@ -260,8 +260,9 @@ class Adoption:
     def _after_hold(self, versions: list[V], now_s: float) -> V | None:
         newest = versions[-1]
         clock = now_s if self._delay.unit == "seconds" else newest.step
-        held_long_enough = self._held is None or clock - self._since >= self._draw(self._swaps - 1)
-        return newest if held_long_enough else None
+        # A clock that went back is another one: the learner resumed from an earlier step, the slot moved elsewhere.
+        holding = self._held is not None and 0 <= clock - self._since < self._draw(self._swaps - 1)
+        return None if holding else newest
 
     def _newest_visible(self, published: Sequence[tuple[V, float]], now_s: float) -> V | None:
         newest_step = max(version.step for version, _ in published)

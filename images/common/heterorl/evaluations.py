@@ -41,6 +41,8 @@ class Evaluations:
         self._every = exchange.spec.evaluation.every_steps
         self._pinned: set[Version] = set()
         self._left: set[Version] = set()  # done, or not worth another try
+        for version in exchange.read_evals():  # a runner that was killed may have left its pin
+            exchange.unpin(version)
         self.version: Version | None = None
         """The version being evaluated, if any."""
         self.role: Role | None = None
@@ -48,13 +50,11 @@ class Evaluations:
 
     def want(self, *, finished: bool) -> None:
         """Start what is due, unless one is at work."""
-        if self.role is not None:
-            return
         due = self._due(finished=finished)
         for version in set(due) - self._pinned:
             self._exchange.pin(version)
             self._pinned.add(version)
-        if due:
+        if due and self.role is None:
             self.version, self.role = due[0], self._make_role(due[0])
             self.role.wanted = True
 

@@ -404,10 +404,10 @@ class Exchange:
                 self.files.remove(path)
 
     # ── slots ────────────────────────────────────────────────────────────────────────────────────────────────────────
-    def acquire_slot(self, candidates: list[Slot]) -> Lease:
-        """Lease the first free slot of the candidates, waiting for one if need be."""
+    def acquire_slot(self, candidates: list[Slot], stop: Callable[[], bool] = lambda: False) -> Lease | None:
+        """Lease the first free slot of the candidates, waiting for one if need be; None when told to stop first."""
         seen: dict[Slot, tuple[tuple[int, int], float]] = {}
-        while True:
+        while not stop():
             for slot in candidates:
                 epoch = self._lease_epoch(slot)
                 if not self._is_free(slot, epoch, seen):
@@ -419,6 +419,7 @@ class Exchange:
                 if self.files.create(path, json.dumps({**holder, "started": _started(os.getpid())}).encode()):
                     return lease
             self.sleep(self.spec.exchange.poll_seconds)
+        return None
 
     def beat(self, lease: Lease, status: dict[str, Any], *, released: bool = False) -> None:
         """Keep the lease and show the slot's status; ExchangeError if somebody else took it over."""
@@ -455,7 +456,10 @@ class Exchange:
         beat = self._read_json(self._slot(slot) / "heartbeat.json") or {}
         if beat.get("epoch") == epoch and beat.get("released"):
             return True
-        holder = self._read_json(self._slot(slot) / f"lease-{epoch:08d}.json") or {}
+        try:
+            holder = self._read_json(self._slot(slot) / f"lease-{epoch:08d}.json") or {}
+        except ValueError:  # being written at this moment, or its writer died over it: then time will tell
+            holder = {}
         if (holder.get("host"), holder.get("boot")) == (socket.gethostname(), _boot_id()):
             return _started(holder.get("pid", 0)) != holder.get("started")
         mark = (epoch, beat.get("beats", 0) if beat.get("epoch") == epoch else 0)

@@ -7,15 +7,28 @@ keep none of these promises. What it relies on: rename within one folder is atom
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 STAGING = ".tmp-"
 _CHUNK = 8 << 20
+
+
+@contextmanager
+def _stale_is_gone(path: Path) -> Iterator[None]:
+    """NFS says ESTALE, not ENOENT, of a file that was deleted while it was being read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+        raise FileNotFoundError(errno.ENOENT, "deleted while it was read", str(path)) from error
 
 
 class Files:
@@ -34,7 +47,8 @@ class Files:
 
     def read(self, path: Path) -> bytes:
         """The whole file; FileNotFoundError if it is gone."""
-        return path.read_bytes()
+        with _stale_is_gone(path):
+            return path.read_bytes()
 
     def write(self, path: Path, data: bytes) -> None:
         """Write through to the disk under this very name; only for names no reader looks at yet."""
@@ -64,12 +78,17 @@ class Files:
     def create(self, path: Path, data: bytes) -> bool:
         """Create a file that must not exist; False if somebody else was first."""
         try:
-            with open(path, "xb") as file:
+            file = open(path, "xb")  # noqa: SIM115  (closed below, after what may go wrong has been undone)
+        except FileExistsError:
+            return False
+        try:
+            with file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        except FileExistsError:
-            return False
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
         self.sync_dir(path.parent)
         return True
 
@@ -122,7 +141,7 @@ class Files:
         `rest` is called between chunks, so that a caller can give way or give up by raising.
         """
         digest = hashlib.sha256()
-        with open(source, "rb") as reader, open(target, "wb") as writer:
+        with _stale_is_gone(source), open(source, "rb") as reader, open(target, "wb") as writer:
             while chunk := reader.read(_CHUNK):
                 digest.update(chunk)
                 writer.write(chunk)

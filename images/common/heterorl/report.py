@@ -36,7 +36,7 @@ _HOW_TO_READ = {
     "Reward": "mean over a step's completions; faint is every step, strong is smoothed.",
     "Lag": "how many steps the learner had made since the weights that generated what it trains on.",
     "Distance": "k3 estimate of the KL divergence from sampler to learner, on what is trained, before the update.",
-    "Variance of the importance weight": "of the loss's own weight, which spreads with the lag; GEPO's is not 0 without.",
+    "Variance of the importance weight": "of the loss's own weight: it grows with the lag; GEPO's is not 0 without.",
     "Effective sample size": "share of completions (of tokens, for token ratios) that the weights leave effective.",
     "Waiting": "the learner for rollouts, a sampler for room in the queue or for weights; who never waits is slowest.",
     "Who held which weights": "a step up is a swap; the distance below the learner is the lag of what is generated.",

@@ -839,10 +839,7 @@ class RunSpec(Block):
             yield from self._broken_rules_online()
         for group in self.samplers:
             delay, limit = group.delay, self.algorithm.staleness.max_steps
-            always_late = (
-                delay.model == "transit" and delay.unit == "steps" and delay.distribution not in ("none", "trace")
-            )
-            if always_late and delay.lower > limit:
+            if delay.unit == "steps" and delay.distribution not in ("none", "trace") and delay.lower > limit:
                 yield (
                     f"samplers.{group.name}.delay.lower",
                     (
@@ -850,6 +847,14 @@ class RunSpec(Block):
                         " so every rollout would be refused; raise maxSteps"
                     ),
                 )
+        if self.mode == "hetero" and 0 < self.algorithm.staleness.max_steps < self.learner.publish.every_steps - 1:
+            yield (
+                "learner.publish.everySteps",
+                (
+                    f"is {self.learner.publish.every_steps}, but algorithm.staleness.maxSteps is"
+                    f" {self.algorithm.staleness.max_steps}: between two versions every rollout would grow too old"
+                ),
+            )
         if all(group.replicas == 0 for group in self.samplers):
             yield "samplers", "have 0 replicas in all, so nothing would be generated; write replicas: 1"
         if self.evaluation.every_steps and not self.data.evals:
@@ -870,6 +875,11 @@ class RunSpec(Block):
                 yield f"samplers.{group.name}.delay", "contradicts mode: online, which waits for the newest; remove it"
         if self.learner.publish.every_steps != 1:
             yield "learner.publish.everySteps", f"is {self.learner.publish.every_steps}, but mode: online needs 1"
+
+    @property
+    def max_lag(self) -> int:
+        """Largest lag, in learner steps, of a rollout that may be trained."""
+        return 0 if self.mode == "online" else self.algorithm.staleness.max_steps
 
     @property
     def canary_tolerance(self) -> float:

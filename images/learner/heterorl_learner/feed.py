@@ -77,6 +77,8 @@ class Feed:
 
     # ── rank 0 ───────────────────────────────────────────────────────────────────────────────────────────────────────
     def _find(self, step: int) -> dict[RolloutName, Rollout] | None:
+        if self._stop():
+            return None  # also in the midst of a replay, which the next incarnation goes on with
         if step in self._replay and (replayed := self._replayed(step)):
             return replayed
         warn_at = time.monotonic() + self._spec.learner.stall_seconds
@@ -92,12 +94,11 @@ class Feed:
         return None
 
     def _select(self, step: int) -> dict[RolloutName, Rollout] | None:
-        online = self._spec.mode == "online"
         selection = select_rollouts(
             (name for name in self._exchange.list_rollouts() if name not in self._known),
             step=step,
             groups=self._spec.learner.batch.groups,
-            max_steps=0 if online else self._spec.algorithm.staleness.max_steps,
+            max_steps=self._spec.max_lag,
             last=RolloutName.parse(self._entries[-1].names[-1]).slot if self._entries else None,
         )
         if selection is None:

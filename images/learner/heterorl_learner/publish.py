@@ -59,12 +59,10 @@ class Publisher:
         staged = self._exchange.stage_weights(version)
         save_file(tensors, staged / "model.safetensors", metadata={"format": "pt"})
         self._exchange.commit_weights(version, canary)
-        self._times[version] = self._exchange.now()
-        published = [(v, self._times.get(v, 0.0)) for v in self._exchange.list_versions()]
-        for retired in self._exchange.retire_weights(
-            versions_to_keep(self._exchange.spec, published, self._exchange.now())
-        ):
-            self._times.pop(retired, None)
+        versions = self._exchange.list_versions()
+        self._times = {v: self._times.get(v) or self._exchange.published_at(v) for v in versions}
+        keep = versions_to_keep(self._exchange.spec, list(self._times.items()), self._exchange.now())
+        self._exchange.retire_weights(keep)
 
 
 def versions_to_keep(spec: RunSpec, published: list[tuple[Version, float]], now_s: float) -> set[Version]:

@@ -35,7 +35,10 @@ def train_on(engine: Engine, spec: RunSpec, batch: Batch) -> dict[str, float]:
         return loss
 
     engine.forward_backward(plans[engine.rank], spec.generation.temperature, loss_function)
-    return summarise(combine(_from_all_ranks(engine, parts)))
+    everywhere = _from_all_ranks(engine, parts)
+    if not everywhere:  # every completion was cut and is masked: a step without a gradient
+        return {"loss": 0.0, "kl_to_sampler": 0.0}
+    return summarise(combine(everywhere))
 
 
 def sequences(spec: RunSpec, rollouts: list[Rollout]) -> list[Sequence]:
@@ -95,8 +98,8 @@ def rollout_metrics(batch: Batch) -> dict[str, Any]:
         "off_policy/max": lags.max(),
         "perf/rollout_wait_s": batch.wait_s,
     }
-    for name in batch.rollouts[0].reward_terms:
-        term = np.concatenate([r.reward_terms[name] for r in batch.rollouts])
+    for name in sorted({name for r in batch.rollouts for name in r.reward_terms}):  # rewards may change between runs
+        term = np.concatenate([r.reward_terms[name] for r in batch.rollouts if name in r.reward_terms])
         metrics |= {f"rewards/{name}/mean": term.mean(), f"rewards/{name}/std": term.std()}
     for group in sorted(set(groups)):
         metrics[f"off_policy/by_group/{group}"] = lags[groups == group].mean()

@@ -73,9 +73,9 @@ class Trainer:
             if self.state.step % learner.publish.every_steps == 0 or self.state.step == learner.steps:
                 self.publisher.publish(self.state.step)
             publish_s = time.monotonic() - started - trained_s
+            self._record(batch, metrics | {"grad_norm": grad_norm, "learning_rate": rate}, trained_s, publish_s)
             if self.state.step % learner.checkpoint.every_steps == 0:
                 self._checkpoint()
-            self._record(batch, metrics | {"grad_norm": grad_norm, "learning_rate": rate}, trained_s, publish_s)
         return self._finish()
 
     # ── beginning and end ────────────────────────────────────────────────────────────────────────────────────────────
@@ -104,15 +104,18 @@ class Trainer:
             # On the disk before anything is published under it, so that no incarnation is ever used twice.
             self.exchange.write_learner({**self.exchange.learner, "incarnation": self.incarnation})
             # What a learner that died published after this checkpoint belongs to a future that will not come.
-            self.exchange.retire_weights(v for v in self.exchange.list_versions() if v.step <= self.state.step)
+            versions = self.exchange.list_versions()
+            for version in versions:
+                if version.step > self.state.step:
+                    self.exchange.unpin(version)
+            self.exchange.retire_weights(v for v in versions if v.step <= self.state.step)
             self.feed.retire(self._covered())
         self.publisher.publish(self.state.step)
         self._heartbeat({})
 
     def _finish(self) -> bool:
         finished = self.state.step >= self.spec.learner.steps
-        if self.state.step not in self.exchange.list_checkpoints():
-            self._barrier()  # every rank has looked before rank 0 commits
+        if self._agree(self.state.step not in self.exchange.list_checkpoints()):
             self._checkpoint()
         if finished:
             write_model(self.exchange, self.engine, self.exchange.output_dir)

@@ -10,16 +10,13 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from heterorl.entry import exit_code
 from heterorl.errors import ExchangeError
-from heterorl.exchange import CANARY_TOKENS, Exchange, Slot
+from heterorl.exchange import CANARY_TOKENS, Exchange, Lease, Slot
 from heterorl.logs import setup_logging
 from heterorl.metrics import Metrics
-
-if TYPE_CHECKING:
-    from heterorl_sampler.sample import Sampler
 
 log = logging.getLogger("heterorl_sampler")
 
@@ -41,7 +38,22 @@ def main() -> int:
 
 
 def serve(exchange: Exchange, group_name: str, index: int | None, stop: threading.Event) -> None:
-    """Lease a slot, start the engine, sample until `stop`."""
+    """Lease a slot and sample in it until `stop`."""
+    spec = exchange.spec
+    while exchange.prepared is None:  # with `heterorl render` nobody orders the pods
+        if stop.wait(spec.exchange.poll_seconds):
+            return
+    indices = [index] if index is not None else range(spec.group(group_name).replicas)
+    lease = exchange.acquire_slot([Slot(group_name, i) for i in indices], stop.is_set)
+    if lease is None:
+        return
+    status: dict[str, Any] = {"state": "starting"}
+    with Heartbeat(exchange, lease, status, stop):
+        sample(exchange, lease, status, stop)
+
+
+def sample(exchange: Exchange, lease: Lease, status: dict[str, Any], stop: threading.Event) -> None:
+    """Start the leased slot's engine and sample until `stop`, keeping `status` up to date."""
     from transformers import AutoTokenizer  # slow to import, and `--help` needs none of it
 
     from heterorl_sampler.engine import build_engine
@@ -49,12 +61,7 @@ def serve(exchange: Exchange, group_name: str, index: int | None, stop: threadin
     from heterorl_sampler.sample import Sampler
 
     spec = exchange.spec
-    group = spec.group(group_name)
-    while exchange.prepared is None:  # with `heterorl render` nobody orders the pods
-        if stop.wait(spec.exchange.poll_seconds):
-            return
-    indices = [index] if index is not None else range(group.replicas)
-    lease = exchange.acquire_slot([Slot(group_name, i) for i in indices])
+    group = spec.group(lease.slot.group)
     if spec.generation.truncated_law:
         log.warning("topP, topK, minP or a repetition penalty truncate the law: importance ratios are biased")
     rows = [json.loads(line) for line in exchange.data_file("train").read_text().splitlines()]
@@ -76,35 +83,33 @@ def serve(exchange: Exchange, group_name: str, index: int | None, stop: threadin
         build_rewards(spec) as rewards,
     ):
         tokenizer = AutoTokenizer.from_pretrained(exchange.model_dir)
-        sampler = Sampler(exchange, lease, engine, tokenizer, rows, rewards, metrics, stop, Path(scratch))
-        with Heartbeat(exchange, sampler, stop):
-            sampler.run()
+        Sampler(exchange, lease, status, engine, tokenizer, rows, rewards, metrics, stop, Path(scratch)).run()
     engine.close()
 
 
 class Heartbeat:
-    """Keeps the slot's lease on a thread of its own, as a long generation must not lose it; released at the end."""
+    """Keeps a lease on a thread of its own: a slow start or a long generation must not lose it. Released at the end."""
 
-    def __init__(self, exchange: Exchange, sampler: Sampler, stop: threading.Event) -> None:
-        self._exchange, self._sampler, self._stop = exchange, sampler, stop
+    def __init__(self, exchange: Exchange, lease: Lease, status: dict[str, Any], stop: threading.Event) -> None:
+        self._exchange, self._lease, self._status, self._stop = exchange, lease, status, stop
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> None:
-        self._exchange.beat(self._sampler.lease, self._sampler.status)
+        self._exchange.beat(self._lease, dict(self._status))
         self._thread.start()
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._done.set()
         self._thread.join()
         if kind is None:
-            self._exchange.beat(self._sampler.lease, {**self._sampler.status, "state": "stopped"}, released=True)
+            self._exchange.beat(self._lease, {**self._status, "state": "stopped"}, released=True)
 
     def _run(self) -> None:
         period = min(2.0, self._exchange.spec.exchange.lease_seconds / 4)
         while not self._done.wait(period):
             try:
-                self._exchange.beat(self._sampler.lease, self._sampler.status)
+                self._exchange.beat(self._lease, dict(self._status))
             except ExchangeError as error:
                 log.error("%s", error)
                 self._stop.set()

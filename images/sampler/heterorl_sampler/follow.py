@@ -69,6 +69,7 @@ class Follower:
         try:
             fetched = future.result()
         except FileNotFoundError:
+            self._forget(version)
             log.info("weights %s were retired while they were fetched; taking another version", version)
         except CorruptFile as error:
             self._reject(version, str(error))
@@ -116,7 +117,7 @@ class Follower:
             return None
         previous, self._serving = self._serving, fetched
         if previous:
-            shutil.rmtree(previous.folder, ignore_errors=True)
+            self._forget(previous.version)
         newest = self.newest or fetched.version
         self._adoption.adopted(fetched.version, now_s=self._exchange.now(), newest_step=newest.step)
         return Swap(fetched.version, fetch_s, time.monotonic() - started, difference)
@@ -131,7 +132,11 @@ class Follower:
             )
         return difference
 
+    def _forget(self, version: Version) -> None:
+        shutil.rmtree(self._scratch / str(version), ignore_errors=True)
+
     def _reject(self, version: Version, reason: str) -> None:
+        self._forget(version)
         self.rejected[version] = reason
         kept = f"generation goes on with {self.version}" if self.version else "waiting for another version"
         log.error("refused weights %s: %s; %s", version, reason, kept)

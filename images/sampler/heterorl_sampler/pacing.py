@@ -11,7 +11,7 @@ from heterorl.spec import RunSpec
 
 @dataclass(frozen=True)
 class Queue:
-    """Published rollouts that the learner has neither trained nor dropped yet."""
+    """Published rollouts that the learner has yet to take: not trained, not dropped, not too old to be."""
 
     own: int
     """This slot's."""
@@ -21,10 +21,14 @@ class Queue:
     """All slots', of the version this slot holds."""
 
 
-def pending(rollouts: list[RolloutName], learner: dict[str, Any], slot: Slot, version: Version) -> Queue:
+def pending(spec: RunSpec, rollouts: list[RolloutName], learner: dict[str, Any], slot: Slot, version: Version) -> Queue:
     """Count what waits. A slot's rollouts are taken in order, so its last taken number tells the rest."""
-    taken = learner.get("taken", {})
-    waiting = [name for name in rollouts if name.seq > taken.get(str(name.slot), -1)]
+    taken, step = learner.get("taken", {}), learner.get("step", 0)
+    waiting = [
+        name
+        for name in rollouts
+        if name.seq > taken.get(str(name.slot), -1) and step - name.version.step <= spec.max_lag
+    ]
     own = sum(name.slot == slot for name in waiting)
     return Queue(own, len(waiting), sum(name.version == version for name in waiting))
 
@@ -34,18 +38,21 @@ def reason_to_wait(
 ) -> str | None:
     """Why not to generate now (`finished`, `weights`, `queue`, `staleness`), or None to go ahead.
 
-    Online, a version gets as many groups as a step trains and then everybody waits for the next. The `wait` policy
-    pauses when a rollout would be too old by the time the queue before it has been trained.
+    Online, a version gets as many groups as a step trains and then everybody waits for the next. A full queue holds a
+    slot back only while the learner has enough for a step, so that no slot ever waits for one that is gone. Weights
+    that are already too old are not worth generating with; the `wait` policy pauses as soon as a rollout would be too
+    old by the time the queue before it has been trained.
     """
     if learner.get("finished"):
         return "finished"
     if spec.mode == "online" and (version != newest or queue.of_version >= spec.learner.batch.groups):
         return "weights"
-    if queue.own >= spec.exchange.max_pending_groups:
+    if queue.own >= spec.exchange.max_pending_groups and queue.total >= spec.learner.batch.groups:
         return "queue"
-    staleness = spec.algorithm.staleness
-    turn = learner.get("step", 0) + queue.total // spec.learner.batch.groups
-    if staleness.policy == "wait" and turn - version.step > staleness.max_steps:
+    turn = learner.get("step", 0)
+    if spec.algorithm.staleness.policy == "wait":
+        turn += queue.total // spec.learner.batch.groups
+    if turn - version.step > spec.max_lag:
         return "staleness"
     return None
 

@@ -53,6 +53,7 @@ class Sampler:
         self,
         exchange: Exchange,
         lease: Lease,
+        status: dict[str, Any],
         engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
         rows: list[dict[str, Any]],
@@ -84,7 +85,8 @@ class Sampler:
         self._scale: Literal["none", "group"] = "group" if scale == "group" else "none"  # the rest needs a whole step
         self._waits = Waits()
         self.swaps = 0
-        self.status: dict[str, Any] = {"state": "starting", "rollouts": self.next_seq, "swaps": 0, "rejected": 0}
+        self.status = status  # shown by the heartbeat
+        self.status |= {"rollouts": self.next_seq, "swaps": 0, "rejected": 0}
 
     def run(self) -> None:
         """Sample until told to stop; what was finished by then is published."""
@@ -106,7 +108,7 @@ class Sampler:
         if version is None or newest is None:
             return "weights"
         learner = self.exchange.learner
-        self._queue = pending(self.exchange.list_rollouts(), learner, self.lease.slot, version)
+        self._queue = pending(self.spec, self.exchange.list_rollouts(), learner, self.lease.slot, version)
         return reason_to_wait(self.spec, version, newest, learner, self._queue)
 
     def _wait(self, reason: str) -> None:
