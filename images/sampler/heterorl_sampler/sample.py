@@ -151,10 +151,10 @@ class Sampler:
             stop=self.stop.is_set,
         )
         generated = time.monotonic()
-        # Saved before the first name appears: a number may be skipped by a crash, never used twice.
-        self.next_seq = first + count
-        self._save()
         finished = [(first + i, row, group) for i, (row, group) in enumerate(zip(rows, groups)) if group is not None]
+        # Saved before the first name appears: a number may be skipped by a crash, never used twice.
+        self.next_seq = max((seq + 1 for seq, _, _ in finished), default=first)
+        self._save()
         rollouts = {
             RolloutName(version, self.lease.slot, seq): self._rollout(version, row, group)
             for seq, row, group in finished

@@ -1,0 +1,109 @@
+"""One slot at work on a real exchange: its prompts go on where they stopped, and what is finished is never lost."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from heterorl.exchange import Canary, Exchange, Slot, Version
+from heterorl.metrics import Metrics
+from heterorl.spec import API_VERSION, KIND, HeteroRLRun
+from heterorl_sampler.engine import Completion, build_engine
+from heterorl_sampler.engine_transformers import TransformersEngine
+from heterorl_sampler.rewards import build_rewards
+from heterorl_sampler.sample import Sampler
+
+FAR = Slot("far", 0)
+ROWS = [{"id": i, "prompt_ids": [2 + i, 5], "answer": str(i), "columns": {}} for i in range(8)]
+
+
+@pytest.fixture
+def exchange(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Exchange:
+    """A run of one sampler whose learner has published its first weights."""
+    exchange = Exchange(tmp_path / "run")
+    spec = {
+        "model": {"dtype": "float32"},
+        "samplers": [{"name": "far", "engine": "transformers", "promptsPerBatch": 3}],
+        "algorithm": {"groupSize": 2},
+        "generation": {"maxCompletionTokens": 4},
+        "learner": {"batch": {"groups": 1}},
+        "exchange": {"pollSeconds": 0.01, "maxPendingGroups": 6},
+    }
+    manifest = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "test"}, "spec": spec}
+    exchange.create(HeteroRLRun.model_validate(manifest))
+    model, version = tiny_model_dir(tokenizer=True), Version(0, 1)
+    shutil.copy(model / "model.safetensors", exchange.stage_weights(version))
+    engine = build_engine("transformers", model, dtype="float32", max_model_len=64)
+    exchange.commit_weights(version, Canary([[3, 4, 5]], engine.score([[3, 4, 5]])))
+    return exchange
+
+
+def work(
+    exchange: Exchange, model: Path, tmp_path: Path, groups: int, engine: TransformersEngine | None = None
+) -> None:
+    """Lease the slot and sample until so many groups were published in all, then stop as SIGTERM does."""
+    lease, stop = exchange.acquire_slot([FAR]), threading.Event()
+    assert lease is not None
+    engine = engine or build_engine("transformers", model, dtype="float32", max_model_len=64)
+    if isinstance(engine, StoppedHalfway):
+        engine.stop = stop
+    with build_rewards(exchange.spec) as rewards:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        sampler = Sampler(exchange, lease, {}, engine, tokenizer, ROWS, rewards, Metrics(), stop, tmp_path / "scratch")
+        thread = threading.Thread(target=sampler.run)
+        thread.start()
+        while len(exchange.list_rollouts()) < groups and not stop.wait(0.01):
+            assert thread.is_alive()
+        stop.set()
+        thread.join()
+    exchange.beat(lease, {}, released=True)
+
+
+def walked(exchange: Exchange) -> list[tuple[int, int]]:
+    """(sequence number, row) of every published group."""
+    return [(name.seq, exchange.read_rollout(name).meta["row_id"]) for name in sorted(exchange.list_rollouts())]
+
+
+def test_whoever_takes_a_slot_over_goes_on_with_its_next_prompts(
+    exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_model_dir(tokenizer=True)
+    work(exchange, model, tmp_path, 3)
+    first = walked(exchange)
+    work(exchange, model, tmp_path, len(first) + 2)
+    assert walked(exchange)[: len(first)] == first
+    assert [seq for seq, _ in walked(exchange)] == list(range(len(walked(exchange))))
+    assert len({row for _, row in walked(exchange)}) == len(walked(exchange))  # no row twice within the epoch of eight
+
+
+def test_a_full_queue_holds_the_sampler_back(
+    exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    work(exchange, tiny_model_dir(tokenizer=True), tmp_path, 6)
+    assert len(exchange.list_rollouts()) == 6  # maxPendingGroups, two batches of three
+
+
+class StoppedHalfway(TransformersEngine):
+    """Is told to stop when the first of the batch's groups is finished and the others are not."""
+
+    stop: threading.Event
+
+    def generate(self, *args: object, **kwargs: object) -> list[list[Completion] | None]:
+        groups = super().generate(*args, **kwargs)
+        self.stop.set()
+        return [groups[0], *([None] * (len(groups) - 1))]
+
+
+def test_a_stopped_sampler_publishes_its_finished_groups_and_its_successor_does_the_others(
+    exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_model_dir(tokenizer=True)
+    work(exchange, model, tmp_path, 99, StoppedHalfway(model, dtype="float32"))
+    assert [seq for seq, _ in walked(exchange)] == [0]
+    work(exchange, model, tmp_path, 2)
+    assert [seq for seq, _ in walked(exchange)][:2] == [0, 1]
