@@ -81,8 +81,12 @@ def test_definition_can_be_applied_from_a_client_too(cluster):
 
 
 def test_fields_are_explained(cluster):
-    text = cluster.kubectl("explain", "hrl.spec.algorithm.staleness.maxSteps")
-    assert "Largest admissible lag" in " ".join(text.split())
+    def explained():
+        text = cluster.kubectl("explain", "hrl.spec.algorithm.staleness.maxSteps", check=False)
+        return "Largest admissible lag" in " ".join(text.split())
+
+    # The API server publishes a new kind's OpenAPI a moment after it serves the kind.
+    cluster.wait("the explanation of maxSteps", explained)
 
 
 # ── accepted ─────────────────────────────────────────────────────────────────────────────────────────────────────────
