@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from pathlib import Path
 
@@ -136,3 +137,24 @@ def test_after_a_learner_crash_its_successor_is_followed_back(
     exchange.commit_weights(resumed, Canary(TEXTS, [[-5.5], [-5.5]]))
     settle(follower)
     assert follower.version == resumed
+
+
+def test_a_hold_in_steps_ends_when_the_learner_went_back_to_an_earlier_step() -> None:
+    delay = Delay(distribution="constant", unit="steps", lower=30.0)
+    adoption = Adoption(delay, slot="far-0")
+    adoption.adopted(Version(100, 1), now_s=0.0, newest_step=100)
+    assert adoption.choose([(Version(120, 1), 0.0)], Version(100, 1), 0.0) is None  # 20 steps of 30
+    assert adoption.choose([(Version(50, 2), 0.0)], Version(100, 1), 0.0) == Version(50, 2)
+
+
+def test_a_file_deleted_under_its_reader_on_nfs_is_a_missing_file(
+    exchange: Exchange, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = publish(exchange, 0, -1.0)
+
+    def stale(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    with pytest.raises(FileNotFoundError):
+        exchange.fetch_weights(version, tmp_path / "here")
