@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -19,8 +18,6 @@ from heterorl.exchange import CANARY_TOKENS, Canary, Exchange, Version
 from heterorl.spec import RunSpec
 from heterorl_learner.batching import MicroBatch, Sequence, micro_batch
 from heterorl_learner.engine import Engine
-
-log = logging.getLogger(__name__)
 
 
 class Publisher:

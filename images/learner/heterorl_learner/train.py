@@ -40,8 +40,6 @@ class State:
     """Optimizer steps in the weights."""
     num_tokens: int = 0
     """Tokens trained on so far."""
-    trained_s: float = 0.0
-    """Seconds spent in steps so far."""
 
 
 class Trainer:
@@ -149,7 +147,6 @@ class Trainer:
     def _record(self, batch: Batch, metrics: dict[str, float], trained_s: float, publish_s: float) -> None:
         tokens = num_tokens(batch.rollouts)
         self.state.num_tokens += tokens
-        self.state.trained_s += trained_s
         if self.engine.rank != 0:
             return
         record = rollout_metrics(batch) | metrics
