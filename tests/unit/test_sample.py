@@ -43,25 +43,49 @@ def exchange(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Exchange:
     return exchange
 
 
+class Until(threading.Event):
+    """Stops the sampler after so many batches, as SIGTERM would, or once it has waited so often for something."""
+
+    def __init__(self, batches: int, waits: int = 20) -> None:
+        super().__init__()
+        self.batches, self.waits = batches, waits
+
+    def batch_done(self) -> None:
+        self.batches -= 1
+        if self.batches == 0:
+            self.set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.waits -= 1
+        if self.waits == 0:
+            self.set()
+        return super().wait(timeout)
+
+
+class Watched(TransformersEngine):
+    """Tells of every batch it has generated."""
+
+    until: Until
+
+    def generate(self, *args: object, **kwargs: object) -> list[list[Completion] | None]:
+        groups = super().generate(*args, **kwargs)
+        self.until.batch_done()
+        return groups
+
+
 def work(
-    exchange: Exchange, model: Path, tmp_path: Path, groups: int, engine: TransformersEngine | None = None
-) -> None:
-    """Lease the slot and sample until so many groups were published in all, then stop as SIGTERM does."""
-    lease, stop = exchange.acquire_slot([FAR]), threading.Event()
+    exchange: Exchange, model: Path, tmp_path: Path, batches: int, make_engine: type[Watched] = Watched
+) -> dict[str, object]:
+    """Lease the slot and sample so many batches, or until nothing but waiting is left; returns the slot's status."""
+    lease, status = exchange.acquire_slot([FAR]), dict[str, object]()
     assert lease is not None
-    engine = engine or build_engine("transformers", model, dtype="float32", max_model_len=64)
-    if isinstance(engine, StoppedHalfway):
-        engine.stop = stop
+    engine = make_engine(model, dtype="float32")
+    engine.until = Until(batches)
     with build_rewards(exchange.spec) as rewards:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        sampler = Sampler(exchange, lease, {}, engine, tokenizer, ROWS, rewards, Metrics(), stop, tmp_path / "scratch")
-        thread = threading.Thread(target=sampler.run)
-        thread.start()
-        while len(exchange.list_rollouts()) < groups and not stop.wait(0.01):
-            assert thread.is_alive()
-        stop.set()
-        thread.join()
-    exchange.beat(lease, {}, released=True)
+        tokenizer, scratch = AutoTokenizer.from_pretrained(model), tmp_path / "scratch"
+        Sampler(exchange, lease, status, engine, tokenizer, ROWS, rewards, Metrics(), engine.until, scratch).run()
+    exchange.beat(lease, status, released=True)
+    return status
 
 
 def walked(exchange: Exchange) -> list[tuple[int, int]]:
@@ -73,29 +97,27 @@ def test_whoever_takes_a_slot_over_goes_on_with_its_next_prompts(
     exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = tiny_model_dir(tokenizer=True)
-    work(exchange, model, tmp_path, 3)
+    work(exchange, model, tmp_path, 1)
     first = walked(exchange)
-    work(exchange, model, tmp_path, len(first) + 2)
-    assert walked(exchange)[: len(first)] == first
-    assert [seq for seq, _ in walked(exchange)] == list(range(len(walked(exchange))))
-    assert len({row for _, row in walked(exchange)}) == len(walked(exchange))  # no row twice within the epoch of eight
+    work(exchange, model, tmp_path, 1)
+    assert walked(exchange)[:3] == first
+    assert [seq for seq, _ in walked(exchange)] == [0, 1, 2, 3, 4, 5]  # two batches of three
+    assert len({row for _, row in walked(exchange)}) == 6  # no row twice within the epoch of eight
 
 
 def test_a_full_queue_holds_the_sampler_back(
     exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
-    work(exchange, tiny_model_dir(tokenizer=True), tmp_path, 6)
-    assert len(exchange.list_rollouts()) == 6  # maxPendingGroups, two batches of three
+    status = work(exchange, tiny_model_dir(tokenizer=True), tmp_path, 99)
+    assert status["state"] == "waiting: queue"
+    assert len(exchange.list_rollouts()) == 6  # maxPendingGroups
 
 
-class StoppedHalfway(TransformersEngine):
+class StoppedHalfway(Watched):
     """Is told to stop when the first of the batch's groups is finished and the others are not."""
-
-    stop: threading.Event
 
     def generate(self, *args: object, **kwargs: object) -> list[list[Completion] | None]:
         groups = super().generate(*args, **kwargs)
-        self.stop.set()
         return [groups[0], *([None] * (len(groups) - 1))]
 
 
@@ -103,7 +125,7 @@ def test_a_stopped_sampler_publishes_its_finished_groups_and_its_successor_does_
     exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = tiny_model_dir(tokenizer=True)
-    work(exchange, model, tmp_path, 99, StoppedHalfway(model, dtype="float32"))
+    work(exchange, model, tmp_path, 1, StoppedHalfway)
     assert [seq for seq, _ in walked(exchange)] == [0]
-    work(exchange, model, tmp_path, 2)
-    assert [seq for seq, _ in walked(exchange)][:2] == [0, 1]
+    work(exchange, model, tmp_path, 1)
+    assert [seq for seq, _ in walked(exchange)] == [0, 1, 2, 3]
