@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-unit cluster-programs cluster test-cluster check crd docs clean
+.PHONY: setup quickstart test test-unit cluster-programs cluster test-cluster bench-operator images check crd docs clean
 
 setup: $(VENV)/.installed
 
@@ -34,6 +34,27 @@ cluster: cluster-programs
 
 test-cluster: cluster-programs
 	$(BIN)/python -m pytest tests/cluster
+
+# Time, memory and writes of the operator with many runs, recorded in docs/benchmarks.md: half an hour.
+bench-operator: setup cluster-programs
+	$(BIN)/python tests/bench/operator_scale.py --record $(RUNS)
+
+# The container images, with buildah or docker: make images REGISTRY=registry.example.com/heterorl EXTRA=sampler-cpu
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+IMAGES ?= operator learner sampler
+REGISTRY ?= localhost/heterorl
+TAG ?= $(VERSION)
+EXTRA ?= sampler
+BUILDER ?= $(notdir $(firstword $(shell command -v buildah docker)))
+BUILD_FLAGS ?=
+
+images:
+	@test -n "$(BUILDER)" || { echo "images are built with buildah or docker, and neither is installed: apt-get install buildah" >&2; exit 1; }
+	set -e; for image in $(IMAGES); do \
+	  $(BUILDER) build $(if $(filter buildah,$(BUILDER)),--layers) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
+	    --build-arg EXTRA=$(EXTRA) --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) $(BUILD_FLAGS) \
+	    --tag $(REGISTRY)/$$image:$(TAG) --file images/$$image/Dockerfile .; \
+	done
 
 check: setup
 	$(BIN)/ruff check .

@@ -6,7 +6,9 @@ A module says in CLUSTER what it needs: `CLUSTER = {"level": "controllers", "aud
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,6 +19,8 @@ import pytest
 from kubernetes import client, config
 
 sys.path.insert(0, str(Path(__file__).parent))
+import build
+import images
 from harness import Cluster, Unavailable, find_programs
 
 ROOT = Path(__file__).parents[2]
@@ -75,8 +79,7 @@ def api(cluster: Cluster) -> Iterator[client.ApiClient]:
 def crd(cluster: Cluster) -> None:
     """The CRD, installed and served."""
     cluster.kubectl("apply", "--server-side", "-f", str(ROOT / "crds" / "heterorlrun.yaml"))
-    cluster.kubectl("wait", "--for=condition=Established", "crd/heterorlruns.heterorl.dev", "--timeout=30s")
-    # An established kind is served a moment later; kubectl looks anew for this list only.
+    # An established kind is served a moment later, and explained later still; kubectl looks anew for this list only.
     cluster.wait("the CRD", lambda: "heterorlruns" in cluster.kubectl("api-resources", "--api-group=heterorl.dev"))
 
 
@@ -87,3 +90,41 @@ def namespace(cluster: Cluster) -> Iterator[str]:
     cluster.kubectl("create", "namespace", name)
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture(scope="module")
+def run_images(cluster: Cluster) -> None:
+    """HeteroRL's images, on the cluster's node."""
+    with or_skip():
+        if not cluster.node:
+            raise Unavailable('images are loaded into a cluster of the level "node", and not into one that exists')
+        archive = images.build_archive()
+    cluster.node.load_image(archive)
+
+
+@pytest.fixture
+def site(cluster: Cluster, namespace: str, run_images: None) -> Iterator[images.Site]:
+    """A namespace in which pods of HeteroRL run."""
+    with images.site(cluster, namespace) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def helm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Runs Helm and returns what it prints; CalledProcessError, with what it says, when it fails."""
+    with or_skip():
+        if (program := build.find("helm")) is None:
+            raise Unavailable(f"helm is not built; build with: python {build.__file__} helm")
+    home = tmp_path_factory.mktemp("helm")
+    homes = {f"HELM_{kind}_HOME": str(home / kind.lower()) for kind in ("CACHE", "CONFIG", "DATA")}
+
+    def run(*arguments: str | Path, values: dict[str, Any] | None = None, kubeconfig: Path | None = None) -> str:
+        environment = {**os.environ, **homes, "KUBECONFIG": str(kubeconfig or home / "none")}
+        given = ["--values", "-"] if values is not None else []
+        command = [program, *arguments, *given]
+        done = subprocess.run(command, input=json.dumps(values), capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
+        return done.stdout
+
+    return run

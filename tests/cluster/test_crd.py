@@ -264,6 +264,21 @@ def test_the_rest_changes_at_any_time(lasting, patch):
         lasting.try_patch(name, patch)
 
 
+ENDED = "the run has ended, so only ttlSecondsAfterFinished can change; to go on, start a new run with resume: true"
+
+
+def test_a_run_that_ended_refuses_edits_instead_of_ignoring_them(runs):
+    runs.create(manifest())
+    runs.patch_status("test", {"state": "Running"})
+    runs.try_patch("test", {"learner": {"steps": 2000}})
+    runs.patch_status("test", {"state": "Succeeded", "completionTime": "2026-01-01T00:00:00Z"})
+    for patch in ({"learner": {"steps": 2000}}, {"suspend": True}, {"activeDeadlineSeconds": 60}, near(replicas=2)):
+        assert ENDED in runs.refusal(runs.try_patch, "test", patch)
+    runs.try_patch("test", {"ttlSecondsAfterFinished": 60})
+    runs.patch("test", {"metadata": {"labels": {"kept": "yes"}}}, dry_run="All")
+    runs.patch_status("test", {"samplersReady": "0/1"})
+
+
 def test_no_rule_is_without_a_test():
     def messages(schema: Run) -> Iterator[str]:
         yield from (rule["message"] for rule in schema.get("x-kubernetes-validations", []))
@@ -273,6 +288,7 @@ def test_no_rule_is_without_a_test():
 
     tested = [*(broken["refusal"] for broken in BROKEN_MANIFESTS), *(refusal for _, refusal in [*NEVER, *NAMES])]
     tested += [f"{what} can change only in a suspended run; first set suspend: true" for _, what in WHEN_SUSPENDED]
+    tested.append(ENDED)
     (version,) = crd_as_dict()["spec"]["versions"]
     untested = {m for m in messages(version["schema"]["openAPIV3Schema"]) if not any(text in m for text in tested)}
     assert untested == set()

@@ -3,7 +3,8 @@
 import re
 
 from heterorl.block import Block, block_in
-from heterorl.crd import IMMUTABLE, RULES, WHEN_SUSPENDED, change_rules, crd, crd_yaml
+from heterorl.crd import RULES, change_rules, crd, crd_yaml
+from heterorl.edits import IMMUTABLE, LIVE
 from heterorl.spec import HeteroRLRun, RunSpec
 
 # Keywords of apiextensions/v1 JSONSchemaProps that may stand anywhere, and that this CRD has a use for.
@@ -182,11 +183,21 @@ def test_every_block_with_rules_in_python_has_rules_in_cel():
     assert set(with_rules(HeteroRLRun)) - {"Data"} <= set(RULES)
 
 
+def test_every_path_that_may_change_live_or_never_is_one_of_the_spec():
+    by_path = dict(NODES)
+    for entry in LIVE + IMMUTABLE:
+        assert f".spec.{entry}".replace("samplers.*", "samplers[]") in by_path, entry
+
+
 def test_every_field_of_the_spec_is_immutable_guarded_or_live():
-    live = {
-        "samplers",  # groups come and go; their fields are guarded one by one
-        "learner",
-        "exchange",
+    rules = [rule for rule, _ in change_rules()]
+    never = [name for name in ("model", "data", "seed") if f"self.{name} == oldSelf.{name}" in rules]
+    whole = [
+        name
+        for name in ("mode", "rewards", "algorithm", "generation", "timeScale", "monitoring", "credentials")
+        if f"oldSelf.suspend || (self.{name} == oldSelf.{name})" in rules
+    ]
+    live = [
         "evaluation",
         "failurePolicy",
         "local",
@@ -194,11 +205,19 @@ def test_every_field_of_the_spec_is_immutable_guarded_or_live():
         "resume",
         "ttlSecondsAfterFinished",
         "activeDeadlineSeconds",
-    }
-    fields = {info.alias or name for name, info in RunSpec.model_fields.items()}
-    assert {*IMMUTABLE, *WHEN_SUSPENDED} | live == fields
-    guarded = "\n".join(rule for rule, _ in change_rules())
+    ]
+    in_parts = ["samplers", "learner", "exchange"]  # groups come and go; their fields are guarded one by one
+    fields = [info.alias or name for name, info in RunSpec.model_fields.items()]
+    assert sorted([*never, *whole, *live, *in_parts]) == sorted(fields)
+    guarded = "\n".join(rules)
     for name in ("self.learner.batch", "self.exchange.maxPendingGroups", "o.podTemplate == g.podTemplate"):
         assert name in guarded
     for name in ("learner.steps", "exchange.retention", "g.replicas", "g.delay", "g.availability"):
         assert name not in guarded
+    assert not any(f"self.{name} " in guarded for name in live)
+
+
+def test_a_run_that_ended_keeps_every_field_of_its_spec_but_its_time_to_live():
+    (rule,) = [rule for _, rule, message in rules() if message.startswith("the run has ended")]
+    fields = {info.alias or name for name, info in RunSpec.model_fields.items()}
+    assert set(re.findall(r"self\.spec\.\??(\w+) ==", rule)) == fields - {"ttlSecondsAfterFinished"}

@@ -69,7 +69,7 @@ def test_check_fails_where_the_generated_file_is_not_up_to_date(capsys, monkeypa
     assert run(capsys, command, "--check")[0] == 1
     assert run(capsys, command)[0] == 0
     assert run(capsys, command, "--check")[0] == 0
-    (written,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    written = next(path for path in tmp_path.rglob("*") if path.is_file())
     written.write_text("old")
     code, _, err = run(capsys, command, "--check")
     assert code == 1

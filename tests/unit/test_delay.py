@@ -253,6 +253,31 @@ def test_failed_swap_is_tried_again_and_draws_nothing():
     assert adoption.choose(published, V(0), 5.0) == V(1)
 
 
+def test_an_edited_delay_goes_on_with_the_version_held_and_repeats_no_draw():
+    adoption = Adoption(Delay(distribution="trace", trace={"values": [1, 3, 2, 9]}), slot="a-0")
+    assert run_adoption(adoption, range(6)) == [0, 1, 1, 1, 4, 4]  # held for 1, then 3, then for 2
+    state = adoption.state
+    adoption.change(Delay(distribution="trace", trace={"values": [7, 7, 7, 1]}))
+    assert adoption.state == state
+    # The third value is in force since the third swap, at 4: held until 11; then the fourth.
+    published = [(V(k), float(k)) for k in range(13)]
+    assert adoption.choose(published, V(4), 10.5) is None
+    assert adoption.choose(published, V(4), 11.0) == V(12)
+    adoption.adopted(V(12), now_s=11.0, newest_step=12)
+    assert adoption.choose([*published, (V(13), 12.0)], V(12), 11.5) is None
+    assert adoption.choose([*published, (V(13), 12.0)], V(12), 12.0) == V(13)
+
+
+def test_a_delay_edited_from_seconds_to_steps_and_back_does_not_hold_for_ever():
+    adoption = Adoption(Delay(distribution="constant", lower=100), slot="a-0")
+    adoption.adopted(V(3), now_s=1.8e9, newest_step=3)
+    adoption.change(Delay(distribution="constant", lower=100, unit="steps"))
+    assert adoption.choose([(V(3), 1.8e9), (V(4), 1.8e9)], V(3), 1.8e9) == V(4)
+    adoption.adopted(V(4), now_s=1.8e9, newest_step=4)
+    adoption.change(Delay(distribution="constant", lower=100))
+    assert adoption.choose([(V(4), 1.8e9), (V(5), 1.8e9)], V(4), 1.8e9 + 1) == V(5)
+
+
 # ── the authors' recorded run ────────────────────────────────────────────────────────────────────────────────────────
 def test_recorded_lags_of_the_paper_replay_exactly(shared_data):
     delay = inline_trace(csv_delay("wandb_DelayStep.csv", LAG_COLUMN), shared_data / "paper")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -306,35 +307,35 @@ def foreign(exchange: Exchange, slot: Slot, epoch: int) -> None:
 
 def test_two_samplers_of_a_group_get_two_slots(exchange: Exchange) -> None:
     candidates = [Slot("far", 0), Slot("far", 1)]
-    first = exchange.acquire_slot(candidates)
+    first = exchange.acquire_slot(lambda: candidates)
     exchange.beat(first, {})
     assert first.slot == Slot("far", 0)
-    assert exchange.acquire_slot(candidates).slot == Slot("far", 1)
+    assert exchange.acquire_slot(lambda: candidates).slot == Slot("far", 1)
 
 
 def test_a_released_slot_is_taken_at_once_with_its_state(exchange: Exchange) -> None:
-    lease = exchange.acquire_slot([FAR])
+    lease = exchange.acquire_slot(lambda: [FAR])
     exchange.save_slot(FAR, {"next_seq": 8})
     exchange.beat(lease, {}, released=True)
     before = exchange.now()
-    assert exchange.acquire_slot([FAR]).epoch == 2
+    assert exchange.acquire_slot(lambda: [FAR]).epoch == 2
     assert exchange.now() == before
     assert exchange.load_slot(FAR) == {"next_seq": 8}
 
 
 def test_a_slot_of_a_dead_process_of_this_machine_is_taken_at_once(exchange: Exchange) -> None:
-    lease = exchange.acquire_slot([FAR])
+    lease = exchange.acquire_slot(lambda: [FAR])
     path = exchange.root / "slots" / "far-0" / f"lease-{lease.epoch:08d}.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "started": 1}))  # its process id was given away since
     before = exchange.now()
-    assert exchange.acquire_slot([FAR]).epoch == 2
+    assert exchange.acquire_slot(lambda: [FAR]).epoch == 2
     assert exchange.now() == before
 
 
 def test_a_silent_slot_of_another_machine_is_taken_only_after_the_lease_time(exchange: Exchange) -> None:
     foreign(exchange, FAR, 1)
     before = exchange.now()
-    assert exchange.acquire_slot([FAR]).epoch == 2
+    assert exchange.acquire_slot(lambda: [FAR]).epoch == 2
     assert exchange.now() - before >= exchange.spec.exchange.lease_seconds
 
 
@@ -342,7 +343,7 @@ def test_a_lease_that_nobody_finished_writing_frees_its_slot_after_the_lease_tim
     foreign(exchange, FAR, 1)
     (exchange.root / "slots" / "far-0" / "lease-00000001.json").write_bytes(b"")
     before = exchange.now()
-    lease = exchange.acquire_slot([FAR])
+    lease = exchange.acquire_slot(lambda: [FAR])
     assert lease is not None
     assert lease.epoch == 2
     assert exchange.now() - before >= exchange.spec.exchange.lease_seconds
@@ -350,7 +351,7 @@ def test_a_lease_that_nobody_finished_writing_frees_its_slot_after_the_lease_tim
 
 def test_waiting_for_a_slot_ends_when_told(exchange: Exchange) -> None:
     foreign(exchange, FAR, 1)
-    assert exchange.acquire_slot([FAR], lambda: True) is None
+    assert exchange.acquire_slot(lambda: [FAR], lambda: True) is None
 
 
 def test_a_slot_that_beats_is_left_alone(exchange: Exchange) -> None:
@@ -368,11 +369,11 @@ def test_a_slot_that_beats_is_left_alone(exchange: Exchange) -> None:
 
     exchange.sleep = sleep_while_it_beats
     with pytest.raises(TimeoutError):
-        exchange.acquire_slot([FAR])
+        exchange.acquire_slot(lambda: [FAR])
 
 
 def test_a_sampler_whose_slot_was_taken_over_learns_it_at_its_next_beat(exchange: Exchange) -> None:
-    lease = exchange.acquire_slot([FAR])
+    lease = exchange.acquire_slot(lambda: [FAR])
     foreign(exchange, FAR, 2)
     with pytest.raises(ExchangeError, match="taken over"):
         exchange.beat(lease, {})
@@ -439,3 +440,87 @@ def test_a_writer_that_dies_anywhere_leaves_all_or_nothing(exchange: Exchange, t
             publish(reader, V3)  # whoever comes next is not in the way of what was left
     # Every stage was met: nothing published, weights only, both with and without an orderly end.
     assert {(True, False, False), (True, True, False), (False, True, True)} <= seen
+
+
+# ── whose volume it is ───────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def on_volume(tmp_path: Path) -> Callable[..., Exchange]:
+    """A run on one shared volume, its manifest read elsewhere as in a pod."""
+
+    def on_volume(name: str, uid: str | None = None, **spec: object) -> Exchange:
+        file = tmp_path / f"{name}-{uid}.json"
+        metadata = {"name": name, "uid": uid}
+        run = HeteroRLRun.model_validate({**MANIFEST, "metadata": metadata, "spec": {**MANIFEST["spec"], **spec}})
+        file.write_text(json.dumps(run.resolved()))
+        return Exchange(tmp_path / "volume", spec_file=file)
+
+    return on_volume
+
+
+def test_a_fresh_volume_becomes_the_runs_and_stays_so(on_volume: Callable[..., Exchange]) -> None:
+    run = on_volume("mine", "uid-1")
+    for _ in range(2):
+        run.occupy()
+    run.mark_prepared({"model": "made"})
+    assert run.prepared == {"model": "made", "run": "uid-1"}
+    assert json.loads(run.run_file.read_bytes())["metadata"]["uid"] == "uid-1"
+
+
+@pytest.mark.parametrize(("name", "uid"), [("other", "uid-2"), ("mine", "uid-2"), ("other", None)])
+def test_a_volume_that_holds_another_run_is_refused_whether_it_was_prepared_or_not(
+    on_volume: Callable[..., Exchange], name: str, uid: str | None
+) -> None:
+    first = on_volume("mine", "uid-1")
+    first.occupy()
+    second = on_volume(name, uid)
+    for _ in range(2):
+        with pytest.raises(
+            RunFolderError, match=r"^VolumeInUse: .*volume holds run mine; set spec\.resume: true to go on"
+        ):
+            second.occupy()
+        first.mark_prepared({"model": "made"})
+    assert first.prepared == {"model": "made", "run": "uid-1"}
+    assert second.prepared is None
+
+
+def test_a_resumed_run_takes_the_volume_over_with_all_that_is_on_it(on_volume: Callable[..., Exchange]) -> None:
+    first = on_volume("mine", "uid-1")
+    first.occupy()
+    first.mark_prepared({"model": "made"})
+    publish(first, V3)
+    second = on_volume("again", "uid-2", resume=True, learner={"steps": 2000})
+    assert second.prepared is None
+    second.occupy()
+    assert second.prepared == {"model": "made", "run": "uid-2"}
+    assert first.prepared is None
+    assert second.list_versions() == [V3]
+    assert json.loads(second.run_file.read_bytes())["metadata"]["name"] == "again"
+
+
+def test_a_resumed_run_that_would_need_another_preparation_is_refused(on_volume: Callable[..., Exchange]) -> None:
+    on_volume("mine", "uid-1").occupy()
+    second = on_volume("again", "uid-2", resume=True, seed=3, exchange={"volume": {"claimName": "the-claim"}})
+    with pytest.raises(RunFolderError, match=r"VolumeInUse: .* holds run mine, which had another seed; go on from it"):
+        second.occupy()
+
+
+def test_a_rendered_run_is_told_by_its_name(on_volume: Callable[..., Exchange]) -> None:
+    on_volume("mine").occupy()
+    on_volume("mine").mark_prepared({})
+    assert on_volume("mine").prepared == {"run": "mine"}
+    assert on_volume("other").prepared is None
+
+
+def test_a_run_folder_on_one_machine_is_never_another_runs(on_volume: Callable[..., Exchange]) -> None:
+    moved = on_volume("mine", "uid-1")
+    moved.occupy()
+    moved.mark_prepared({})
+    here = Exchange(moved.root)
+    here.create(HeteroRLRun.model_validate(MANIFEST))
+    assert here.prepared is not None
+
+
+def test_a_slot_that_is_added_while_one_waits_is_taken(exchange: Exchange) -> None:
+    exchange.beat(exchange.acquire_slot(lambda: [FAR]), {})
+    looks = iter([[FAR], [FAR], [FAR, Slot("far", 1)]])
+    assert exchange.acquire_slot(lambda: next(looks)).slot == Slot("far", 1)

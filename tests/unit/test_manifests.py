@@ -209,6 +209,26 @@ def test_paths_in_the_config_map_are_on_the_volume_unless_they_are_absolute():
 
 def test_labels_and_annotations_of_the_run_do_not_reach_the_config_map():
     assert spec_for_pods(load_run(FAR_SITE))["metadata"] == {"name": "far-site"}
+    assert spec_for_pods(load_run(FAR_SITE), "0f3c")["metadata"] == {"name": "far-site", "uid": "0f3c"}
+
+
+def test_pods_know_the_uid_that_the_operator_gives_and_read_it_back():
+    config = objects_of(run_of(), owner_uid="0f3c")["ConfigMap"]
+    assert HeteroRLRun.model_validate_json(config["data"]["run.json"]).metadata.uid == "0f3c"
+    assert HeteroRLRun.model_validate_json(objects_of(run_of())["ConfigMap"]["data"]["run.json"]).metadata.uid is None
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_every_pod_of_a_learner_says_itself_whether_it_is_ready_and_knows_its_uid(replicas):
+    learner = objects_of(run_of(learner={"replicas": replicas}))["StatefulSet"]
+    probe = {"httpGet": {"path": "/ready", "port": "metrics"}, "periodSeconds": 10}
+    assert container_of(learner)["readinessProbe"] == probe
+    assert env_of(learner)["POD_UID"] == {"fieldRef": {"fieldPath": "metadata.uid"}}
+
+
+def test_the_last_lines_of_a_log_say_why_a_container_failed(far_site):
+    for found in workloads(far_site):
+        assert container_of(found)["terminationMessagePolicy"] == "FallbackToLogsOnError"
 
 
 def test_a_live_edit_changes_the_config_map_and_no_pod():
@@ -368,11 +388,12 @@ def test_the_preparation_takes_the_learners_pod_template_without_its_devices(far
     assert pod_of(prepare)["nodeSelector"] == {"accelerator": "h200"}
 
 
-def test_labels_of_ours_cannot_be_overridden():
-    template = {"labels": {"heterorl.dev/run": "other", "team": "x"}}
+def test_labels_and_annotations_of_the_manifest_are_added_to_ours():
+    template = {"labels": {"team": "x"}, "annotations": {"note": "y"}}
     deployment = objects_of(run_of(samplers=[{"name": "near", "podTemplate": template}]))["Deployment"]
-    for labels in (deployment["metadata"]["labels"], deployment["spec"]["template"]["metadata"]["labels"]):
-        assert (labels["heterorl.dev/run"], labels["team"]) == ("demo", "x")
+    for metadata in (deployment["metadata"], deployment["spec"]["template"]["metadata"]):
+        assert (metadata["labels"]["heterorl.dev/run"], metadata["labels"]["team"]) == ("demo", "x")
+        assert metadata["annotations"] == {"note": "y"}
 
 
 def test_every_object_has_the_same_labels_but_for_role_and_group(far_site):

@@ -264,3 +264,18 @@ def test_a_spec_given_by_file_is_left_in_the_runs_folder(tmp_path, monkeypatch):
     exchange = Exchange(tmp_path / "run")
     assert exchange.prepared is not None
     assert exchange.run == elsewhere.run
+
+
+def test_a_volume_of_another_run_is_refused_before_anything_is_put_on_it(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("heterorl_learner.prepare.setup_logging", lambda _: None)
+    other = exchange_with(tmp_path)
+    mine = tmp_path / "mine.json"
+    run = other.run.resolved()
+    mine.write_text(json.dumps({**run, "metadata": {"name": "mine"}}))
+    monkeypatch.setattr("sys.argv", ["prepare", "--root", str(tmp_path), "--spec", str(mine)])
+    assert module.main() == 2
+    assert caplog.records[-1].message.startswith(f"VolumeInUse: {tmp_path} holds run prepared;")
+    assert not other.model_dir.exists()
+    mine.write_text(json.dumps({**run, "metadata": {"name": "mine"}, "spec": {**run["spec"], "resume": True}}))
+    assert module.main() == 0
+    assert Exchange(tmp_path, spec_file=mine).prepared["run"] == "mine"

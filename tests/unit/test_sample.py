@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 from heterorl.exchange import Canary, Exchange, Slot, Version
 from heterorl.metrics import Metrics
 from heterorl.spec import API_VERSION, KIND, HeteroRLRun
+from heterorl_sampler.__main__ import serve
 from heterorl_sampler.engine import Completion, build_engine
 from heterorl_sampler.engine_transformers import TransformersEngine
 from heterorl_sampler.rewards import build_rewards
@@ -77,7 +79,7 @@ def work(
     exchange: Exchange, model: Path, tmp_path: Path, batches: int, make_engine: type[Watched] = Watched
 ) -> dict[str, object]:
     """Lease the slot and sample so many batches, or until nothing but waiting is left; returns the slot's status."""
-    lease, status = exchange.acquire_slot([FAR]), dict[str, object]()
+    lease, status = exchange.acquire_slot(lambda: [FAR]), dict[str, object]()
     assert lease is not None
     engine = make_engine(model, dtype="float32")
     engine.until = Until(batches)
@@ -129,3 +131,53 @@ def test_a_stopped_sampler_publishes_its_finished_groups_and_its_successor_does_
     assert [seq for seq, _ in walked(exchange)] == [0]
     work(exchange, model, tmp_path, 1)
     assert [seq for seq, _ in walked(exchange)] == [0, 1, 2, 3]
+
+
+def edited(exchange: Exchange, **group: object) -> None:
+    """The operator's edit of the sampler's group, or of all groups with `samplers`."""
+    tree = exchange.run.resolved()
+    tree["spec"]["samplers"] = group.pop("samplers", None) or [{**tree["spec"]["samplers"][0], **group}]
+    exchange.create(HeteroRLRun.model_validate(tree))
+
+
+def publish_again(exchange: Exchange, version: Version) -> None:
+    first = exchange.root / "weights" / str(Version(0, 1))
+    shutil.copy(first / "model.safetensors", exchange.stage_weights(version))
+    exchange.commit_weights(version, Canary(**json.loads((first / "canary.json").read_text())))
+
+
+@pytest.mark.parametrize(("lower", "step"), [(0.0, 1), (1000.0, 0)])
+def test_a_sampler_goes_on_under_an_edited_delay(
+    exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path, lower: float, step: int
+) -> None:
+    class Edited(Watched):
+        def generate(self, *args: object, **kwargs: object) -> list[list[Completion] | None]:
+            if self.until.batches == 99:
+                edited(exchange, delay={"distribution": "constant", "lower": lower})
+                publish_again(exchange, Version(1, 1))
+            return super().generate(*args, **kwargs)
+
+    status = work(exchange, tiny_model_dir(tokenizer=True), tmp_path, 99, Edited)
+    assert status["version_step"] == step  # it started without a delay, under which it would be 1
+
+
+def test_a_sampler_whose_group_is_removed_goes_on_until_its_pod_goes(
+    exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    class LosesItsGroup(Watched):
+        def generate(self, *args: object, **kwargs: object) -> list[list[Completion] | None]:
+            edited(exchange, samplers=[{"name": "other"}])
+            return super().generate(*args, **kwargs)
+
+    work(exchange, tiny_model_dir(tokenizer=True), tmp_path, 2, LosesItsGroup)
+    assert [seq for seq, _ in walked(exchange)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_sampler_waits_until_its_group_is_in_the_spec_and_the_run_is_prepared(exchange: Exchange) -> None:
+    stop = Until(99, waits=3)
+    serve(exchange, "far", None, stop)
+    exchange.mark_prepared({})
+    stop = Until(99, waits=3)
+    serve(exchange, "added", None, stop)
+    assert stop.is_set()
+    assert exchange.heartbeats() == {}

@@ -87,7 +87,7 @@ def test_progress_follows_learner_and_samplers(exchange):
 
 
 def test_a_heartbeat_says_what_the_sampler_does(exchange):
-    exchange.beat(exchange.acquire_slot([FAR]), {"state": "waiting: queue", "version_step": 7, "rejected": 1})
+    exchange.beat(exchange.acquire_slot(lambda: [FAR]), {"state": "waiting: queue", "version_step": 7, "rejected": 1})
     row = ProgressReader(exchange).read().slots[FAR]
     assert (row.activity, row.version, row.rejected) == ("waiting: queue", 7, 1)
 

@@ -94,12 +94,13 @@ def render(file: Path, sets: tuple[str, ...], namespace: str | None, images: str
 
 
 @cli.command()
-@click.option("--check", is_flag=True, help="Only compare; exit 1 if the file is not up to date.")
+@click.option("--check", is_flag=True, help="Only compare; exit 1 if a file is not up to date.")
 def crd(check: bool) -> None:
-    """Write crds/heterorlrun.yaml, the CustomResourceDefinition, from the spec."""
+    """Write crds/heterorlrun.yaml, the CustomResourceDefinition, and the chart's copy of it from the spec."""
     from heterorl.crd import crd_yaml
 
-    _generate(Path("crds/heterorlrun.yaml"), crd_yaml(), "heterorl crd", check)
+    for folder in ("crds", "charts/heterorl/files"):
+        _generate(Path(folder) / "heterorlrun.yaml", crd_yaml(), "heterorl crd", check)
 
 
 @cli.command()

@@ -2,7 +2,7 @@
 
 Kubernetes takes a dialect of OpenAPI (a "structural" schema): no references, no titles, bounds with a boolean beside
 them. Null is never a value: the API server drops it. Rules across fields are CEL: RULES says again what `broken_rules`
-say, and rules on changes follow from lists of what may never change, what in a suspended run only, what at any time.
+say, and rules on changes follow from the table of what may change when (`heterorl.edits`).
 """
 
 from __future__ import annotations
@@ -12,22 +12,14 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from heterorl.block import RUN_NAME, Block
-from heterorl.spec import API_VERSION, KIND, HeteroRLRun, Learner, RunSpec, SamplerGroup
+from heterorl.block import RUN_NAME, Block, block_in
+from heterorl.edits import IMMUTABLE, LIVE, within
+from heterorl.pods import RESERVED
+from heterorl.spec import API_VERSION, KIND, HeteroRLRun, RunSpec, SamplerGroup
 from heterorl.status import RunStatus
 
 GROUP, VERSION = API_VERSION.split("/")
 PLURAL = "heterorlruns"
-
-IMMUTABLE = ("model", "data", "seed")
-"""Fields of the spec that never change; so are groupSize, strategy, a group's engine and the volume but its size."""
-WHEN_SUSPENDED = ("mode", "rewards", "algorithm", "generation", "timeScale", "monitoring", "credentials")
-"""Fields of the spec that change only while the run is suspended; so does what `_LIVE` and `IMMUTABLE` leave out."""
-_LIVE = {
-    Learner: {"steps"},
-    SamplerGroup: {"name", "replicas", "availability", "delay"},
-}
-_LIVE_EXCHANGE = {"volume", "retention"}
 
 Rule = tuple[str, str]
 
@@ -57,6 +49,13 @@ RULES: dict[str, list[Rule]] = {
     ],
     "EnvVar": [
         ("!(has(self.value) && has(self.valueFrom))", "value stands beside valueFrom; keep one of them"),
+    ],
+    "PodTemplate": [
+        (
+            f"self.{field}.all(key, {' && '.join(f'!key.startsWith({prefix!r})' for prefix in RESERVED)})",
+            f"{field} under {' and '.join(RESERVED)} are the operator's own; choose another prefix",
+        )
+        for field in ("labels", "annotations")
     ],
     "PodVolume": [
         (
@@ -220,29 +219,64 @@ def _root_schema() -> dict[str, Any]:
             "spec": run["properties"]["spec"],
             "status": schema_of(RunStatus),
         },
-        "x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in name_rules],
+        "x-kubernetes-validations": [
+            {"rule": rule, "message": message} for rule, message in [*name_rules, _finished_rule()]
+        ],
     }
 
 
 # ── rules on changes ─────────────────────────────────────────────────────────────────────────────────────────────────
-def _names(block: type[Block]) -> list[str]:
-    return [info.alias or name for name, info in block.model_fields.items()]
-
-
 def change_rules() -> list[Rule]:
-    """CEL at the spec for fields that never change, or only while the run is suspended."""
-    rules = [(f"self.{name} == oldSelf.{name}", f"{name} cannot change; start a new run") for name in IMMUTABLE]
-    guarded = {name: [f"self.{name} == oldSelf.{name}"] for name in WHEN_SUSPENDED}
-    for name, live in (("learner", _LIVE[Learner] | {"strategy"}), ("exchange", _LIVE_EXCHANGE)):
-        inner = _names(RunSpec.model_fields[name].annotation)  # type: ignore[arg-type]
-        guarded[name] = [f"self.{name}.{key} == oldSelf.{name}.{key}" for key in inner if key not in live]
-    for name, unchanged in guarded.items():
-        rules.append((f"oldSelf.suspend || ({' && '.join(unchanged)})", _only_suspended(name)))
-    for key in _names(SamplerGroup):
-        if key not in _LIVE[SamplerGroup] | {"engine"}:
+    """CEL at the spec for fields that never change, or only while the run is suspended.
+
+    A block with parts that may change at any time, or never, is compared part by part; those that never change have
+    their own rules in RULES.
+    """
+    rules = []
+    for name, block in _fields(RunSpec).items():
+        if within((name,), LIVE):
+            continue
+        if within((name,), IMMUTABLE):
+            rules.append((f"self.{name} == oldSelf.{name}", f"{name} cannot change; start a new run"))
+        elif name != "samplers":
+            parts = _guarded_parts(name, block)
+            unchanged = " && ".join(f"self.{part} == oldSelf.{part}" for part in parts)
+            rules.append((f"oldSelf.suspend || ({unchanged})", _only_suspended(name)))
+    for key in _fields(SamplerGroup):
+        if key != "name" and not within(("samplers", "", key), LIVE + IMMUTABLE):
             same = f"self.samplers.all(g, oldSelf.samplers.all(o, o.name != g.name || o.{key} == g.{key}))"
             rules.append((f"oldSelf.suspend || {same}", _only_suspended(f"samplers[].{key}")))
     return rules
+
+
+def _guarded_parts(name: str, block: type[Block] | None) -> list[str]:
+    """The field itself, or those of its parts that change in a suspended run only, if not all of them do."""
+    parts = [(name, part) for part in (_fields(block) if block else ())]
+    live = [part for part in parts if any(within(entry.split("."), (".".join(part),)) for entry in LIVE)]
+    if not live:
+        return [name]
+    return [".".join(part) for part in parts if part not in live and not within(part, IMMUTABLE)]
+
+
+def _fields(block: type[Block]) -> dict[str, type[Block] | None]:
+    """A block's fields as in YAML, and the block each of them holds, if any."""
+    return {info.alias or name: block_in(info.annotation) for name, info in block.model_fields.items()}
+
+
+def _finished_rule() -> Rule:
+    """CEL at the root: a run that ended keeps its spec, but for how long it is kept itself."""
+    kept = [(name, info) for name, info in RunSpec.model_fields.items() if name != "ttl_seconds_after_finished"]
+    unchanged = " && ".join(
+        # A field without a default may be absent.
+        f"self.spec.{mark}{info.alias} == oldSelf.spec.{mark}{info.alias}"
+        for name, info in kept
+        for mark in ["?" if info.get_default() is None else ""]
+    )
+    return (
+        f"!has(oldSelf.status) || !has(oldSelf.status.completionTime) || ({unchanged})",
+        "the run has ended, so only ttlSecondsAfterFinished can change; to go on, start a new run with resume: true on"
+        " the same claim",
+    )
 
 
 def _only_suspended(name: str) -> str:

@@ -217,13 +217,18 @@ class Adoption:
         state: Mapping[str, Any] | None = None,
     ) -> None:
         """`slot` as `far-0`, `seed` the run's; `state` as `.state` gave it. ValueError for a trace not yet inlined."""
-        if delay.distribution == "trace" and not delay.trace.values:
-            raise ValueError("the trace has no values; call inline_trace when the manifest is read")
-        self._delay, self._slot, self._seed, self._scale = delay, slot, seed, _scale(delay, time_scale)
+        self._slot, self._seed, self._time_scale = slot, seed, time_scale
+        self.change(delay)
         state = state or {}
         self._swaps: int = state.get("swaps", 0)
         self._held: str | None = state.get("held")
         self._since: float = state.get("since", 0.0)
+
+    def change(self, delay: Delay) -> None:
+        """Go on under another delay. The version held and the count of draws stay, so that no draw is repeated."""
+        if delay.distribution == "trace" and not delay.trace.values:
+            raise ValueError("the trace has no values; call inline_trace when the manifest is read")
+        self._delay, self._scale = delay, _scale(delay, self._time_scale)
 
     @property
     def state(self) -> dict[str, Any]:

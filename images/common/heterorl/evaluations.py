@@ -1,11 +1,12 @@
-"""Evaluations of a local run: which published versions are due, and the process that makes one at a time.
+"""Evaluations during a run: which published versions are due, kept on the volume until then, and one at a time.
 
-The operator asks `due_versions` as well, for its Jobs.
+On Kubernetes the learner's first pod keeps the due versions and tells them (`heterorl.progress_metrics`); the operator
+makes the Jobs. On one machine the runner does both, by `Evaluations`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from heterorl.exchange import Exchange, Version
 from heterorl.processes import Outcome, Role, shown
@@ -33,16 +34,37 @@ def due_versions(
     return sorted(due)
 
 
+def due_now(exchange: Exchange, *, finished: bool, left_out: Collection[Version] = ()) -> list[Version]:
+    """Versions on the volume still to be evaluated, oldest first."""
+    if not (every_steps := exchange.spec.evaluation.every_steps):
+        return []
+    done = {*exchange.read_evals(), *left_out}
+    return due_versions(exchange.list_versions(), done, every_steps, finished=finished)
+
+
+class Pins:
+    """Keeps versions from being retired while they are due. One keeper a run; it takes over from an earlier one."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._pinned = set(exchange.list_pinned())
+
+    def keep(self, due: Collection[Version]) -> None:
+        """Keep these, and let go of all others."""
+        for version in set(due) - self._pinned:
+            self._exchange.pin(version)
+        for version in self._pinned - set(due):
+            self._exchange.unpin(version)
+        self._pinned = set(due)
+
+
 class Evaluations:
     """One evaluation at a time, oldest version first; versions that wait for theirs are pinned."""
 
     def __init__(self, exchange: Exchange, make_role: Callable[[Version], Role]) -> None:
         self._exchange, self._make_role = exchange, make_role
-        self._every = exchange.spec.evaluation.every_steps
-        self._pinned: set[Version] = set()
+        self._pins = Pins(exchange)
         self._left: set[Version] = set()  # done, or not worth another try
-        for version in exchange.read_evals():  # a runner that was killed may have left its pin
-            exchange.unpin(version)
         self.version: Version | None = None
         """The version being evaluated, if any."""
         self.role: Role | None = None
@@ -51,9 +73,7 @@ class Evaluations:
     def want(self, *, finished: bool) -> None:
         """Start what is due, unless one is at work."""
         due = self._due(finished=finished)
-        for version in set(due) - self._pinned:
-            self._exchange.pin(version)
-            self._pinned.add(version)
+        self._pins.keep(due)
         if due and self.role is None:
             self.version, self.role = due[0], self._make_role(due[0])
             self.role.wanted = True
@@ -78,13 +98,9 @@ class Evaluations:
         if outcome is Outcome.STOPPED:
             return None
         self._left.add(version)
-        self._exchange.unpin(version)
         if version in self._exchange.read_evals():
             return None
         return f"the evaluation of {version} gave no result and is left out; see {shown(log)}"
 
     def _due(self, *, finished: bool) -> list[Version]:
-        if not self._every:
-            return []
-        done = {*self._exchange.read_evals(), *self._left}
-        return due_versions(self._exchange.list_versions(), done, self._every, finished=finished)
+        return due_now(self._exchange, finished=finished, left_out=self._left)

@@ -4,7 +4,7 @@ Nobody talks to anybody. One side writes, the other lists names and reads; eithe
 
     ROOT/
       run.json                      the resolved manifest                                 runner or operator
-      prepared.json                 the model and the data are in place                   prepare
+      prepared.json                 model and data are in place, and whose they are       prepare
       model/  data/NAME.jsonl       starting weights (HF folder), tokenised problems      prepare
       weights/VERSION/              model.safetensors, canary.json, manifest.json         learner
       rollouts/NAME.safetensors     one prompt's group of completions                     samplers, each its own names
@@ -13,7 +13,8 @@ Nobody talks to anybody. One side writes, the other lists names and reads; eithe
       journal.jsonl                 a line a step: what it trains on and what it dropped  learner
       checkpoints/step-STEP/        everything the learner needs, manifest.json           learner
       learner.json                  heartbeat: step, newest version, what was taken       learner
-      pins/VERSION                  this version is still being evaluated                 runner
+      attempts-NODE.json            starts of a pod of the learner, and how they ended    the pod's launcher
+      pins/VERSION                  this version is still being evaluated                 runner or launcher
       evals/VERSION.json            results                                               evaluation
       quarantine/                   what failed its checks, with the reason               whoever found it
       output/  logs/  metrics/      the trained model, logs, JSONL
@@ -46,20 +47,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 
-from heterorl.delay import inline_traces
+from heterorl.edits import IMMUTABLE, changes, within
 from heterorl.errors import CorruptFile, ExchangeError, RunFolderError
 from heterorl.files import STAGING, Files
+from heterorl.livespec import LiveSpec
 from heterorl.names import RolloutName, Slot, Version
 from heterorl.rollout import PROTOCOL, Rollout
 from heterorl.spec import HeteroRLRun, RunSpec
@@ -78,6 +80,7 @@ __all__ = [
 ]
 
 _ROLLOUT_SUFFIX = ".safetensors"
+_ATTEMPTS = re.compile(r"attempts-(\d+)\.json")
 
 CANARY_TOKENS = 272
 """Tokens of a canary text: more than two blocks of any engine's KV cache (128 on a CPU), so that a stale one shows."""
@@ -148,10 +151,11 @@ class Exchange:
         spec_file: Path | None = None,
     ) -> None:
         self.root = Path(root)
-        self._spec_file = spec_file
         self.now = clock
         self.sleep = sleep
         self.files = files or Files()
+        self._reads_elsewhere = spec_file is not None
+        self._live = LiveSpec(spec_file or self.run_file, self.root, self.files)
 
     # ── places ───────────────────────────────────────────────────────────────────────────────────────────────────────
     @property
@@ -209,31 +213,63 @@ class Exchange:
         self.files.make_dir(self.root)
         self._write_json(self.run_file, run.resolved())
 
-    @cached_property
+    def occupy(self) -> None:
+        """Make the volume this run's, before anything is put on it; RunFolderError if it holds another run.
+
+        With `resume: true` this run goes on from what the other one left: model, data, checkpoints and all the rest.
+        """
+        found = self._read_json(self.run_file)
+        if found is not None and _id_of(held := HeteroRLRun.model_validate(found)) != self.run_id:
+            name = held.metadata.name
+            if not self.spec.resume:
+                raise RunFolderError(
+                    f"VolumeInUse: {self.root} holds run {name}; set spec.resume: true to go on from it, or use another"
+                    " claim"
+                )
+            fixed = [entry for entry in IMMUTABLE if not entry.startswith("exchange.")]
+            if changed := [".".join(path) for path, *_ in changes(held, self.run) if within(path, fixed)]:
+                raise RunFolderError(
+                    f"VolumeInUse: {self.root} holds run {name}, which had another {', '.join(changed)}; go on from it"
+                    " with the same, or use another claim"
+                )
+        self.create(self.run)
+        if (marker := self._read_json(self._marker)) is not None:
+            self.mark_prepared(marker)
+
+    @property
     def run(self) -> HeteroRLRun:
-        """The resolved manifest; traces of delays are read in, from a file on the volume where they are not yet."""
-        source = self._spec_file or self.run_file
-        try:
-            run = HeteroRLRun.model_validate_json(self.files.read(source))
-        except FileNotFoundError:
-            raise RunFolderError(
-                f"{self.root} is no run folder: {source} is missing; start with `heterorl run`"
-            ) from None
-        return inline_traces(run, self.root)
+        """The resolved manifest as it is now: what may change in a live run follows the edits of its file."""
+        return self._live.read()
 
     @property
     def spec(self) -> RunSpec:
-        """The resolved spec."""
+        """The resolved spec as it is now; keep what must not change under your hands."""
         return self.run.spec
 
-    def mark_prepared(self, info: dict[str, Any]) -> None:
-        """Say that model and data are complete."""
-        self._write_json(self.root / "prepared.json", info)
+    @property
+    def run_id(self) -> str:
+        """What tells this run from others on its volume: the uid Kubernetes gave it, or its name."""
+        return _id_of(self.run)
+
+    def mark_prepared(self, info: dict[str, Any]) -> dict[str, Any]:
+        """Say that model and data are complete, and whose they are; returns what is said."""
+        marker = {**info, "run": self.run_id}
+        self._write_json(self._marker, marker)
+        return marker
 
     @property
     def prepared(self) -> dict[str, Any] | None:
-        """What `mark_prepared` said; None while preparation is not complete."""
-        return self._read_json(self.root / "prepared.json")
+        """What `mark_prepared` said; None while preparation is not complete, or is another run's.
+
+        A run folder on one machine has a lock and is never another run's; there the manifest is in it.
+        """
+        marker = self._read_json(self._marker)
+        ours = marker is not None and (not self._reads_elsewhere or marker.get("run") == self.run_id)
+        return marker if ours else None
+
+    @property
+    def _marker(self) -> Path:
+        return self.root / "prepared.json"
 
     # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def stage_weights(self, version: Version) -> Path:
@@ -272,7 +308,7 @@ class Exchange:
 
     def retire_weights(self, keep: Iterable[Version]) -> list[Version]:
         """Delete every version that is neither to be kept nor pinned; returns the deleted ones."""
-        kept = set(keep) | set(_parsed(Version.parse, self.files.list(self.root / "pins")))
+        kept = {*keep, *self.list_pinned()}
         retired = [version for version in self.list_versions() if version not in kept]
         for version in retired:
             self.files.remove(self.root / "weights" / str(version))
@@ -286,6 +322,10 @@ class Exchange:
     def unpin(self, version: Version) -> None:
         """Let it go."""
         self.files.remove(self.root / "pins" / str(version))
+
+    def list_pinned(self) -> list[Version]:
+        """Versions kept from being retired."""
+        return _parsed(Version.parse, self.files.list(self.root / "pins"))
 
     # ── rollouts ─────────────────────────────────────────────────────────────────────────────────────────────────────
     def put_rollouts(self, rollouts: Mapping[RolloutName, Rollout]) -> None:
@@ -364,6 +404,12 @@ class Exchange:
         """The learner's last heartbeat; empty before the first."""
         return self._read_json(self.root / "learner.json") or {}
 
+    @property
+    def trained(self) -> bool:
+        """Whether the last step that is asked for now is trained, and the output written."""
+        learner = self.learner
+        return bool(learner.get("finished")) and learner.get("step", 0) >= self.spec.learner.steps
+
     def stage_checkpoint(self, step: int) -> Path:
         """A hidden folder for the learner's state; every rank may write into it once rank 0 has staged it."""
         return self._stage(self.root / "checkpoints", f"step-{step:08d}")
@@ -403,12 +449,29 @@ class Exchange:
             for path in (self.root / folder).glob(f"{STAGING}*"):
                 self.files.remove(path)
 
+    def save_attempts(self, node: int, attempts: list[dict[str, Any]]) -> None:
+        """Put the starts of one of the learner's pods on the disk (`heterorl.attempts`)."""
+        self._write_json(self.root / f"attempts-{node}.json", {"attempts": attempts})
+
+    def load_attempts(self) -> dict[int, list[dict[str, Any]]]:
+        """The starts of the learner's pods, by the pod's number."""
+        found = {}
+        for name in self.files.list(self.root):
+            if match := _ATTEMPTS.fullmatch(name):
+                found[int(match[1])] = (self._read_json(self.root / name) or {"attempts": []})["attempts"]
+        return found
+
     # ── slots ────────────────────────────────────────────────────────────────────────────────────────────────────────
-    def acquire_slot(self, candidates: list[Slot], stop: Callable[[], bool] = lambda: False) -> Lease | None:
-        """Lease the first free slot of the candidates, waiting for one if need be; None when told to stop first."""
+    def acquire_slot(
+        self, candidates: Callable[[], Iterable[Slot]], stop: Callable[[], bool] = lambda: False
+    ) -> Lease | None:
+        """Lease the first free slot of the candidates, waiting for one if need be; None when told to stop first.
+
+        The candidates are asked for at every look: slots may be added while one waits.
+        """
         seen: dict[Slot, tuple[tuple[int, int], float]] = {}
         while not stop():
-            for slot in candidates:
+            for slot in candidates():
                 epoch = self._lease_epoch(slot)
                 if not self._is_free(slot, epoch, seen):
                     continue
@@ -530,6 +593,10 @@ class Exchange:
             return dict(json.loads(self.files.read(path)))
         except FileNotFoundError:
             return None
+
+
+def _id_of(run: HeteroRLRun) -> str:
+    return run.metadata.uid or run.metadata.name
 
 
 _Name = TypeVar("_Name")

@@ -50,6 +50,11 @@ class Files:
         with _stale_is_gone(path):
             return path.read_bytes()
 
+    def identity(self, path: Path) -> tuple[int, ...]:
+        """What changes when the file is replaced or written again; FileNotFoundError if it is gone."""
+        about = path.stat()
+        return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
+
     def write(self, path: Path, data: bytes) -> None:
         """Write through to the disk under this very name; only for names no reader looks at yet."""
         with open(path, "wb") as file:

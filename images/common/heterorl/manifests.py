@@ -33,7 +33,7 @@ from heterorl.objectnames import (
     sampler_name,
     selector,
 )
-from heterorl.podbuilder import SPEC_FILE, VOLUME, build_pod, metrics_port, secret_env, without_devices
+from heterorl.podbuilder import SERVING, SPEC_FILE, VOLUME, build_pod, metrics_port, secret_env, without_devices
 from heterorl.pods import PodTemplate
 from heterorl.podtemplate import Object, merge_into_metadata
 from heterorl.spec import API_VERSION, KIND, HeteroRLRun, RunSpec
@@ -111,8 +111,11 @@ def evaluation_job(
     return _Builder(run, images, namespace, owner_uid).evaluation_job(version)
 
 
-def spec_for_pods(run: HeteroRLRun) -> Object:
-    """The resolved run as its pods read it: paths on the volume, a port for /metrics, of its metadata only the name."""
+def spec_for_pods(run: HeteroRLRun, uid: str | None = None) -> Object:
+    """The resolved run as its pods read it: paths on the volume, a port for /metrics, of its metadata name and uid.
+
+    The uid is that of the HeteroRLRun; without one, as with `heterorl render`, the name alone tells runs apart.
+    """
     tree = run.resolved()
     spec = tree["spec"]
     spec["monitoring"]["prometheusPort"] = metrics_port(run.spec)
@@ -121,7 +124,7 @@ def spec_for_pods(run: HeteroRLRun) -> Object:
     for place in places:
         if place["path"]:
             place["path"] = str(PurePosixPath(VOLUME) / place["path"])
-    return {**tree, "metadata": {"name": run.metadata.name}}
+    return {**tree, "metadata": {"name": run.metadata.name} | ({"uid": uid} if uid else {})}
 
 
 @dataclass(frozen=True)
@@ -141,11 +144,12 @@ class _Builder:
 
     # ── what has no pods ─────────────────────────────────────────────────────────────────────────────────────────────
     def config_map(self) -> Object:
+        content = json.dumps(spec_for_pods(self.run, self.owner_uid), indent=2) + "\n"
         return {
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": self._metadata(config_name(self.name), "run"),
-            "data": {PurePosixPath(SPEC_FILE).name: json.dumps(spec_for_pods(self.run), indent=2) + "\n"},
+            "data": {PurePosixPath(SPEC_FILE).name: content},
         }
 
     def claim(self) -> Object:
@@ -187,16 +191,17 @@ class _Builder:
             {"name": "MASTER_PORT", "value": str(RENDEZVOUS_PORT)},
             {"name": "NODE_RANK", "valueFrom": index},
         ]
+        # Tells a container that was restarted in its pod from a pod that took another one's place.
+        pod_uid = {"name": "POD_UID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
         pod = self._pod(
             "learner",
             self.images.learner,
             "heterorl_learner.launch",
             learner.pod_template,
-            env=[*rendezvous, *secret_env("WANDB_API_KEY", self.spec.credentials.wandb_api_key)],
+            env=[*rendezvous, pod_uid, *secret_env("WANDB_API_KEY", self.spec.credentials.wandb_api_key)],
             gpus=learner.gpus,
             threads=learner.threads,
-            # Of several pods only the first serves metrics; the others would hold up a rolling update for ever.
-            ready_when_served=learner.replicas == 1,
+            readiness={"httpGet": {"path": "/ready", "port": "metrics"}},
         )
         return {
             "apiVersion": "apps/v1",
@@ -223,7 +228,7 @@ class _Builder:
             group=name,
             gpus=group.gpus,
             threads=group.threads,
-            ready_when_served=True,
+            readiness=SERVING,
         )
         metadata = self._metadata(sampler_name(self.name, name), "sampler", name)
         return {

@@ -192,7 +192,8 @@ def _parse(line: bytes) -> Record | None:
 class _Prometheus:
     """Serves the last value of every metric at /metrics, labelled with run and process.
 
-    It listens on `HETERORL_METRICS_HOST` (this machine alone unless set) and notes its port in a file.
+    It listens on `HETERORL_METRICS_HOST` (this machine alone unless set), on the spec's port unless
+    `HETERORL_METRICS_PORT` names another, and notes its port in a file.
     """
 
     def __init__(self, port_file: Path, port: int, **labels: str) -> None:
@@ -203,6 +204,7 @@ class _Prometheus:
         registry.register(self)
         ProcessCollector(registry=registry)
         host = os.environ.get("HETERORL_METRICS_HOST", "127.0.0.1")
+        port = int(os.environ.get("HETERORL_METRICS_PORT", port))
         try:
             self._server, self._thread = start_http_server(port, addr=host, registry=registry)
         except OSError as error:

@@ -41,9 +41,12 @@ def evaluation_name(run: str, step: int) -> str:
 
 
 def prepare_name(run: HeteroRLRun) -> str:
-    """Name of the preparation's Job: another model, data or seed is another preparation."""
+    """Name of the preparation's Job: another model, data or seed is another preparation.
+
+    So is one that may take over a used volume, after one that might not.
+    """
     spec = run.resolved()["spec"]
-    return f"{run.metadata.name}-prepare-{_digest([spec[part] for part in ('model', 'data', 'seed')])[:8]}"
+    return f"{run.metadata.name}-prepare-{_digest([spec[part] for part in ('model', 'data', 'seed', 'resume')])[:8]}"
 
 
 def claim_name(run: HeteroRLRun) -> str:

@@ -45,6 +45,9 @@ _MOUNTS: tuple[Object, ...] = (
     {"name": "home", "mountPath": _HOME},
     {"name": "shm", "mountPath": "/dev/shm"},  # the runtime's own 64 MiB are too few for ranks on one node
 )
+SERVING: Object = {"tcpSocket": {"port": "metrics"}}
+"""Readiness of a pod that serves /metrics once its engine is built: a bare connection, which the kernel accepts even
+while Python is busy."""
 _ENV: tuple[Object, ...] = (
     {"name": "HOME", "value": _HOME},  # caches of the Hub, Triton and vLLM lie below it
     {"name": "USER", "value": "heterorl"},  # Inductor asks for a name, and the image may have none for the uid
@@ -67,14 +70,15 @@ def build_pod(
     group: str | None = None,
     gpus: int = 0,
     threads: int = 0,
-    ready_when_served: bool = False,
+    readiness: Object | None = None,
     pull_policy: str | None = None,
     pull_secrets: Sequence[str] = (),
 ) -> Object:
     """A pod template (`metadata`, `spec`) that runs a module of ours in a container named after the role.
 
     `given` is the manifest's podTemplate. `threads` 0 is the container's CPU limit, or the node's cores without one.
-    `ready_when_served`: the pod is ready once it serves /metrics.
+    `readiness` is how the kubelet asks whether the pod is ready. Nothing kills a pod for waiting: the preparation of a
+    large model may take hours.
     """
     container = {
         "name": role,
@@ -84,9 +88,8 @@ def build_pod(
         "env": [*_ENV, _threads_env(threads), *_device_env(gpus), *env],
         "ports": [{"name": "metrics", "containerPort": metrics_port(run.spec)}] if role in _SERVING else [],
         "resources": {"limits": {_GPU: str(gpus)}} if gpus else {},
-        # A bare connection, which the kernel accepts even while Python is busy. It succeeds once the engine is built.
-        # Nothing kills a pod for waiting: the preparation of a large model may take hours.
-        "readinessProbe": {"tcpSocket": {"port": "metrics"}, "periodSeconds": 10} if ready_when_served else {},
+        "readinessProbe": readiness and {**readiness, "periodSeconds": 10},
+        "terminationMessagePolicy": "FallbackToLogsOnError",  # the last lines of its log say why a container failed
         "securityContext": _CONTAINER_SECURITY,
         "volumeMounts": list(_MOUNTS),
     }

@@ -9,6 +9,9 @@ from pydantic import Field, StringConstraints
 
 from heterorl.block import Block, FreeForm, GroupName, Path_, Problem, Quantity, ShortText, StringMap, Text, list_map
 
+RESERVED = ("heterorl.dev/", "app.kubernetes.io/")
+"""Prefixes of our own labels and annotations."""
+
 
 class Toleration(Block):
     """Kubernetes' toleration."""
@@ -187,3 +190,13 @@ class PodTemplate(Block):
     """Priority class."""
     termination_grace_period_seconds: int = Field(300, ge=0, le=86_400)
     """How long a pod may take to finish its step or its groups after SIGTERM."""
+
+    def broken_rules(self) -> Iterable[Problem]:
+        """Our own labels and annotations stay ours."""
+        for field, given in (("labels", self.labels), ("annotations", self.annotations)):
+            if taken := [key for key in given if key.startswith(RESERVED)]:
+                yield (
+                    field,
+                    f"hold {', '.join(taken)}; what is under {' and '.join(RESERVED)} is the operator's own,"
+                    " so choose another prefix",
+                )

@@ -2,8 +2,7 @@
 
 | in the manifest | what happens |
 |---|---|
-| nodeSelector, annotations, resources | key by key; the manifest's value stands |
-| labels | key by key; ours stand, because selectors depend on them |
+| nodeSelector, labels, annotations, resources | key by key; the manifest's value stands (our own keys are refused) |
 | env, volumes, imagePullSecrets, volumeMounts | item by item (name, the last by mountPath): one of ours is replaced |
 | affinity | key by key, and every list is appended to ours |
 | tolerations | appended |
@@ -46,7 +45,7 @@ def merge_into_pod(pod: Object, given: PodTemplate) -> Object:
 def merge_into_metadata(metadata: Object, given: PodTemplate) -> Object:
     """A workload's or pod's metadata with the manifest's labels and annotations."""
     annotations = {**metadata.get("annotations", {}), **given.annotations}
-    merged = {**metadata, "labels": {**given.labels, **metadata["labels"]}}
+    merged = {**metadata, "labels": {**metadata["labels"], **given.labels}}
     return {**merged, "annotations": annotations} if annotations else merged
 
 

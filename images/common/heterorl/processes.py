@@ -14,15 +14,17 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import IO
 
+from heterorl.tee import Tee
+
 USER_ERROR = 2
 """Exit code of a process that wants its user, not a restart."""
-_PREEMPTED = (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+PREEMPTED = (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+"""Exit codes of a process that somebody asked to go."""
 BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _HEALTHY_S = 60.0  # a process that lived so long starts its back-off afresh
 _PR_SET_PDEATHSIG = 1
@@ -44,40 +46,47 @@ class Rendezvous:
 class Process:
     """A running program: `ranks` equal processes with one fate, stdout and stderr appended to a log.
 
-    Without a log they write where their parent writes. Without a rendezvous all ranks are here.
+    With `echo` they are shown on this process's stdout as well. Without a rendezvous all ranks are here.
     """
 
     def __init__(
         self,
         command: Sequence[str],
         env: Mapping[str, str],
-        log: Path | None,
+        log: Path,
         *,
         ranks: int = 1,
         rendezvous: Rendezvous | None = None,
         keep_open: Sequence[int] = (),
+        echo: bool = False,
     ) -> None:
         meeting = rendezvous or Rendezvous("127.0.0.1", _free_port(), 0, 1)
+        logs = [log, *(log.with_name(f"{log.stem}-rank{rank}{log.suffix}") for rank in range(1, ranks))]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._tees = [Tee(path) for path in logs] if echo else []
         self._ranks: list[subprocess.Popen[bytes]] = []
         for rank in range(ranks):
             distributed = _torchrun_env(rank, ranks, meeting) if ranks * meeting.nodes > 1 else {}
-            with _opened(log, rank) as output:
+            with self._tees[rank].pipe if echo else open(logs[rank], "ab") as output:
                 self._ranks.append(_spawn(command, {**env, **distributed}, output, keep_open))
         self.pid = self._ranks[0].pid
+        self.last_line = ""
+        """With `echo`, once they are gone: the last line of the rank that failed, or of the first."""
 
     def poll(self) -> int | None:
         """Exit code once all ranks are gone; the first failed rank takes the others with it."""
         codes = [rank.poll() for rank in self._ranks]
         failed = [code for code in codes if code]
-        if None in codes:
-            if failed:
-                self.signal(signal.SIGKILL)  # the others would wait for it in a collective for ever
-                for rank in self._ranks:
-                    rank.wait()
-                return _worst(failed)
+        if None in codes and not failed:
             return None
-        self.signal(signal.SIGKILL)  # whatever the ranks themselves started
-        return _worst(failed)
+        self.signal(signal.SIGKILL)  # the others would wait for it in a collective for ever; and what ranks started
+        for rank in self._ranks:
+            rank.wait()
+        worst = USER_ERROR if USER_ERROR in failed else next(iter(failed), 0)
+        for tee in self._tees:
+            tee.join()
+        self.last_line = self._tees[codes.index(worst)].last_line if self._tees else ""
+        return worst
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to every rank and all it started."""
@@ -174,7 +183,7 @@ class Role:
             return Outcome.USER_ERROR
         self._failures = 1 if now - self._started >= _HEALTHY_S else self._failures + 1
         self._start_at = now + BACKOFF_S[min(self._failures, len(BACKOFF_S)) - 1]
-        if code in _PREEMPTED:
+        if code in PREEMPTED:
             return Outcome.CLEAN  # somebody asked it to go: never charged
         self.crashes += 1
         if self.crashes > self.budget:
@@ -207,13 +216,6 @@ def tail(log: Path, lines: int = 15) -> str:
     return "\n".join(text.rstrip().splitlines()[-lines:])
 
 
-def _opened(log: Path | None, rank: int) -> AbstractContextManager[IO[bytes] | None]:
-    if log is None:
-        return nullcontext()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    return open(log if rank == 0 else log.with_name(f"{log.stem}-rank{rank}{log.suffix}"), "ab")
-
-
 def _torchrun_env(rank: int, ranks: int, meeting: Rendezvous) -> dict[str, str]:
     numbers = {
         "MASTER_PORT": meeting.port,
@@ -225,10 +227,6 @@ def _torchrun_env(rank: int, ranks: int, meeting: Rendezvous) -> dict[str, str]:
     return {"MASTER_ADDR": meeting.address} | {key: str(value) for key, value in numbers.items()}
 
 
-def _worst(failed: list[int]) -> int:
-    return USER_ERROR if USER_ERROR in failed else next(iter(failed), 0)
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -236,7 +234,7 @@ def _free_port() -> int:
 
 
 def _spawn(
-    command: Sequence[str], env: Mapping[str, str], output: IO[bytes] | None, keep_open: Sequence[int]
+    command: Sequence[str], env: Mapping[str, str], output: IO[bytes], keep_open: Sequence[int]
 ) -> subprocess.Popen[bytes]:
     parent = os.getpid()
 

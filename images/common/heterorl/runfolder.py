@@ -14,28 +14,14 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from heterorl.delay import inline_traces
+from heterorl.edits import LIVE, changes, is_refused_live, within
 from heterorl.entry import no_space_is_a_user_error
 from heterorl.errors import DataError, RunFolderError, UserError
 from heterorl.exchange import Exchange
 from heterorl.spec import HeteroRLRun, RunSpec
 
-_LIVE = (
-    "learner.steps",
-    "samplers.*.replicas",
-    "samplers.*.availability",
-    "samplers.*.delay",
-    "exchange.retention",
-    "evaluation",
-    "failurePolicy",
-    "local",
-    "suspend",
-    "resume",
-    "ttlSecondsAfterFinished",
-    "activeDeadlineSeconds",
-)
 _FLOOR_BYTES = 100_000_000  # rollouts, logs and metrics of a small run
 _CHECKPOINT_BYTES_PER_PARAMETER = 16  # fp32 weights and two moments, and the weights in the run's dtype
 
@@ -93,46 +79,12 @@ def check_folder(root: Path, run: HeteroRLRun, *, resume: bool) -> None:
 
 def differences(old: HeteroRLRun, new: HeteroRLRun) -> list[str]:
     """Fields that differ and may not, as `learner.batch.groups: 32 before, 16 now`. Sampler groups may come and go."""
-    before, now = _flat(old), _flat(new)
-    groups = {group.name for group in old.spec.samplers} & {group.name for group in new.spec.samplers}
     found = []
-    for field in sorted(before.keys() | now.keys()):
-        parts = field.split(".")
-        if parts[0] == "samplers" and parts[1] not in groups:
-            continue
-        was, is_ = before.get(field), now.get(field)
-        if was == is_:
-            continue
-        if field == "learner.steps" and new.spec.learner.steps < old.spec.learner.steps:
-            found.append(f"{field}: {was} before, {is_} now (it may only grow)")
-        elif not _is_live(parts):
-            found.append(f"{field}: {was} before, {is_} now")
+    for path, was, is_ in changes(old, new):
+        if is_refused_live(path, was, is_):
+            hint = " (it may only grow)" if within(path, LIVE) else ""
+            found.append(f"{'.'.join(path)}: {was} before, {is_} now{hint}")
     return found
-
-
-def _is_live(parts: list[str]) -> bool:
-    for live in _LIVE:
-        pattern = live.split(".")
-        if len(parts) >= len(pattern) and all(p in ("*", q) for p, q in zip(pattern, parts)):
-            return True
-    return False
-
-
-def _flat(run: HeteroRLRun) -> dict[str, Any]:
-    """Every value of the spec by its dotted path; sampler groups by their name rather than their place."""
-    spec = run.resolved()["spec"]
-    spec["samplers"] = {group["name"]: group for group in spec["samplers"]}
-    flat: dict[str, Any] = {}
-
-    def walk(value: Any, path: str) -> None:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                walk(inner, f"{path}.{key}" if path else key)
-        else:
-            flat[path] = value
-
-    walk(spec, "")
-    return flat
 
 
 def _lock(path: Path) -> int:

@@ -199,9 +199,7 @@ class Runner:
 
     def _trained(self) -> bool:
         """Whether the last step is trained and the learner, which writes the output after it, has left."""
-        status = self.exchange.learner
-        done = bool(status.get("finished")) and status.get("step", 0) >= self.spec.learner.steps
-        return done and not self.learner.running
+        return self.exchange.trained and not self.learner.running
 
     def _want_samplers(self, *, going_on: bool) -> None:
         for group in self.spec.samplers:

@@ -673,9 +673,7 @@ class Volume(Block):
     """Size of a new claim; it may grow, never shrink."""
     storage_class_name: ShortText | None = None
     """Storage class of a new claim."""
-    access_modes: list[Literal["ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"]] = Field(
-        ["ReadWriteMany"], min_length=1, max_length=3
-    )
+    access_modes: list[Literal["ReadWriteMany", "ReadWriteOnce"]] = Field(["ReadWriteMany"], min_length=1, max_length=2)
     """Access modes of a new claim; ReadWriteOnce keeps all pods on one node."""
 
 
@@ -904,6 +902,8 @@ class Metadata(Block):
     """Name of the run; also its folder under runs/."""
     namespace: ShortText | None = None
     """Namespace on Kubernetes."""
+    uid: ShortText | None = None
+    """The uid that Kubernetes gave to the run; the operator writes it into the spec that pods read."""
     labels: StringMap = Field({})
     """Labels."""
     annotations: StringMap = Field({})

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from heterorl.block import PATTERNS, Block, block_in
-from heterorl.crd import IMMUTABLE, WHEN_SUSPENDED, schema_of
+from heterorl.crd import schema_of
+from heterorl.edits import IMMUTABLE, LIVE
 from heterorl.spec import HeteroRLRun
 from heterorl.status import RunStatus
 
@@ -37,17 +38,22 @@ _CHANGES = """## Changes to a running run
 
 On Kubernetes the API server refuses a change that a run cannot follow.
 
-- Never: {immutable}, `algorithm.groupSize`, `learner.strategy`, a sampler group's `engine`, `exchange.volume` (its size
-  may grow).
-- While `suspend` is true: {suspended}, the rest of `learner` and of `exchange`, and the rest of a sampler group.
-- At any time: `suspend`, `learner.steps` (up), a group's `replicas`, `availability` and `delay`, adding and removing
-  groups, `exchange.retention`, `evaluation`, `failurePolicy`, `ttlSecondsAfterFinished`, `activeDeadlineSeconds`.
+- Never: {immutable}.
+- At any time: {live}; sampler groups may be added and removed. `learner.steps` and `exchange.volume.size` may
+  only grow.
+- The rest only while `suspend` is true.
+- Once the run has ended: `ttlSecondsAfterFinished` alone. To go on, start a new run with `resume: true` on the same
+  claim.
+
+Running pods follow an edit when it reaches their file, after about a minute, and restart nothing: the learner trains
+the added steps under the schedule of the new total, a sampler goes on under its new delay without repeating a draw. A
+slot keeps its share of the data until its sampler starts again. `heterorl run --resume` takes the same changes.
 """
 
 
 def spec_markdown() -> str:
     """The text of `docs/spec.md`."""
-    changes = _CHANGES.format(immutable=_listed(IMMUTABLE), suspended=_listed(WHEN_SUSPENDED))
+    changes = _CHANGES.format(immutable=_listed(IMMUTABLE), live=_listed(LIVE))
     parts = [_INTRO, *_sections(HeteroRLRun), changes, "## Status\n\nWritten by the operator.\n", *_sections(RunStatus)]
     return "\n".join(parts)
 

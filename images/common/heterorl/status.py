@@ -59,9 +59,9 @@ class SamplerStatus(Block):
     weights_version: VersionName | None = None
     """Oldest weights among its replicas."""
     rollouts: Count | None = None
-    """Rollouts written."""
+    """Groups of completions written."""
     rejected: Count | None = None
-    """Rollouts quarantined or dropped."""
+    """Weights versions that its samplers refused."""
 
 
 class EvaluationStatus(Block):
@@ -73,6 +73,8 @@ class EvaluationStatus(Block):
     """Latest."""
     gap: float | None = None
     """Best minus last."""
+    failed_steps: list[Count] = Field([], max_length=256)
+    """Steps whose evaluation failed and is not tried again."""
 
 
 class RunStatus(Block):

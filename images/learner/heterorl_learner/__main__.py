@@ -30,14 +30,11 @@ def main() -> int:
 
 
 def learn(exchange: Exchange, rank: int, stop: threading.Event) -> None:
-    """Wait for the prepared model, train, leave."""
+    """Train on the prepared model, leave."""
     from heterorl_learner.engine import build_engine  # slow to import, and `--help` needs none of it
     from heterorl_learner.train import Trainer
 
     spec = exchange.spec
-    while exchange.prepared is None:  # with `heterorl render` nobody orders the pods
-        if stop.wait(spec.exchange.poll_seconds):
-            return
     engine = build_engine(exchange.model_dir, spec)
     metrics = Metrics()
     if rank == 0:

@@ -72,7 +72,7 @@ class Feed:
         while self._entries and self._entries[0].step < step:
             entry = self._entries.popleft()
             names += map(RolloutName.parse, [*entry.names, *entry.dropped])
-        self._exchange.retire_rollouts(names, archive=self._spec.exchange.retention.keep_rollouts)
+        self._exchange.retire_rollouts(names, archive=self._exchange.spec.exchange.retention.keep_rollouts)
         self._known.difference_update(names)
 
     # ── rank 0 ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,8 +1,15 @@
 """`python -m heterorl_learner.launch --root ROOT --spec FILE`: one pod of the learner.
 
-It starts the pod's ranks as `heterorl run` does, hands SIGTERM on to them, and ends with their exit code, so that the
-container's restart is theirs. A StatefulSet starts again whatever ends; so once the run is trained, and the ranks have
-given their devices back, the pod idles until it is scaled away, and `kubectl logs` still answers.
+    wait for the preparation ─▶ start the ranks ─▶ they end ─┬─▶ trained: idle, so that `kubectl logs` still answers
+                                                             ├─▶ given up: idle, not ready
+                                                             └─▶ else: end with their exit code, to be started again
+
+It starts the pod's ranks as `heterorl run` does and hands SIGTERM on to them. A StatefulSet starts again whatever ends;
+so a pod that has nothing more to do, its devices given back, idles until it is scaled away. All its life it serves
+/ready and /metrics: first the run's progress, read from the volume, then the metrics of the rank that trains.
+
+How the ranks ended is kept on the volume (`heterorl.attempts`): exit code 2 and a used-up budget are given up. A pod
+that is told to go says so there at once. The first pod then has all ranks, which train together, save and leave.
 """
 
 from __future__ import annotations
@@ -14,18 +21,27 @@ import signal
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from heterorl.attempts import Attempts, attempts_of, gave_up, outcome_of
+from heterorl.endpoint import Endpoint, text_page
 from heterorl.errors import HeteroRLError
+from heterorl.evaluations import Pins, due_now
 from heterorl.exchange import Exchange
 from heterorl.logs import setup_logging
 from heterorl.processes import Process, Rendezvous, describe_exit
+from heterorl.progress_metrics import Observer, to_text
 from heterorl.spec import Learner
 
 log = logging.getLogger("heterorl_learner.launch")
 
-_POLL_S = 0.2
+_POLL_S = 0.5
+"""How often the volume is looked at."""
+_SCRAPE_S = 2.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,45 +56,149 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     given = ["--root", str(args.root), *(["--spec", str(args.spec)] if args.spec else [])]
     try:
-        return serve(Exchange(args.root, spec_file=args.spec), [sys.executable, "-m", "heterorl_learner", *given], stop)
+        pod = Pod(Exchange(args.root, spec_file=args.spec), [sys.executable, "-m", "heterorl_learner", *given], stop)
+        pages = {"/metrics": lambda: (200, CONTENT_TYPE_LATEST, pod.metrics()), "/ready": text_page(pod.readiness)}
+        host = os.environ.get("HETERORL_METRICS_HOST", "127.0.0.1")
+        with Endpoint(host, pod.exchange.spec.monitoring.prometheus_port, pages):
+            return pod.serve()
     except HeteroRLError as error:
         log.error("%s", error)
         return error.exit_code
 
 
-def serve(exchange: Exchange, command: Sequence[str], stop: threading.Event) -> int:
-    """Run the pod's ranks, each with `command`, until they end or `stop`; idle once the run is trained."""
-    learner = exchange.spec.learner
-    if not is_trained(exchange):
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads_of(learner, os.environ))}
-        meeting = rendezvous_of(learner, os.environ)
-        ranks = Process(command, env, None, ranks=learner.processes_per_replica, rendezvous=meeting)
-        code = wait_for(ranks, stop)
-        if code or not is_trained(exchange):
-            if not stop.is_set():
-                log.error("the learner ended early: %s", describe_exit(code))
-            return code if code >= 0 else 128 - code
-    log.info("trained; idling until this pod is scaled away")
-    stop.wait()
-    return 0
+class Pod:
+    """One pod of the learner. Each of its ranks runs `command`; `stop` is set when the pod is told to go."""
 
+    def __init__(self, exchange: Exchange, command: Sequence[str], stop: threading.Event) -> None:
+        self.exchange = exchange
+        self._command, self._stop, self._env = command, stop, dict(os.environ)
+        self._node = int(self._env.get("NODE_RANK", "0"))
+        self._attempts = Attempts(exchange, self._node, self._env.get("POD_UID", ""))
+        self._observer = Observer(exchange)
+        self._ranks: Process | None = None
+        self._started: float | None = None
+        # Only the operator evaluates, and it gives the run its uid: without it versions would be kept for nobody.
+        self._pins = Pins(exchange) if self._node == 0 and exchange.run.metadata.uid else None
 
-def is_trained(exchange: Exchange) -> bool:
-    """Whether the last step is trained and the output written."""
-    status = exchange.learner
-    return bool(status.get("finished")) and status.get("step", 0) >= exchange.spec.learner.steps
+    def serve(self) -> int:
+        """Run the ranks once; return their exit code, or idle until told to stop where another start would not help."""
+        self._attempts.settle()
+        said = None
+        while not self._stop.is_set():
+            if (reason := self._reason_to_idle()) is None:
+                code = self._run_ranks()
+                if self._stop.is_set() or self._reason_to_idle() is None:
+                    return code if code >= 0 else 128 - code
+                continue
+            if reason != said:
+                log.info("%s", reason)
+            said = reason
+            self._keep_versions()
+            self._stop.wait(_POLL_S)
+        return 0
 
+    def _reason_to_idle(self) -> str | None:
+        """Why no ranks are to be started now, in words; None to start them."""
+        try:
+            return self._nothing_to_do()
+        except OSError as error:
+            return f"waiting for the volume: {error}"
 
-def wait_for(ranks: Process, stop: threading.Event) -> int:
-    """The ranks' exit code once all are gone, or minus the signal's number; `stop` is handed on to them."""
-    asked = False
-    while (code := ranks.poll()) is None:
-        if asked:
+    def _nothing_to_do(self) -> str | None:
+        if self.exchange.prepared is None:
+            return "waiting until the preparation has put model and data of this run on the volume"
+        if self.exchange.trained:
+            return "trained; idling until this pod is scaled away"
+        why = gave_up(attempts_of(self.exchange), self.exchange.spec.failure_policy.learner_restarts)
+        if why and (why[0] == "LearnerCrashed" or self._attempts.asked_for_its_user()):
+            return f"idling, because {why[1]}"
+        return None
+
+    # ── the ranks ────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _run_ranks(self) -> int:
+        learner = self.exchange.spec.learner
+        env = {
+            **self._env,
+            "OMP_NUM_THREADS": str(threads_of(learner, self._env)),
+            "HETERORL_METRICS_HOST": "127.0.0.1",
+            "HETERORL_METRICS_PORT": "0",  # any free one, which the rank notes in the file
+        }
+        self._port_file.unlink(missing_ok=True)
+        file = self.exchange.logs_dir / (f"learner-node{self._node}.log" if self._node else "learner.log")
+        meeting = rendezvous_of(learner, self._env)
+        self._attempts.begin()
+        self._started = self.exchange.now()
+        ranks = Process(self._command, env, file, ranks=learner.processes_per_replica, rendezvous=meeting, echo=True)
+        self._ranks = ranks
+        code = self._wait_for(ranks)
+        self._ranks = self._started = None
+        self._attempts.end(outcome_of(code), code, ranks.last_line)
+        log.log(logging.ERROR if code else logging.INFO, "the learner ended: %s", describe_exit(code))
+        return code
+
+    def _wait_for(self, ranks: Process) -> int:
+        """The ranks' exit code once all are gone, or minus the signal's number; they are told when they are to go."""
+        gone_before, kill_at = self._pods_gone(), None
+        while (code := ranks.poll()) is None:
+            if kill_at is None and (self._stop.is_set() or self._pods_gone() - gone_before):
+                self._attempts.end("signalled")
+                ranks.signal(signal.SIGTERM)
+                # By then another pod that was told to go is gone, and those that train with it would wait for ever.
+                kill_at = time.monotonic() + self.exchange.spec.learner.pod_template.termination_grace_period_seconds
+            elif kill_at is not None and time.monotonic() >= kill_at:
+                ranks.signal(signal.SIGKILL)
+            self._keep_versions()
             time.sleep(_POLL_S)
-        elif stop.wait(_POLL_S):
-            ranks.signal(signal.SIGTERM)
-            asked = True
-    return code
+        return code
+
+    def _pods_gone(self) -> set[tuple[int, float]]:
+        """Attempts of other pods that were told to go; only the first pod acts on them."""
+        if self._node != 0 or self.exchange.spec.learner.replicas == 1:
+            return set()
+        try:
+            found = attempts_of(self.exchange).items()
+        except OSError as error:
+            log.warning("attempts of the other pods: %s", error)
+            return set()
+        return {(node, a.started) for node, of_node in found if node for a in of_node if a.outcome == "signalled"}
+
+    def _keep_versions(self) -> None:
+        """Keep what waits for its evaluation from being retired; at the next look if the volume fails for a moment."""
+        try:
+            if self._pins is not None:
+                self._pins.keep(due_now(self.exchange, finished=self.exchange.trained))
+        except OSError as error:
+            log.warning("versions due for evaluation: %s", error)
+
+    # ── telling ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    def metrics(self) -> bytes:
+        """The run's progress, then what the rank that trains says itself."""
+        progress = self._observer.observe(training_since=self._started)
+        return to_text(progress, self.exchange.run.metadata.name) + (self._rank_metrics() or b"")
+
+    def readiness(self) -> tuple[bool, str]:
+        """Whether the engine is built, as far as this pod can tell, or the run is trained; and how it is."""
+        if self.exchange.prepared is not None and self.exchange.trained:
+            return True, "trained"
+        if self._ranks is None:
+            return False, self._reason_to_idle() or "starting the ranks"
+        serves = self._node > 0 or self._rank_metrics() is not None
+        return serves, "training" if serves else "building the engine"
+
+    def _rank_metrics(self) -> bytes | None:
+        """The metrics of rank 0, which it serves once its engine is built; None before, and where it is elsewhere."""
+        if self._ranks is None or self._node > 0:
+            return None
+        try:
+            port = int(self._port_file.read_text())
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=_SCRAPE_S) as answer:
+                return bytes(answer.read())
+        except (OSError, ValueError):
+            return None
+
+    @property
+    def _port_file(self) -> Path:
+        return self.exchange.metrics_dir / "learner.port"
 
 
 def rendezvous_of(learner: Learner, env: Mapping[str, str]) -> Rendezvous | None:

@@ -48,8 +48,8 @@ MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors")
 def prepare(exchange: Exchange) -> dict[str, Any]:
     """Prepare the run unless it is prepared; returns what the marker says.
 
-    That is `{"model": {"source", "digest", ...}, "data": {NAME: {"rows", "skipped"}}}`; a tiny model's entry also has
-    `supervised_steps` and `held_out_accuracy`. Raises ModelError and DataError for what the user has to put right.
+    That is `{"run", "model": {"source", "digest", ...}, "data": {NAME: {"rows", "skipped"}}}`; a tiny model's entry has
+    also `supervised_steps` and `held_out_accuracy`. Raises ModelError and DataError for what the user has to put right.
     """
     if (done := exchange.prepared) is not None:
         return done
@@ -74,8 +74,7 @@ def prepare(exchange: Exchange) -> dict[str, Any]:
         "model": about,
         "data": {name: {"rows": len(table.rows), "skipped": table.skipped} for name, table in tables.items()},
     }
-    exchange.mark_prepared(info)
-    return info
+    return exchange.mark_prepared(info)
 
 
 # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -252,7 +251,7 @@ def main() -> int:
 
 def _prepare(exchange: Exchange, *, read_elsewhere: bool) -> None:
     if read_elsewhere:
-        exchange.create(exchange.run)  # so that the folder can be read where the spec's file is not
+        exchange.occupy()
     info = prepare(exchange)
     logger.info("prepared: %s", json.dumps(info))
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from heterorl.errors import CorruptFile
 from heterorl.exchange import Exchange
 from heterorl.metrics import Metrics
+from heterorl.spec import Learner
 from heterorl_learner.completions import completions_log
 from heterorl_learner.engine import Engine, learning_rate
 from heterorl_learner.export import write_model
@@ -52,13 +53,15 @@ class Trainer:
         self.incarnation: int = self._agree(exchange.learner.get("incarnation", 0) + 1)
         self.feed = Feed(exchange, self.state.step, self.incarnation, stop)
         self.publisher = Publisher(exchange, engine, self.incarnation)
+        self.learner: Learner = self._agree(exchange.spec.learner)
+        self.told: dict[str, float] = {}  # of the last step, for the heartbeat
         self.log_completions = completions_log(exchange) if engine.rank == 0 else lambda batch: None
 
     def train(self) -> bool:
         """Train to the last step or until told to stop; True if the last step was reached."""
         self._begin()
-        learner = self.spec.learner
-        while self.state.step < learner.steps:
+        while self._goes_on():
+            learner = self.learner
             batch = self.feed.take(self.state.step)
             if batch is None:
                 break
@@ -75,6 +78,11 @@ class Trainer:
             if self.state.step % learner.checkpoint.every_steps == 0:
                 self._checkpoint()
         return self._finish()
+
+    def _goes_on(self) -> bool:
+        """Whether there are steps to train. Rank 0 reads that anew: they may be added to a live run."""
+        self.learner = self._agree(self.exchange.spec.learner)
+        return self.state.step < self.learner.steps
 
     # ── beginning and end ────────────────────────────────────────────────────────────────────────────────────────────
     def _resume(self) -> State:
@@ -109,17 +117,17 @@ class Trainer:
             self.exchange.retire_weights(v for v in versions if v.step <= self.state.step)
             self.feed.retire(self._covered())
         self.publisher.publish(self.state.step)
-        self._heartbeat({})
+        self._heartbeat()
 
     def _finish(self) -> bool:
-        finished = self.state.step >= self.spec.learner.steps
+        finished = self.state.step >= self.learner.steps
         if self._agree(self.state.step not in self.exchange.list_checkpoints()):
             self._checkpoint()
         if finished:
             write_model(self.exchange, self.engine, self.exchange.output_dir)
         self.publisher.close()
-        self._heartbeat({}, finished=finished)
-        log.info("%s at step %d of %d", "finished" if finished else "stopped", self.state.step, self.spec.learner.steps)
+        self._heartbeat(finished=finished)
+        log.info("%s at step %d of %d", "finished" if finished else "stopped", self.state.step, self.learner.steps)
         return finished
 
     # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -160,11 +168,12 @@ class Trainer:
         }
         self.metrics.write(self.state.step, record)
         self.log_completions(batch)
-        self._heartbeat(record)
+        self.told = record
+        self._heartbeat()
         log.info(
             "step %d/%d  reward %.3f  lag %.1f (max %d)  loss %.4f  grad_norm %.3f  waited %.1f s",
             self.state.step,
-            self.spec.learner.steps,
+            self.learner.steps,
             record["reward"],
             record["off_policy/mean"],
             record["off_policy/max"],
@@ -173,20 +182,20 @@ class Trainer:
             batch.wait_s,
         )
 
-    def _heartbeat(self, record: dict[str, float], *, finished: bool = False) -> None:
+    def _heartbeat(self, *, finished: bool = False) -> None:
         if self.engine.rank == 0:
             self.exchange.write_learner(
                 {
                     "step": self.state.step,
-                    "steps": self.spec.learner.steps,
+                    "steps": self.learner.steps,
                     "incarnation": self.incarnation,
                     "version": str(self.publisher.version),
                     "checkpoint_step": max(self.exchange.list_checkpoints(), default=None),
                     "taken": self.feed.taken,
                     "dropped": self.feed.dropped,
                     "finished": finished,
-                    "reward": record.get("reward"),
-                    "lag": record.get("off_policy/mean"),
+                    "reward": self.told.get("reward"),
+                    "lag": self.told.get("off_policy/mean"),
                 }
             )
 

@@ -39,15 +39,19 @@ def main() -> int:
 
 def serve(exchange: Exchange, group_name: str, index: int | None, stop: threading.Event) -> None:
     """Lease a slot and sample in it until `stop`."""
-    spec = exchange.spec
-    while exchange.prepared is None:  # with `heterorl render` nobody orders the pods
-        if stop.wait(spec.exchange.poll_seconds):
+
+    def slots() -> list[Slot]:
+        # The spec's file may lag behind the object that started this pod: a new group or replica may not be in it yet.
+        found = [slot for slot in exchange.spec.slots if slot.group == group_name]
+        return found if index is None else [Slot(group_name, index)]
+
+    while exchange.prepared is None or not slots():  # with `heterorl render` nobody orders the pods
+        if stop.wait(exchange.spec.exchange.poll_seconds):
             return
-    indices = [index] if index is not None else range(spec.group(group_name).replicas)
-    lease = exchange.acquire_slot([Slot(group_name, i) for i in indices], stop.is_set)
+    lease = exchange.acquire_slot(slots, stop.is_set)
     if lease is None:
         return
-    status: dict[str, Any] = {"state": "starting"}
+    status: dict[str, Any] = {"state": "starting", "rollouts": exchange.load_slot(lease.slot).get("next_seq", 0)}
     with Heartbeat(exchange, lease, status, stop):
         sample(exchange, lease, status, stop)
 

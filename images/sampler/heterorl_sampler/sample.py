@@ -92,6 +92,7 @@ class Sampler:
         """Sample until told to stop; what was finished by then is published."""
         try:
             while not self.stop.is_set():
+                self._follow_edits()
                 if swap := self.follower.advance():
                     self._note_swap(swap)
                 self.status["rejected"] = len(self.follower.rejected)
@@ -101,6 +102,14 @@ class Sampler:
                     self._sample_batch()
         finally:
             self.follower.close()
+
+    def _follow_edits(self) -> None:
+        """Take over what may change in a live run. A group that is being removed goes on as it was."""
+        self.spec = self.exchange.spec
+        for group in self.spec.samplers:
+            if group.name == self.group.name and group != self.group:
+                self.adoption.change(group.delay)
+                self.group = group
 
     # ── waiting and swapping ─────────────────────────────────────────────────────────────────────────────────────────
     def _reason_to_wait(self) -> str | None:

@@ -1,0 +1,65 @@
+"""The few pages a process answers over HTTP: to a kubelet's probes, to Prometheus, to the operator."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Self
+
+log = logging.getLogger(__name__)
+
+Page = Callable[[], tuple[int, str, bytes]]
+"""Gives status, content type and body."""
+
+
+def text_page(answer: Callable[[], tuple[bool, str]]) -> Page:
+    """A page for a probe: 200 or 503, and a line that says why."""
+
+    def page() -> tuple[int, str, bytes]:
+        good, why = answer()
+        return (200 if good else 503), "text/plain", f"{why}\n".encode()
+
+    return page
+
+
+class Endpoint:
+    """Serves its pages, by path, on a port while it is open."""
+
+    def __init__(self, host: str, port: int, pages: Mapping[str, Page]) -> None:
+        """`port` 0 is any free one. The pages are called from threads of its own, one at a time."""
+        lock = threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                try:
+                    with lock:
+                        status, kind, body = pages.get(self.path, _unknown)()
+                except Exception as error:  # a page that fails is told to whoever asked, and ends nothing else
+                    log.warning("no answer to %s: %s", self.path, error)
+                    status, kind, body = 500, "text/plain", f"{error}\n".encode()
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Probes come every few seconds; nobody wants to read that."""
+
+        def _unknown() -> tuple[int, str, bytes]:
+            return 404, "text/plain", f"there are {', '.join(pages)}\n".encode()
+
+        self._server = ThreadingHTTPServer((host, port), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="endpoint", daemon=True)
+        self.port: int = self._server.server_port
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

@@ -1,0 +1,196 @@
+"""Puts the parts together: watches in kopf's loop, workers, scrapers and the auditor in threads of their own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import kopf
+from kubernetes.config import ConfigException
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+
+from heterorl.endpoint import Endpoint, text_page
+from heterorl.errors import UserError
+from heterorl.manifests import Images
+from heterorl_operator import telemetry
+from heterorl_operator.apply import MANAGER_PREFIX, Applier
+from heterorl_operator.audit import Auditor
+from heterorl_operator.client import Api, ApiError, Forbidden, NotFound, Transient, connect, in_cluster
+from heterorl_operator.events import Events
+from heterorl_operator.handlers import Watcher, registry_for, settings
+from heterorl_operator.kinds import LABELLED, RUN
+from heterorl_operator.reconcile import Reconciler, Unfinished
+from heterorl_operator.scrape import Progresses
+from heterorl_operator.store import Store
+from heterorl_operator.workqueue import Key, WorkQueue
+
+log = logging.getLogger(__name__)
+
+_AUDIT_S = 300.0
+_STUCK_S = 120.0
+"""A look that takes so long hangs. A long queue does not: there may be thousands of runs after a start."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line's."""
+
+    images: Images
+    namespaces: tuple[str, ...] = ()
+    release: str = "heterorl"
+    release_namespace: str = "default"
+    progress: Literal["auto", "pod-ip", "proxy"] = "auto"
+    progress_s: float = 15.0
+    workers: int = 8
+    resync_s: float = 600.0
+    host: str = "127.0.0.1"
+    port: int = 0
+    take_over: bool = False
+
+    @property
+    def manager(self) -> str:
+        """Field manager of all it writes."""
+        return f"{MANAGER_PREFIX}{self.release_namespace}/{self.release}"
+
+
+class Operator:
+    """One installation."""
+
+    def __init__(self, options: Options) -> None:
+        """Connects; UserError when there is no cluster to connect to."""
+        self.options = options
+        try:
+            client = connect(pool_size=2 * options.workers)
+        except ConfigException as error:
+            raise UserError(f"there is no cluster to work on: {error}; set KUBECONFIG, or run in a pod") from error
+        self.api = Api(client, options.manager)
+        self.store, self.queue = Store(), WorkQueue()
+        self.applier = Applier(self.api, take_over=options.take_over)
+        self.watcher = Watcher(self.store, self.queue, self.applier)
+        self.auditor = Auditor(self.api, self.store, self.watcher, options.namespaces, _AUDIT_S)
+        mode = options.progress if options.progress != "auto" else "pod-ip" if in_cluster() else "proxy"
+        self.progresses = Progresses(self.api, mode, options.progress_s, partial(self.queue.add, urgent=False))
+        events = Events(self.api, options.manager)
+        self.reconciler = Reconciler(
+            self.api,
+            self.store,
+            self.applier,
+            self.progresses,
+            events,
+            options.images,
+            self.auditor.hidden,
+            self.queue.add,
+        )
+        self._workers = [
+            threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(options.workers)
+        ]
+        self._unsynced: set[Key] = set()
+        self._loaded = threading.Event()
+
+    async def run(self) -> None:
+        """Watch until told to stop by a signal; returns, or raises, when the watches end."""
+        with ExitStack() as leaving:
+            endpoint = leaving.enter_context(self._endpoint())
+            log.info("%s serves /healthz and /metrics on port %d", self.options.manager, endpoint.port)
+            self._load()
+            leaving.callback(self.queue.close)
+            for worker in self._workers:
+                worker.start()
+            for part in (self.progresses, self.auditor):
+                part.start()
+                leaving.callback(part.stop)
+            await kopf.operator(
+                registry=registry_for(self.watcher, (k for k in (RUN, *LABELLED) if k not in self.auditor.hidden)),
+                stop_flag=self.auditor.unveiled,
+                settings=settings(),
+                standalone=True,
+                clusterwide=not self.options.namespaces,
+                namespaces=self.options.namespaces,
+            )
+        if self.auditor.unveiled.is_set():
+            log.warning("there are kinds that may be seen now and are not watched; the operator has to start again")
+        log.info("stopped")
+
+    def _load(self) -> None:
+        try:
+            self.auditor.load()
+        except NotFound as error:
+            raise UserError(
+                f"the cluster does not know the kind {RUN.name}; install it with the chart (crds.enabled) or"
+                " `kubectl apply -f crds/`"
+            ) from error
+        except Forbidden as error:
+            where = ", ".join(self.options.namespaces) or "all namespaces"
+            raise UserError(f"the operator may not look at {where}: {error}; see the chart's rbac values") from error
+        self._unsynced = set(self.store.run_keys())
+        telemetry.SYNCED.set(not self._unsynced)
+        self._loaded.set()
+        log.info("%d runs are there", len(self._unsynced))
+        for key in self.store.run_keys():
+            self.queue.add(key)
+
+    # ── workers ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _work(self) -> None:
+        while found := self.queue.get():
+            key, waited_s = found
+            telemetry.WAIT_SECONDS.observe(waited_s)
+            started = time.monotonic()
+            try:
+                telemetry.RECONCILES.labels(self._look_at(key)).inc()
+            finally:
+                telemetry.RECONCILE_SECONDS.observe(time.monotonic() - started)
+                self.queue.done(key)
+            self._unsynced.discard(key)
+            telemetry.SYNCED.set(not self._unsynced)
+
+    def _look_at(self, key: Key) -> str:
+        """Reconcile, and see to it that the run is looked at again; the result in one word."""
+        try:
+            next_s = self.reconciler.reconcile(key)
+        except Unfinished as error:
+            delay = self.queue.retry(key)
+            if error.next_s is not None:
+                self.queue.add_after(key, error.next_s)  # what does work goes by the clock nevertheless
+            log.warning("%s: %s; again in %.0f s", key, error, delay)
+            return "unfinished"
+        except ApiError as error:
+            delay = self.queue.retry(key, (isinstance(error, Transient) and error.retry_after_s) or 0.0)
+            log.warning("%s: the API server answered %s: %s; again in %.1f s", key, error.status, error, delay)
+            return "error"
+        except Exception:
+            # A mistake of ours in one run must not stop the others.
+            delay = self.queue.retry(key)
+            log.exception("%s: not looked at; again in %.0f s", key, delay)
+            return "error"
+        self.queue.succeeded(key)
+        if self.store.run(key):
+            resync_s = self.options.resync_s * (0.9 + 0.2 * (hash(key) % 1000) / 1000)  # not all of them at once
+            self.queue.add_after(key, resync_s if next_s is None else min(next_s, resync_s))
+        return "ok"
+
+    # ── health ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _endpoint(self) -> Endpoint:
+        collector = telemetry.RunsCollector(self.store, self.progresses.stalled_s)
+        REGISTRY.register(collector)
+
+        def metrics() -> tuple[int, str, bytes]:
+            telemetry.QUEUE_DEPTH.set(len(self.queue))
+            return 200, CONTENT_TYPE_LATEST, generate_latest(REGISTRY)
+
+        pages = {"/healthz": text_page(self.health), "/metrics": metrics}
+        return Endpoint(self.options.host, self.options.port, pages)
+
+    def health(self) -> tuple[bool, str]:
+        """Whether it works, and why not."""
+        if self._loaded.is_set() and not all(worker.is_alive() for worker in self._workers if worker.ident):
+            return False, "a worker died"
+        if (worked := self.queue.longest_s()) > _STUCK_S:
+            return False, f"a look at a run has taken {worked:.0f} s; its worker hangs"
+        if self.auditor.deaf:
+            return False, f"the watches of {', '.join(sorted(self.auditor.deaf))} bring nothing"
+        return True, "ok"

@@ -1,0 +1,215 @@
+"""Brings a run's objects to what is desired, and tells what stands in the way.
+
+An object is written only when it is rendered differently than what was applied last, or when somebody else changed it.
+It is never taken from another owner: not from another object, not from another operator.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from heterorl.objectnames import HASH_ANNOTATION, with_hash
+from heterorl.podtemplate import Object
+from heterorl_operator import telemetry
+from heterorl_operator.client import Api, Conflict, Forbidden, Invalid, NotFound
+from heterorl_operator.kinds import BY_NAME, CLAIM, JOB, Kind
+from heterorl_operator.observe import Problem
+from heterorl_operator.podstate import Trouble
+from heterorl_operator.store import OPERATOR_ANNOTATION, Child, Run, child_of, mark_of
+from heterorl_operator.workqueue import Key
+
+log = logging.getLogger(__name__)
+
+MANAGER_PREFIX = "heterorl-operator/"
+
+_UNSEEN_S = 60.0
+"""What no watch has brought so long after it was applied is gone, or lost its label."""
+
+
+class ManagedByAnotherOperator(Exception):
+    """Another operator keeps this run's objects; `operator` is its field manager."""
+
+    def __init__(self, operator: str) -> None:
+        self.operator = operator
+        super().__init__(operator)
+
+
+@dataclass(frozen=True, slots=True)
+class _Applied:
+    """What we know of our last apply of an object."""
+
+    rendered: str
+    mark: str
+    resource_version: int
+    at: float
+    """Monotonic seconds."""
+
+
+class Applier:
+    """Applies the objects of runs. Safe to use from several threads, one run in one of them."""
+
+    def __init__(self, api: Api, *, take_over: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        """`take_over`: also take runs that another operator kept."""
+        self._api, self._take_over, self._clock = api, take_over, clock
+        self._lock = threading.Lock()
+        self._applied: dict[Key, dict[tuple[str, str], _Applied]] = {}
+        self._refused: dict[Key, dict[tuple[str, str], tuple[str, Problem]]] = {}
+
+    def apply(self, run: Run, desired: Iterable[Object], known: Mapping[tuple[str, str], Child]) -> list[Problem]:
+        """Write what needs writing; the problems met. ManagedByAnotherOperator before anything is written.
+
+        Raises ApiError when it is worth another try; what was written until then is remembered.
+        """
+        for child in known.values():
+            self._check_operator(child.operator)
+        problems = []
+        for each in desired:
+            problem = self._apply_one(run, self._signed(each), known)
+            if problem:
+                problems.append(problem)
+        return problems
+
+    def forget(self, key: Key, kind: str | None = None, name: str | None = None) -> None:
+        """An object of the run is gone, or the run is."""
+        with self._lock:
+            for memory in (self._applied, self._refused):
+                if name is None or kind is None:
+                    memory.pop(key, None)
+                else:
+                    memory.get(key, {}).pop((kind, name), None)
+
+    def _signed(self, desired: Object) -> Object:
+        metadata = desired["metadata"]
+        annotations = {**metadata.get("annotations", {}), OPERATOR_ANNOTATION: self._api.manager}
+        return with_hash({**desired, "metadata": {**metadata, "annotations": annotations}})
+
+    # ── one object ───────────────────────────────────────────────────────────────────────────────────────────────────
+    def _apply_one(self, run: Run, desired: Object, known: Mapping[tuple[str, str], Child]) -> Problem | None:
+        kind, name = BY_NAME[desired["kind"]], desired["metadata"]["name"]
+        place, rendered = (kind.name, name), desired["metadata"]["annotations"][HASH_ANNOTATION]
+        child = known.get(place)
+        with self._lock:
+            last = self._applied.get(run.key, {}).get(place)
+            refused = self._refused.get(run.key, {}).get(place)
+        if refused and refused[0] == rendered:
+            return refused[1]  # it was not acceptable, and is still the same
+        if kind is JOB and child and is_of(child, run):
+            return None  # made once, never changed
+        if last and last.rendered == rendered and not self._has_drifted(child, last):
+            return None
+        try:
+            if child:
+                self._check_owner(run, child)
+            elif not last and kind is not JOB:  # whose creation finds out by itself
+                self._check_name(run, kind, name)
+            answer = self._create(run, desired) if kind is JOB else self._write(kind, desired)
+        except _NotOurs as error:
+            return Problem(kind.name, name, error.trouble)
+        except (Invalid, Forbidden, NotFound) as error:
+            return self._problem(run.key, place, rendered, error)
+        with self._lock:
+            version = int(answer["metadata"]["resourceVersion"])
+            applied = _Applied(rendered, mark_of(kind.name, answer), version, self._clock())
+            self._applied.setdefault(run.key, {})[place] = applied
+            self._refused.get(run.key, {}).pop(place, None)
+        telemetry.APPLIES.labels(kind.name).inc()
+        return None
+
+    def _create(self, run: Run, job: Object) -> Object:
+        try:
+            return self._api.create(JOB, job)
+        except Conflict:
+            if not (found := self._check_name(run, JOB, job["metadata"]["name"])):
+                raise
+            return found  # ours, and only not seen yet
+
+    def _write(self, kind: Kind, desired: Object) -> Object:
+        try:
+            return self._api.apply(kind, desired, force=self._take_over)
+        except Conflict as error:
+            # The server names the managers that hold the fields: other people's edits are undone, another operator's
+            # objects are left alone.
+            message = str(error)
+            if MANAGER_PREFIX in message and f'"{self._api.manager}"' not in message:
+                start = message.index(MANAGER_PREFIX)
+                raise ManagedByAnotherOperator(message[start:].split('"')[0]) from error
+            log.info("%s %s was edited by hand and is set right: %s", kind.name, desired["metadata"]["name"], message)
+            return self._api.apply(kind, desired, force=True)
+
+    def _check_operator(self, operator: str | None) -> None:
+        if operator and operator != self._api.manager and not self._take_over:
+            raise ManagedByAnotherOperator(operator)
+
+    def _check_name(self, run: Run, kind: Kind, name: str) -> Object | None:
+        """The object of that name, if there is one and it is the run's."""
+        if found := self._api.get(kind, run.key.namespace, name):
+            self._check_owner(run, child_of(kind.name, found))
+        return found
+
+    def _check_owner(self, run: Run, child: Child) -> None:
+        self._check_operator(child.operator)
+        if not is_of(child, run):
+            raise _NotOurs(child, run)
+
+    def _has_drifted(self, child: Child | None, last: _Applied) -> bool:
+        """Whether somebody changed it since; that the watch has not brought it yet is no sign of that, for a while."""
+        if child is None:
+            return self._clock() - last.at > _UNSEEN_S
+        return child.resource_version > last.resource_version and child.mark != last.mark
+
+    def _problem(
+        self, key: Key, place: tuple[str, str], rendered: str, error: Invalid | Forbidden | NotFound
+    ) -> Problem:
+        kind, name = place
+        if isinstance(error, Invalid):
+            trouble = Trouble(
+                "InvalidPodTemplate",
+                f"the API server refuses {kind} {name}: {error}; correct the podTemplate or the field it names",
+            )
+        elif isinstance(error, Forbidden) and "exceeded quota" in str(error):
+            trouble = Trouble(
+                "QuotaExceeded", f"{kind} {name} cannot be made: {error}; raise the quota or ask for less"
+            )
+        elif isinstance(error, Forbidden) and " cannot " not in str(error):  # as it says of rights
+            trouble = Trouble(
+                "Refused",
+                f"a rule of the cluster refuses {kind} {name}: {error}; change what it names, or have the rule changed",
+            )
+        elif isinstance(error, Forbidden):
+            trouble = Trouble(
+                "Forbidden",
+                f"the operator may not write {kind} {name}: {error}; give its service account the chart's Role in this"
+                " namespace (watch.namespaces)",
+            )
+        else:
+            trouble = Trouble("NamespaceGone", f"{kind} {name} cannot be made: {error}")
+        problem = Problem(kind, name, trouble)
+        if isinstance(error, Invalid):
+            with self._lock:
+                self._refused.setdefault(key, {})[place] = (rendered, problem)
+        return problem
+
+
+class _NotOurs(Exception):
+    """The name is taken."""
+
+    def __init__(self, child: Child, run: Run) -> None:
+        there = f"there is a {child.kind} {child.name} already, and it belongs to"
+        if child.owner_uid and child.run == run.key.name:
+            waits = f"{there} an earlier run of this name; the cluster is about to clear it away"
+            self.trouble = Trouble("ClearingAway", waits)
+            return
+        whose = f"another object (uid {child.owner_uid})" if child.owner_uid else "nobody that the operator knows"
+        way_out = "the operator does not touch it: delete it, or give the run another name"
+        self.trouble = Trouble("NameConflict", f"{there} {whose}; {way_out}")
+
+
+def is_of(child: Child, run: Run) -> bool:
+    """Whether the object is this very run's, and not that of an earlier one of its name or of somebody else."""
+    if child.owner_uid is None and child.kind == CLAIM.name:
+        return child.run == run.key.name  # a claim that is retained has no owner, so that it outlives its run
+    return child.owner_uid == run.uid

@@ -1,0 +1,76 @@
+"""What kopf's watches bring is noted, and the run it concerns is looked at. Nothing else happens here.
+
+Only `on.event` handlers: they leave no annotation and no finalizer on anything, so that `kubectl delete` works while
+the operator is away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import kopf
+
+from heterorl.objectnames import RUN_LABEL
+from heterorl_operator.apply import Applier
+from heterorl_operator.kinds import LABELLED, RUN, Kind
+from heterorl_operator.store import Store
+from heterorl_operator.workqueue import WorkQueue
+
+_TOGETHER_S = 0.5
+"""A run's objects change in bursts: what they report is looked at together, and after runs that are new or edited."""
+
+
+class Watcher:
+    """Notes what was seen."""
+
+    def __init__(self, store: Store, queue: WorkQueue, applier: Applier) -> None:
+        self._store, self._queue, self._applier = store, queue, applier
+
+    def saw(self, kind: Kind, event_type: str | None, body: dict[str, Any]) -> bool:
+        """An object as a watch shows it, `event_type` DELETED for one that is gone; whether that was news."""
+        if event_type == "DELETED":
+            key = self._store.remove(kind.name, body)
+            if key:
+                self._applier.forget(key, *(() if kind is RUN else (kind.name, body["metadata"]["name"])))
+        else:
+            key = self._store.put(kind.name, body)
+        if key and kind is RUN:
+            self._queue.add(key)
+        elif key:
+            self._queue.add_after(key, _TOGETHER_S, urgent=False)
+        return key is not None
+
+
+def registry_for(watcher: Watcher, kinds: Iterable[Kind]) -> kopf.OperatorRegistry:
+    """Handlers for what is to be watched."""
+    registry = kopf.OperatorRegistry()
+    kopf.on.login(registry=registry)(_login)
+    for kind in kinds:
+        _register(registry, watcher, kind)
+    return registry
+
+
+def _register(registry: kopf.OperatorRegistry, watcher: Watcher, kind: Kind) -> None:
+    @kopf.on.event(kind.group, kind.version, kind.plural, registry=registry, id=f"saw-{kind.plural}")
+    async def saw(event: Any, **_: Any) -> None:  # async, so that it needs no thread
+        watcher.saw(kind, event["type"], event["object"])
+
+
+def _login(**kwargs: Any) -> kopf.ConnectionInfo | None:
+    return kopf.login_via_client(**kwargs)
+
+
+def settings() -> kopf.OperatorSettings:
+    """The settings of kopf: watches that end and are renewed, only what carries a run's label, nothing written."""
+    chosen = kopf.OperatorSettings()
+    chosen.scanning.disabled = True  # needs rights on all namespaces and CRDs, for nothing
+    chosen.posting.enabled = False
+    chosen.watching.server_timeout = 300
+    chosen.watching.client_timeout = 330
+    chosen.watching.connect_timeout = 10
+    chosen.watching.chunk_size = 500
+    chosen.networking.request_timeout = 30
+    for kind in LABELLED:
+        chosen.watching.label_selectors[kind.group, kind.version, kind.plural] = RUN_LABEL
+    return chosen

@@ -1,0 +1,301 @@
+"""What should be, now: a pure function of a run's manifest, of all that was seen of it, and of the time.
+
+    Pending ─▶ Preparing ─▶ Running ─▶ Succeeded ──grace──▶ learner to zero ──TTL──▶ deleted
+                  ▲            │
+                  └ Suspended ◀┴─▶ Failed
+
+It is asked again and again and remembers nothing: what has to be remembered stands in the run's status.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from heterorl.availability import next_change, replicas_at
+from heterorl.manifests import Replicas
+from heterorl.names import Version
+from heterorl.objectnames import evaluation_name, prepare_name
+from heterorl.progress_metrics import Progress
+from heterorl.spec import HeteroRLRun
+from heterorl.status import RunStatus
+from heterorl_operator.kinds import JOB
+from heterorl_operator.moments import seconds
+from heterorl_operator.podstate import Trouble, has_user_error, is_given_up
+from heterorl_operator.store import Child, Pod
+
+CLAIM_PATIENCE_S = 10.0
+"""How long a claim may wait for its volume before the run says so."""
+
+VOLUME_IN_USE = "VolumeInUse"
+"""How the preparation begins its last line when the volume holds another run."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Everything known about a run at one moment."""
+
+    run: HeteroRLRun
+    uid: str
+    generation: int
+    before: RunStatus
+    """The status as it was written last."""
+    children: Mapping[tuple[str, str], Child]
+    """By kind and name."""
+    pods: Sequence[Pod]
+    progress: Progress | None
+    """What the learner's pod last said; None before it said anything."""
+    unreachable: str
+    """Why it did not answer when last asked; empty when it did."""
+    claim: Child | None
+    """The claim of the shared volume, whoever made it."""
+    now: float
+    """Seconds since 1970."""
+
+    @property
+    def name(self) -> str:
+        """Of the run."""
+        return self.run.metadata.name
+
+    def child(self, kind: str, name: str) -> Child | None:
+        """An object of the run."""
+        return self.children.get((kind, name))
+
+    def pods_of(self, role: str, group: str = "") -> list[Pod]:
+        """Pods that are not on their way out."""
+        return [pod for pod in self.pods if pod.role == role and pod.group == group and not pod.deleting]
+
+    def condition(self, kind: str) -> str:
+        """Status of a condition as it was written last; Unknown if it was not."""
+        return next((each.status for each in self.before.conditions if each.type == kind), "Unknown")
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A run's times, in seconds since 1970."""
+
+    start: float | None
+    suspended_since: float | None
+    suspended_s: float
+    """In all, without the suspension that lasts."""
+    completion: float | None
+
+    def elapsed_s(self, now: float) -> float:
+        """Time since the start without the time it was suspended."""
+        if self.start is None:
+            return 0.0
+        until = self.suspended_since if self.suspended_since is not None else now
+        return max(0.0, until - self.start - self.suspended_s)
+
+
+@dataclass(frozen=True)
+class End:
+    """How the run ended."""
+
+    succeeded: bool
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What should be, and when to ask again."""
+
+    clock: Clock
+    end: End | None
+    replicas: Replicas
+    failed_evaluations: frozenset[int]
+    """Steps whose evaluation is given up."""
+    evaluation: Version | None
+    """To be evaluated now."""
+    with_jobs: bool
+    """Whether Jobs may run."""
+    try_again: str | None
+    """Name of a Job that failed and is to be made anew."""
+    expired: bool
+    """The record has been kept long enough: delete the run."""
+    look_again_s: float | None
+    """When time alone changes the answer."""
+
+
+def decide(view: View) -> Decision:
+    """The whole of it."""
+    clock = _clock(view)
+    end = _end(view, clock)
+    if end and clock.completion is None:
+        clock = replace(clock, completion=view.now)
+    failed = _failed_evaluations(view)
+    open_evaluations = (
+        [] if view.progress is None else [v for v in view.progress.evaluations_due if v.step not in failed]
+    )
+    evaluating = _evaluating(view)
+    with_jobs = not view.run.spec.suspend and (end is None or end.succeeded)
+    replicas = _replicas(view, clock, end, busy=evaluating or bool(open_evaluations))
+    return Decision(
+        clock=clock,
+        end=end,
+        replicas=replicas,
+        failed_evaluations=failed,
+        evaluation=open_evaluations[0] if with_jobs and open_evaluations and not evaluating else None,
+        with_jobs=with_jobs,
+        try_again=_try_again(view),
+        expired=_remaining(_expiry(view, clock), view.now) == 0.0,
+        look_again_s=_look_again(view, clock, end),
+    )
+
+
+# ── time ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _clock(view: View) -> Clock:
+    before, suspend = view.before, view.run.spec.suspend
+    start = seconds(before.start_time) if before.start_time else None if suspend else view.now
+    since = seconds(before.suspended_since) if before.suspended_since else None
+    total = before.suspended_seconds or 0.0
+    completion = seconds(before.completion_time) if before.completion_time else None
+    if completion is None and suspend:
+        since = view.now if since is None else since
+    elif completion is None and since is not None:
+        # Suspended before it ever started: that was no time of the run.
+        total += view.now - since if before.start_time else 0.0
+        since = None
+    return Clock(start, since, total, completion)
+
+
+def _look_again(view: View, clock: Clock, end: End | None) -> float | None:
+    spec, elapsed = view.run.spec, clock.elapsed_s(view.now)
+    times: list[float | None] = [_remaining(_expiry(view, clock), view.now)]
+    if view.claim and view.claim.phase == "Pending":
+        times.append(_remaining(seconds(view.claim.created) + CLAIM_PATIENCE_S, view.now))
+    if end:
+        times.append(_remaining((clock.completion or view.now) + spec.learner.finish_grace_seconds, view.now))
+    elif not spec.suspend:
+        if spec.active_deadline_seconds:
+            times.append(spec.active_deadline_seconds - elapsed)
+        for group in spec.samplers:
+            change = next_change(group, elapsed, seed=spec.seed, time_scale=spec.time_scale)
+            times.append(None if change is None else change - elapsed)
+    return min((max(0.0, time) for time in times if time is not None and time != 0.0), default=None)
+
+
+def _expiry(view: View, clock: Clock) -> float | None:
+    ttl = view.run.spec.ttl_seconds_after_finished
+    return None if ttl is None or clock.completion is None else clock.completion + ttl
+
+
+def _remaining(at: float | None, now: float) -> float | None:
+    return None if at is None else max(0.0, at - now)
+
+
+# ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _end(view: View, clock: Clock) -> End | None:
+    for each in view.before.conditions:
+        if each.type in ("Succeeded", "Failed") and each.status == "True":
+            return End(each.type == "Succeeded", each.reason, each.message)  # for good
+    spec, progress = view.run.spec, view.progress
+    if progress and progress.finished:
+        return End(True, "Trained", f"{progress.step} steps are trained; the model is in output/ on the volume")
+    if progress and progress.gave_up:
+        reason, message = progress.gave_up
+        return End(
+            False, reason, f"the learner: {message}; put it right and start a new run on the volume with resume: true"
+        )
+    if trouble := _samplers_lost(view) or _preparation_failed(view):
+        return End(False, *trouble)
+    deadline = spec.active_deadline_seconds
+    if deadline and clock.elapsed_s(view.now) >= deadline:
+        return End(
+            False,
+            "DeadlineExceeded",
+            f"activeDeadlineSeconds {deadline} passed; start a new run on the volume with"
+            " resume: true and a later deadline",
+        )
+    return None
+
+
+def _preparation_failed(view: View) -> Trouble | None:
+    trouble = preparation_trouble(view)
+    return None if trouble is None or trouble.reason == VOLUME_IN_USE else trouble
+
+
+def preparation_trouble(view: View) -> Trouble | None:
+    """Why the preparation failed for good; None when it did not."""
+    job = view.child(JOB.name, prepare_name(view.run))
+    if job is None or job.phase != "Failed":
+        return None
+    if said := _said_of_volume(view):
+        return said  # its pod may be gone by now
+    last = next((pod.exit_message.strip() for pod in view.pods_of("prepare") if pod.exit_message.strip()), job.message)
+    line = last.splitlines()[-1] if last else "it left no message"
+    if VOLUME_IN_USE in line:
+        return Trouble(VOLUME_IN_USE, line[line.index(VOLUME_IN_USE) :])
+    return Trouble(
+        "PreparationFailed",
+        f"the preparation failed: {line}; see `kubectl logs job/{job.name}`, put it right, delete the run and apply it"
+        " again",
+    )
+
+
+def _said_of_volume(view: View) -> Trouble | None:
+    said = (each for each in view.before.conditions if each.type == "Prepared" and each.reason == VOLUME_IN_USE)
+    return next((Trouble(each.reason, each.message) for each in said), None)
+
+
+def _try_again(view: View) -> str | None:
+    """A preparation that was refused the volume is made anew after an edit, which may say `resume: true`."""
+    trouble = preparation_trouble(view)
+    refused = trouble is not None and trouble.reason == VOLUME_IN_USE
+    return prepare_name(view.run) if refused and view.before.observed_generation != view.generation else None
+
+
+def _samplers_lost(view: View) -> Trouble | None:
+    spec = view.run.spec
+    pods = [pod for group in spec.samplers for pod in view.pods_of("sampler", group.name)]
+    if mistaken := next((pod for pod in pods if has_user_error(pod)), None):
+        line = (mistaken.exit_message.strip().splitlines() or ["it left no message"])[-1]
+        return Trouble(
+            "UserError",
+            f"sampler pod {mistaken.name}: {line}; put it right and start a new run on the volume with resume: true",
+        )
+    budget = spec.failure_policy.sampler_restarts
+    if pods and all(is_given_up(pod, budget) for pod in pods):
+        return Trouble(
+            "SamplersCrashed",
+            f"every sampler crashed more than {budget} times"
+            f" (failurePolicy.samplerRestarts); see `kubectl logs -p {pods[0].name}`",
+        )
+    return None
+
+
+# ── pods and Jobs ────────────────────────────────────────────────────────────────────────────────────────────────────
+def _replicas(view: View, clock: Clock, end: End | None, *, busy: bool) -> Replicas:
+    spec, elapsed = view.run.spec, clock.elapsed_s(view.now)
+    nobody = {group.name: 0 for group in spec.samplers}
+    if end:
+        grace_over = view.now >= (clock.completion or view.now) + spec.learner.finish_grace_seconds
+        idles = end.reason not in ("DeadlineExceeded", "PreparationFailed") and (
+            not grace_over or (end.succeeded and busy)
+        )
+        return Replicas(spec.learner.replicas if idles and not spec.suspend else 0, nobody)
+    if spec.suspend or preparation_trouble(view):
+        return Replicas(0, nobody)
+    counts = {
+        group.name: replicas_at(group, elapsed, seed=spec.seed, time_scale=spec.time_scale) for group in spec.samplers
+    }
+    return Replicas(spec.learner.replicas, counts)
+
+
+def evaluation_jobs(view: View) -> Iterable[tuple[int, Child]]:
+    """Steps and their Jobs."""
+    prefix = evaluation_name(view.name, 0).removesuffix("0")
+    for (kind, name), child in view.children.items():
+        step = name.removeprefix(prefix)
+        if kind == JOB.name and name.startswith(prefix) and step.isdigit():
+            yield int(step), child
+
+
+def _evaluating(view: View) -> bool:
+    return any(not job.phase for _, job in evaluation_jobs(view))
+
+
+def _failed_evaluations(view: View) -> frozenset[int]:
+    before = view.before.evaluation.failed_steps if view.before.evaluation else []
+    return frozenset(before) | {step for step, job in evaluation_jobs(view) if job.phase == "Failed"}

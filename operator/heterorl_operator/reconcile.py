@@ -1,0 +1,227 @@
+"""One look at one run: what is desired, apply it, remove the rest, report. It may happen again, late, or twice."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+
+from pydantic import ValidationError
+
+from heterorl.manifests import Images, desired_state, evaluation_job
+from heterorl.objectnames import claim_name, learner_name
+from heterorl.podbuilder import metrics_port
+from heterorl.podtemplate import Object
+from heterorl.spec import HeteroRLRun
+from heterorl.status import RunStatus
+from heterorl_operator.apply import Applier, ManagedByAnotherOperator, is_of
+from heterorl_operator.client import Api, NotFound
+from heterorl_operator.events import Events
+from heterorl_operator.kinds import BY_NAME, CLAIM, DEPLOYMENT, JOB, RUN, Kind
+from heterorl_operator.life import Decision, View, decide
+from heterorl_operator.observe import Problem, refused, status_of, transitions
+from heterorl_operator.podstate import Trouble
+from heterorl_operator.scrape import Progresses, Target
+from heterorl_operator.store import Child, Pod, Run, Store, child_of
+from heterorl_operator.workqueue import Key
+
+log = logging.getLogger(__name__)
+
+_FOREIGN_CLAIM_S = 10.0
+"""How often to look at a claim that is not ours, which no watch brings, until it is bound."""
+_LASTING = ("InvalidPodTemplate",)
+"""Problems that do not go away by themselves."""
+
+
+class Unfinished(Exception):
+    """Something stood in the way that may go away by itself: try again after a while, and in `next_s` at the latest."""
+
+    def __init__(self, message: str, next_s: float | None) -> None:
+        self.next_s = next_s
+        super().__init__(message)
+
+
+class Reconciler:
+    """Looks at runs; one run in one thread at a time."""
+
+    def __init__(
+        self,
+        api: Api,
+        store: Store,
+        applier: Applier,
+        progresses: Progresses,
+        events: Events,
+        images: Images,
+        hidden: Mapping[Kind, str],
+        look_again: Callable[[Key], None],
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`hidden`: kinds that the operator has no right to see, and the API server's words.
+
+        `look_again` is called for a run that turns out to have changed during the look.
+        """
+        self._api, self._store, self._applier = api, store, applier
+        self._progresses, self._events, self._images = progresses, events, images
+        self._hidden, self._look_again = hidden, look_again
+        self._clock = clock
+        self._uids: dict[Key, str] = {}  # of the runs looked at
+        self._told: dict[Key, str] = {}  # the other operator that a run was found with
+
+    def reconcile(self, key: Key) -> float | None:
+        """Look at a run; seconds until time alone makes another look worthwhile.
+
+        Raises Unfinished, or an ApiError, when it should be tried again.
+        """
+        run = self._store.run(key)
+        if run is None or run.deleting:
+            self._forget(key)
+            return None
+        if self._uids.get(key) != run.uid:  # another run may have had the name
+            self._forget(key)
+            self._uids[key] = run.uid
+        try:
+            manifest = _parsed(run.manifest)
+        except ValidationError as error:
+            self._report(run, refused(_status(run), run.generation, _invalid(error), self._clock()))
+            return None
+        view = self._view(run, manifest)
+        decision = decide(view)
+        if decision.expired:
+            self._api.delete(RUN, key.namespace, key.name, run.uid)
+            return None
+        try:
+            problems = self._bring_about(run, view, decision)
+        except ManagedByAnotherOperator as other:
+            self._tell_of(run, other)
+            return None
+        self._progresses.want(key, _target(view, decision))
+        self._report(run, status_of(view, decision, problems))
+        next_s = self._next_look(view, decision)
+        if passing := [problem for problem in problems if problem.trouble.reason not in _LASTING]:
+            raise Unfinished(passing[0].trouble.message, next_s)
+        return next_s
+
+    def _forget(self, key: Key) -> None:
+        self._applier.forget(key)
+        self._progresses.forget(key)
+        self._uids.pop(key, None)
+        self._told.pop(key, None)
+
+    # ── seeing ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _view(self, run: Run, manifest: HeteroRLRun) -> View:
+        # An earlier run of that name may not be cleared away yet: what it left says nothing about this one.
+        children = {place: child for place, child in self._store.children(run.key).items() if is_of(child, run)}
+        heard = self._progresses.latest(run.key)
+        return View(
+            run=manifest,
+            uid=run.uid,
+            generation=run.generation,
+            before=_status(run),
+            children=children,
+            pods=[pod for pod in self._store.pods(run.key) if pod.created >= run.created],
+            progress=heard.progress,
+            unreachable=heard.unreachable,
+            claim=self._claim(run, manifest, children),
+            now=self._clock(),
+        )
+
+    def _claim(self, run: Run, manifest: HeteroRLRun, children: dict[tuple[str, str], Child]) -> Child | None:
+        name = claim_name(manifest)
+        if (known := children.get((CLAIM.name, name))) or not manifest.spec.exchange.volume.claim_name:
+            return known
+        found = self._api.get(CLAIM, run.key.namespace, name)
+        return child_of(CLAIM.name, found) if found else None
+
+    # ── doing ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _bring_about(self, run: Run, view: View, decision: Decision) -> list[Problem]:
+        desired = self._desired(run, view, decision)
+        problems = [_hidden(kind, words) for kind, words in self._hidden.items()]
+        problems += self._applier.apply(run, desired, self._store.children(run.key))
+        names = {(each["kind"], each["metadata"]["name"]) for each in desired}
+        for (kind, name), child in view.children.items():
+            if child.owner_uid != run.uid or child.deleting:
+                continue
+            undesired = (kind, name) not in names
+            stopped = kind == JOB.name and not child.phase and not decision.with_jobs
+            again = kind == JOB.name and name == decision.try_again
+            if again or (undesired and (kind == DEPLOYMENT.name or stopped)):
+                self._api.delete(BY_NAME[kind], run.key.namespace, name, child.uid)
+        return problems
+
+    def _desired(self, run: Run, view: View, decision: Decision) -> list[Object]:
+        namespace, uid = run.key.namespace, run.uid
+        desired = desired_state(
+            view.run, images=self._images, namespace=namespace, owner_uid=uid, replicas=decision.replicas
+        )
+        # Once it has done its work, a preparation that is gone is not missed.
+        if not decision.with_jobs or view.condition("Prepared") == "True" or decision.end:
+            desired = [each for each in desired if each["kind"] != JOB.name]
+        if version := decision.evaluation:
+            job = evaluation_job(view.run, version, images=self._images, namespace=namespace, owner_uid=uid)
+            desired.append(job)
+        return desired
+
+    # ── telling ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _report(self, run: Run, after: RunStatus) -> None:
+        status = after.model_dump(mode="json", by_alias=True, exclude_none=True)
+        if status == run.previous_status:
+            return
+        try:
+            written = self._api.apply_status(RUN, run.key.namespace, run.key.name, status)
+        except NotFound:
+            return  # deleted meanwhile
+        self._store.put(RUN.name, written)
+        if written["metadata"]["generation"] != run.generation:
+            self._look_again(run.key)  # the watch's word of that edit counts as old by now
+        for kind, reason, message in transitions(_status(run), after):
+            self._events.post(run, kind, reason, message, self._clock())
+
+    def _tell_of(self, run: Run, other: ManagedByAnotherOperator) -> None:
+        if self._told.get(run.key) == other.operator:
+            return
+        self._told[run.key] = other.operator
+        message = (
+            f"this run is kept by operator {other.operator}; {self._api.manager} leaves it alone. Uninstall one of"
+            " them, or give them different namespaces (watch.namespaces); to hand runs over, set takeOver: true for the"
+            " new one"
+        )
+        self._events.post(run, "Warning", "ManagedByAnotherOperator", message, self._clock())
+
+    def _next_look(self, view: View, decision: Decision) -> float | None:
+        times = [decision.look_again_s]
+        if view.run.spec.exchange.volume.claim_name and (view.claim is None or view.claim.phase != "Bound"):
+            times.append(_FOREIGN_CLAIM_S)
+        return min((each for each in times if each is not None), default=None)
+
+
+@lru_cache(maxsize=256)
+def _parsed(manifest: bytes) -> HeteroRLRun:
+    return HeteroRLRun.model_validate_json(manifest)
+
+
+def _status(run: Run) -> RunStatus:
+    try:
+        return RunStatus.model_validate_json(run.status)
+    except ValidationError:
+        return RunStatus()  # by an operator of another version; what counts is seen again
+
+
+def _invalid(error: ValidationError) -> Trouble:
+    problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+    return Trouble("InvalidSpec", f"the manifest cannot be used: {problems}; `heterorl validate FILE` explains it")
+
+
+def _hidden(kind: Kind, words: str) -> Problem:
+    message = f"the operator must not see {kind.plural}: {words}; give its service account the chart's Role"
+    return Problem(kind.name, kind.plural, Trouble("Forbidden", message))
+
+
+def _target(view: View, decision: Decision) -> Target | None:
+    """The learner's first pod, once it has an address."""
+    name = f"{learner_name(view.name)}-0"
+    pods: Sequence[Pod] = [pod for pod in view.pods_of("learner") if pod.name == name and pod.ip]
+    if not pods or not decision.replicas.learner or pods[0].phase != "Running":
+        return None
+    return Target(name, pods[0].uid, pods[0].ip, metrics_port(view.run.spec))

@@ -1,0 +1,200 @@
+"""The whole story on a real node: the chart installed, runs applied, and pods that really train.
+
+Scheduler, kubelet and container runtime are real; the operator is a pod made of its own image. `images.Site` says what
+the pods of learners and samplers need here.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+
+import images
+import pytest
+from operators import (
+    condition,
+    listed,
+    patch,
+    reasons,
+    replicas,
+    status,
+    wait_for,
+    wait_for_reason,
+    wait_for_state,
+)
+
+CLUSTER = {"level": "node"}
+SYSTEM = "heterorl-system"
+STEPS = 12
+CHART = images.ROOT / "charts" / "heterorl"
+
+VALUES = {
+    "registry": "localhost",
+    "image": {"tag": images.TAG, "pullPolicy": "Never"},
+    "images": {"learner": {"tag": images.TAG}, "sampler": {"tag": images.TAG}, "pullPolicy": "Never"},
+    "progress": {"seconds": 1},
+    "tests": {"enabled": True},
+}
+SPEC = {
+    "model": {"source": "tiny", "dtype": "float32", "tiny": {"hiddenSize": 64, "numLayers": 2, "targetAccuracy": 0}},
+    "data": {
+        "train": {"source": "arithmetic", "arithmetic": {"digits": 1, "rows": 200}},
+        "evals": [{"label": "sums", "source": "arithmetic", "arithmetic": {"digits": 1, "rows": 8}}],
+        "promptTemplate": "raw",
+    },
+    "algorithm": {"groupSize": 4},
+    "generation": {"maxPromptTokens": 16, "maxCompletionTokens": 4},
+    "learner": {
+        "steps": STEPS,
+        "batch": {"groups": 4, "tokensPerMicroBatch": 512},
+        "checkpoint": {"everySteps": 4},
+        "threads": 1,
+        "finishGraceSeconds": 5,
+    },
+    "evaluation": {"engine": "transformers"},
+    "exchange": {"pollSeconds": 0.05, "volume": {"size": "1Gi"}},
+}
+
+
+def run_of(name, samplers, **learner):
+    """A run whose sampler groups are given by name and engine."""
+    spec = copy.deepcopy(SPEC)
+    spec["learner"] |= learner
+    spec["samplers"] = [
+        {"name": group, "engine": engine, "promptsPerBatch": 2, "threads": 1} for group, engine in samplers
+    ]
+    return {
+        "apiVersion": "heterorl.dev/v1alpha1", "kind": "HeteroRLRun", "metadata": {"name": name}, "spec": spec,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def installed(cluster, helm, run_images):
+    """The chart, installed as a user does; what Helm printed."""
+    cluster.kubectl("create", "namespace", SYSTEM)
+    cluster.kubectl("label", "namespace", SYSTEM, "pod-security.kubernetes.io/enforce=restricted")
+    place = ("--namespace", SYSTEM, "--wait", "--timeout", "120s")
+    try:
+        printed = helm("install", "heterorl", CHART, *place, values=VALUES, kubeconfig=cluster.kubeconfig)
+    except Exception as error:
+        pods = cluster.kubectl("describe", "pods", "-n", SYSTEM) + cluster.kubectl(
+            "logs", "-n", SYSTEM, "deploy/heterorl"
+        )
+        pytest.fail(f"{error}\n{getattr(error, 'stderr', '')}\n{pods}")
+    yield printed
+    helm("uninstall", "heterorl", "--namespace", SYSTEM, kubeconfig=cluster.kubeconfig)
+
+
+def start(site, manifest):
+    """Apply it; where its volume is."""
+    volume = site.adopt(manifest)
+    site.cluster.kubectl("apply", "-f", "-", stdin=json.dumps(manifest))
+    return volume
+
+
+def ended(site, name, state, limit_s=240):
+    """The status once the run has ended so; what its pods say when it does not."""
+    try:
+        return wait_for_state(site.cluster, site.namespace, state, name, limit_s)
+    except AssertionError as error:
+        ours = ("-n", site.namespace, "-l", f"heterorl.dev/run={name}")
+        pods, logs = (
+            site.cluster.kubectl("get", "pods", *ours),
+            site.cluster.kubectl("logs", *ours, "--prefix", check=False),
+        )
+        operators = site.cluster.kubectl("logs", "-n", SYSTEM, "deployment/heterorl", "--tail=30")
+        pytest.fail(f"{error}: {status(site.cluster, site.namespace, name)}\n{pods}\n{logs[-6000:]}\n{operators}")
+
+
+def steps_in(log):
+    return [int(step) for step in re.findall(rf"step (\d+)/{STEPS}  reward", log)]
+
+
+def test_helm_install_kubectl_apply_kubectl_logs(site, installed, helm):
+    cluster, where = site.cluster, ("-n", site.namespace)
+    assert "kubectl apply" in installed  # the notes tell the next command
+    helm("test", "heterorl", "--namespace", SYSTEM, "--timeout", "120s", kubeconfig=cluster.kubeconfig)
+    manifest = run_of("story", [("near", "transformers"), ("far", "transformers")])
+    manifest["spec"]["evaluation"] |= {"everySteps": 100}  # the first weights and the last
+    volume = start(site, manifest)
+    wait_for(lambda: steps_in(cluster.kubectl("logs", *where, "story-learner-0", check=False)), "the first step", 120)
+    cluster.kubectl("delete", *where, "pod/story-learner-0", "--wait=false")  # it is taken away, and resumes
+    seen = wait_for(lambda: status(cluster, site.namespace, "story").get("learner", {}).get("step"), "progress", 60)
+    assert 0 < seen <= STEPS
+    assert re.search(r"story +Running +\d+ +12 ", cluster.kubectl("get", "hrl", *where))
+
+    told = ended(site, "story", "Succeeded")
+    assert told["learner"] | {"reward": 0, "lag": 0} == {
+        "step": STEPS, "weightsVersion": told["learner"]["weightsVersion"], "checkpointStep": STEPS,
+        "restarts": 0, "reward": 0, "lag": 0,
+    }  # fmt: skip
+    assert {group["name"]: group["rollouts"] > 0 for group in told["samplers"]} == {"near": True, "far": True}
+    for group in ("near", "far"):
+        assert replicas(cluster, site.namespace, f"story-sampler-{group}") == 0
+    log = cluster.kubectl("logs", *where, "story-learner-0")
+    assert steps_in(log)[-1] == STEPS  # a line a step, and it can be read after the end
+    wait_for(lambda: "best" in status(cluster, site.namespace, "story").get("evaluation", {}), "the evaluation", 90)
+    wait_for(lambda: replicas(cluster, site.namespace, "story-learner", "statefulset") == 0, "the end of the grace", 90)
+    wait_for(
+        lambda: not listed(cluster, site.namespace, "pods", "heterorl.dev/role in (learner,sampler)"), "no pods", 60
+    )
+    kept = "".join(path.read_text() for path in sorted((volume / "logs").glob("learner*.log")))
+    assert sorted(set(steps_in(kept))) == list(range(1, STEPS + 1))
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert AutoModelForCausalLM.from_pretrained(volume / "output").num_parameters() > 0
+    assert AutoTokenizer.from_pretrained(volume / "output")
+    assert {"Prepared", "LearnerReady", "Scaled", "Trained"} <= set(reasons(cluster, site.namespace, "story"))
+
+    # The volume outlives the run and is not handed to the next one by mistake.
+    cluster.kubectl("delete", *where, "hrl/story")
+    wait_for(lambda: not listed(cluster, site.namespace, "statefulsets"), "the clearing", 60)
+    cluster.kubectl("apply", "-f", "-", stdin=json.dumps(manifest))
+    prepared = wait_for_reason(cluster, site.namespace, "Prepared", "VolumeInUse", "story", 60)
+    assert "resume: true" in prepared["message"]
+    patch(cluster, site.namespace, "story", {"resume": True})
+    assert ended(site, "story", "Succeeded")["learner"]["step"] == STEPS
+
+
+def test_vllm_samples_in_a_pod_for_a_learner_of_two_pods(site, installed):
+    manifest = run_of("pair", [("near", "vllm")], replicas=2, steps=3)
+    start(site, manifest)
+    told = ended(site, "pair", "Succeeded", 400)
+    assert told["samplers"][0]["rollouts"] >= 12  # three steps of four groups
+    where = ("-n", site.namespace)
+    assert "step 3/3" in site.cluster.kubectl("logs", *where, "pair-learner-0")
+
+
+def test_an_image_that_cannot_be_pulled_is_said_within_half_a_minute(site, installed):
+    manifest = run_of("lost", [("near", "transformers")])
+    manifest["spec"]["samplers"][0]["podTemplate"] = {
+        "image": "registry.invalid/of/dreams:1",
+        "imagePullPolicy": "Always",
+    }
+    start(site, manifest)
+    samplers = wait_for_reason(site.cluster, site.namespace, "SamplersAvailable", "ImagePullFailed", "lost")
+    assert "imagePullSecrets" in samplers["message"]
+
+
+def test_a_learner_that_crashes_too_often_fails_the_run(site, installed):
+    cluster, where = site.cluster, ("-n", site.namespace)
+    manifest = run_of("crash", [("near", "transformers")], steps=100_000)
+    manifest["spec"]["failurePolicy"] = {"learnerRestarts": 1}
+    start(site, manifest)
+    for crash in (1, 2):
+        wait_for(
+            lambda: (status(cluster, site.namespace, "crash").get("learner", {}).get("step") or 0) > 0, "a step", 120
+        )
+        wait_for(lambda: condition(cluster, site.namespace, "LearnerReady", "crash").get("status") == "True", "it", 120)
+        killed = "import os, signal, pathlib; [os.kill(int(p.parent.name), signal.SIGKILL) for p in" \
+            " pathlib.Path('/proc').glob('[0-9]*/cmdline') if b'heterorl_learner\\0' in p.read_bytes()]"  # fmt: skip
+        cluster.kubectl("exec", *where, "crash-learner-0", "--", "python", "-c", killed, check=False)
+        wait_for(
+            lambda n=crash: status(cluster, site.namespace, "crash")["learner"].get("restarts") == n, "the count", 90
+        )
+    told = ended(site, "crash", "Failed", 60)
+    assert told["learner"]["restarts"] == 2
+    assert condition(cluster, site.namespace, "Failed", "crash")["reason"] == "LearnerCrashed"
+    assert "failurePolicy.learnerRestarts is 1" in condition(cluster, site.namespace, "Failed", "crash")["message"]

@@ -1,0 +1,151 @@
+"""What goes wrong in a cluster shows in a condition that says what to do, within half a minute (`operators.LIMIT_S`).
+
+On a real API server with a real scheduler. An image that cannot be pulled needs a kubelet: see `test_story.py`.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from operators import (
+    CHILDREN,
+    apply,
+    children_names,
+    condition,
+    get,
+    give_volume,
+    listed,
+    operator,
+    patch,
+    reasons,
+    run_manifest,
+    wait_for,
+    wait_for_reason,
+)
+
+CLUSTER = {"level": "kwok"}
+pytestmark = pytest.mark.usefixtures("crd")
+
+RIGHTS = [
+    {"apiGroups": ["heterorl.dev"], "resources": ["heterorlruns"], "verbs": ["list", "watch", "delete"]},
+    {"apiGroups": ["heterorl.dev"], "resources": ["heterorlruns/status"], "verbs": ["patch"]},
+    {"apiGroups": ["heterorl.dev"], "resources": ["heterorlruns/finalizers"], "verbs": ["update"]},
+    {"apiGroups": ["", "apps", "batch"], "resources": ["*"], "verbs": ["get", "list", "watch", "create", "patch"]},
+]
+
+
+@pytest.fixture
+def running(cluster, namespace):
+    with operator(cluster, "--namespace", namespace) as process:
+        yield process
+
+
+def learner_with(**template):
+    return {"podTemplate": template}
+
+
+def test_a_volume_that_cannot_be_bound(cluster, namespace, running):
+    volume = {"volume": {"size": "1Gi", "storageClassName": "of-dreams"}}
+    apply(cluster, namespace, run_manifest(exchange=volume))
+    storage = wait_for_reason(cluster, namespace, "StorageReady", "ClaimPending")
+    assert "storage class of-dreams" in storage["message"]
+    assert "kubectl describe pvc run-volume" in storage["message"]
+    assert condition(cluster, namespace, "Ready")["reason"] == "ClaimPending"
+    assert "ClaimPending" in reasons(cluster, namespace)
+
+
+def test_a_claim_that_is_not_there_until_somebody_makes_it(cluster, namespace, running):
+    apply(cluster, namespace, run_manifest(exchange={"volume": {"claimName": "run-volume"}}))
+    storage = wait_for_reason(cluster, namespace, "StorageReady", "ClaimNotFound")
+    assert "create it" in storage["message"]
+    assert "PersistentVolumeClaim/run-volume" not in listed(cluster, namespace, CHILDREN)
+    give_volume(cluster, namespace)
+    spec = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}
+    claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "run-volume"}, "spec": spec}
+    cluster.kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(claim))
+    wait_for_reason(cluster, namespace, "StorageReady", "Bound")
+    wait_for_reason(cluster, namespace, "Prepared", "Prepared")
+
+
+def test_a_pod_that_no_node_takes(cluster, namespace, running):
+    give_volume(cluster, namespace)
+    apply(cluster, namespace, run_manifest(learner=learner_with(nodeSelector={"gpu": "of-dreams"})))
+    learner = wait_for_reason(cluster, namespace, "LearnerReady", "Unschedulable")
+    assert "no node takes pod run-learner-0" in learner["message"]
+    assert "nodeSelector" in learner["message"]
+
+
+def test_a_pod_template_that_kubernetes_refuses_until_it_is_corrected(cluster, namespace, running):
+    give_volume(cluster, namespace)
+    apply(cluster, namespace, run_manifest(learner=learner_with(resources={"limits": {"cpu": "a lot"}})))
+    learner = wait_for_reason(cluster, namespace, "LearnerReady", "InvalidPodTemplate")
+    assert "StatefulSet run-learner" in learner["message"]
+    patch(cluster, namespace, "run", {"suspend": True})
+    patch(cluster, namespace, "run", {"learner": learner_with(resources={"limits": {"cpu": "1"}}), "suspend": False})
+    wait_for_reason(cluster, namespace, "LearnerReady", "LearnerReady")
+
+
+def test_a_quota_that_is_used_up_until_it_is_raised(cluster, namespace, running):
+    give_volume(cluster, namespace)
+    cluster.kubectl("create", "quota", "-n", namespace, "few", "--hard=count/deployments.apps=0")
+    apply(cluster, namespace, run_manifest())
+    samplers = wait_for_reason(cluster, namespace, "SamplersAvailable", "QuotaExceeded")
+    assert "raise the quota" in samplers["message"]
+    cluster.kubectl("delete", "quota", "-n", namespace, "few")
+    wait_for_reason(cluster, namespace, "SamplersAvailable", "QuorumReached")
+
+
+def test_a_group_that_nobody_meant_is_said_to_be_new(cluster, namespace, running):
+    give_volume(cluster, namespace)
+    apply(cluster, namespace, run_manifest())
+    wait_for_reason(cluster, namespace, "Prepared", "Prepared")
+    slip = {"apiVersion": "heterorl.dev/v1alpha1", "kind": "HeteroRLRun", "metadata": {"name": "run"}}
+    slip |= {"spec": {"samplers": [{"name": "naer", "replicas": 3}]}}
+    arguments = ("apply", "-n", namespace, "--server-side", "--field-manager=somebody", "-f", "-")
+    cluster.kubectl(*arguments, stdin=json.dumps(slip))
+    wait_for(lambda: "GroupAdded" in reasons(cluster, namespace), "the event")
+    wrong = '[{"op": "replace", "path": "/spec/samplers/7/replicas", "value": 2}]'
+    refused = cluster.kubectl("patch", "-n", namespace, "hrl/run", "--type=json", "-p", wrong, check=False)
+    assert "The request is invalid" in refused
+
+
+@pytest.mark.parametrize("missing", ["create", "list"])
+def test_a_namespace_in_which_the_operator_lacks_a_right(cluster, namespace, missing):
+    give_volume(cluster, namespace)
+    cluster.kubectl("create", "serviceaccount", "-n", namespace, "operator")
+    rules = [dict(rule) for rule in RIGHTS]
+    rules[3]["resources"] = [
+        "configmaps",
+        "services",
+        "persistentvolumeclaims",
+        "statefulsets",
+        "jobs",
+        "pods",
+        "events",
+    ]
+    if missing == "create":
+        rules.append({"apiGroups": ["apps"], "resources": ["deployments"], "verbs": ["get", "list", "watch"]})
+    role = {
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "Role",
+        "metadata": {"name": "operator"},
+        "rules": rules,
+    }
+    cluster.kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(role))
+    binding = ("--role=operator", f"--serviceaccount={namespace}:operator")
+    cluster.kubectl("create", "rolebinding", "-n", namespace, "operator", *binding)
+    token = cluster.kubectl("create", "token", "-n", namespace, "operator").strip()
+    kubeconfig = cluster.write_kubeconfig(f"operator-{namespace}", token, namespace)
+    with operator(cluster, "--namespace", namespace, kubeconfig=kubeconfig):
+        apply(cluster, namespace, run_manifest())
+        samplers = wait_for_reason(cluster, namespace, "SamplersAvailable", "Forbidden")
+        assert "deployments" in samplers["message"]
+        assert "Role" in samplers["message"]
+        others = children_names() - {"Deployment/run-sampler-near"}
+        wait_for(lambda: set(listed(cluster, namespace, CHILDREN)) == others, "the other objects")
+        if missing == "create":
+            rules[-1]["verbs"] += ["create", "patch"]
+            cluster.kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(role))
+            wait_for_reason(cluster, namespace, "SamplersAvailable", "QuorumReached")
+            assert get(cluster, namespace, "deployment", "run-sampler-near")
