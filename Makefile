@@ -18,8 +18,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: setup
 	$(BIN)/heterorl run examples/quickstart.yaml
 
-test: setup
-	$(BIN)/python -m pytest tests/unit tests/contract tests/system
+test: setup cluster-programs
+	$(BIN)/python -m pytest tests/unit tests/contract tests/system tests/cluster
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit tests/contract

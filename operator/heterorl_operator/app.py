@@ -104,16 +104,19 @@ class Operator:
             for part in (self.progresses, self.auditor):
                 part.start()
                 leaving.callback(part.stop)
-            await kopf.operator(
-                registry=registry_for(self.watcher, (k for k in (RUN, *LABELLED) if k not in self.auditor.hidden)),
-                stop_flag=self.auditor.unveiled,
-                settings=settings(),
-                standalone=True,
-                clusterwide=not self.options.namespaces,
-                namespaces=self.options.namespaces,
-            )
-        if self.auditor.unveiled.is_set():
-            log.warning("there are kinds that may be seen now and are not watched; the operator has to start again")
+            try:
+                await kopf.operator(
+                    registry=registry_for(self.watcher, (k for k in (RUN, *LABELLED) if k not in self.auditor.hidden)),
+                    stop_flag=self.auditor.unveiled,
+                    settings=settings(),
+                    standalone=True,
+                    clusterwide=not self.options.namespaces,
+                    namespaces=self.options.namespaces,
+                )
+                if self.auditor.unveiled.is_set():
+                    log.warning("there are kinds that may be seen by now; the operator starts again to watch them")
+            finally:
+                self.auditor.unveiled.set()  # a thread of kopf's waits for it, and the loop for that thread
         log.info("stopped")
 
     def _load(self) -> None:

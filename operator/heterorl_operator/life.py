@@ -65,6 +65,11 @@ class View:
         """Pods that are not on their way out."""
         return [pod for pod in self.pods if pod.role == role and pod.group == group and not pod.deleting]
 
+    def pods_under(self, owner: Child | None) -> list[Pod]:
+        """Pods of a Job that are not on their way out, oldest first."""
+        found = [pod for pod in self.pods if owner and pod.owner_uid == owner.uid and not pod.deleting]
+        return sorted(found, key=lambda pod: pod.created)
+
     def condition(self, kind: str) -> str:
         """Status of a condition as it was written last; Unknown if it was not."""
         return next((each.status for each in self.before.conditions if each.type == kind), "Unknown")
@@ -110,8 +115,6 @@ class Decision:
     """To be evaluated now."""
     with_jobs: bool
     """Whether Jobs may run."""
-    try_again: str | None
-    """Name of a Job that failed and is to be made anew."""
     expired: bool
     """The record has been kept long enough: delete the run."""
     look_again_s: float | None
@@ -138,7 +141,6 @@ def decide(view: View) -> Decision:
         failed_evaluations=failed,
         evaluation=open_evaluations[0] if with_jobs and open_evaluations and not evaluating else None,
         with_jobs=with_jobs,
-        try_again=_try_again(view),
         expired=_remaining(_expiry(view, clock), view.now) == 0.0,
         look_again_s=_look_again(view, clock, end),
     )
@@ -223,7 +225,8 @@ def preparation_trouble(view: View) -> Trouble | None:
         return None
     if said := _said_of_volume(view):
         return said  # its pod may be gone by now
-    last = next((pod.exit_message.strip() for pod in view.pods_of("prepare") if pod.exit_message.strip()), job.message)
+    messages = [message for pod in view.pods_under(job) if (message := pod.exit_message.strip())]
+    last = messages[-1] if messages else job.message
     line = last.splitlines()[-1] if last else "it left no message"
     if VOLUME_IN_USE in line:
         return Trouble(VOLUME_IN_USE, line[line.index(VOLUME_IN_USE) :])
@@ -237,13 +240,6 @@ def preparation_trouble(view: View) -> Trouble | None:
 def _said_of_volume(view: View) -> Trouble | None:
     said = (each for each in view.before.conditions if each.type == "Prepared" and each.reason == VOLUME_IN_USE)
     return next((Trouble(each.reason, each.message) for each in said), None)
-
-
-def _try_again(view: View) -> str | None:
-    """A preparation that was refused the volume is made anew after an edit, which may say `resume: true`."""
-    trouble = preparation_trouble(view)
-    refused = trouble is not None and trouble.reason == VOLUME_IN_USE
-    return prepare_name(view.run) if refused and view.before.observed_generation != view.generation else None
 
 
 def _samplers_lost(view: View) -> Trouble | None:

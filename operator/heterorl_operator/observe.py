@@ -199,7 +199,7 @@ def _prepared(view: View, decision: Decision, problems: Sequence[Problem]) -> Ju
     done = view.condition("Prepared") == "True" or (job is not None and job.phase == "Complete")
     if done or (view.progress and view.progress.prepared):
         return Judgement("True", "Prepared", "model and data are on the volume")
-    if trouble := preparation_trouble(view) or _first(problems, JOB.name) or _troubled(view.pods_of("prepare")):
+    if trouble := preparation_trouble(view) or _first(problems, JOB.name) or _troubled(view.pods_under(job)):
         return Judgement("False", *trouble)
     if idle := _idle(view, decision):
         return idle
@@ -304,7 +304,8 @@ def _state(
         return "Suspended"
     if judged["Prepared"].status == "True":
         return "Running"
-    return "Preparing" if judged["Prepared"].reason == "Preparing" and view.pods_of("prepare") else "Pending"
+    at_work = view.pods_under(view.child(JOB.name, prepare_name(view.run)))
+    return "Preparing" if judged["Prepared"].reason == "Preparing" and at_work else "Pending"
 
 
 def _learner(view: View) -> LearnerStatus | None:

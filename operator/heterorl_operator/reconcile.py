@@ -141,12 +141,9 @@ class Reconciler:
         problems += self._applier.apply(run, desired, self._store.children(run.key))
         names = {(each["kind"], each["metadata"]["name"]) for each in desired}
         for (kind, name), child in view.children.items():
-            if child.owner_uid != run.uid or child.deleting:
-                continue
-            undesired = (kind, name) not in names
+            undesired = child.owner_uid == run.uid and not child.deleting and (kind, name) not in names
             stopped = kind == JOB.name and not child.phase and not decision.with_jobs
-            again = kind == JOB.name and name == decision.try_again
-            if again or (undesired and (kind == DEPLOYMENT.name or stopped)):
+            if undesired and (kind == DEPLOYMENT.name or stopped):
                 self._api.delete(BY_NAME[kind], run.key.namespace, name, child.uid)
         return problems
 

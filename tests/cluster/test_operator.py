@@ -163,6 +163,11 @@ def test_a_learner_that_gave_up_fails_the_run_with_its_words(cluster, namespace,
         assert replicas(cluster, namespace, "run-sampler-near") == 0
 
 
+def test_the_operator_leaves_at_once_when_it_is_asked_to(running):
+    running.stop()
+    assert running.process.returncode == 0
+
+
 # ── drift and edits ──────────────────────────────────────────────────────────────────────────────────────────────────
 def test_what_somebody_deletes_or_edits_comes_back(cluster, namespace, running):
     give_volume(cluster, namespace)

@@ -7,13 +7,10 @@ strictest admission there is in use: OpenShift's OwnerReferencesPermissionEnforc
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import build
 import pytest
 import yaml
 from harness import Cluster
@@ -80,22 +77,15 @@ Install = Callable[..., Installed]
 
 
 @pytest.fixture
-def install(cluster: Cluster, namespace: str, tmp_path: Path) -> Iterator[Install]:
+def install(cluster: Cluster, namespace: str, helm: Callable[..., str]) -> Iterator[Install]:
     """Gives an account in a namespace of its own what the chart gives with these values, but for `without`."""
-    if (helm := build.find("helm")) is None:
-        reason = f"helm is not built; build with: python {build.__file__} helm"
-        (pytest.fail if os.environ.get("HETERORL_REQUIRE") == "all" else pytest.skip)(reason)
     system = f"{namespace}-system"
     cluster.kubectl("create", "namespace", system)
 
     def render(values: Object) -> list[Object]:
-        homes = {f"HELM_{kind}_HOME": str(tmp_path / kind.lower()) for kind in ("CACHE", "CONFIG", "DATA")}
         only = ("-s", "templates/serviceaccount.yaml", "-s", "templates/rbac.yaml")
-        command = [helm, "template", "heterorl", CHART, "--namespace", system, *only, "--values", "-"]
-        done = subprocess.run(
-            command, input=json.dumps(values), capture_output=True, text=True, check=True, env={**os.environ, **homes}
-        )
-        return list(yaml.safe_load_all(done.stdout))
+        printed = helm("template", "heterorl", CHART, "--namespace", system, *only, values=values)
+        return list(yaml.safe_load_all(printed))
 
     def give(values: Object, without: Iterable[Right] = ()) -> Installed:
         objects = render(values)

@@ -47,9 +47,7 @@ def body(kind: str, name: str, version: int = 1, **fields: Any) -> Object:
 def run_body(spec: Object | None = None, version: int = 1, **fields: Any) -> Object:
     """The HeteroRLRun itself."""
     metadata = {"uid": UID} | fields.pop("metadata", {})
-    return body(
-        RUN.name, KEY.name, version, run=None, owner=None, metadata=metadata, spec=spec or spec_of(), **fields
-    )
+    return body(RUN.name, KEY.name, version, run=None, owner=None, metadata=metadata, spec=spec or spec_of(), **fields)
 
 
 def spec_of(**spec: Any) -> Object:
@@ -60,7 +58,11 @@ def spec_of(**spec: Any) -> Object:
 def pod_body(role: str, name: str = "pod", version: int = 1, *, group: str = "", **fields: Any) -> Object:
     """A pod. `container`: what its status says of the main container; `status`: the rest."""
     container, status = fields.pop("container", None), fields.pop("status", {})
-    labels = {"heterorl.dev/run": KEY.name, "heterorl.dev/role": role, **({"heterorl.dev/group": group} if group else {})}
+    labels = {
+        "heterorl.dev/run": KEY.name,
+        "heterorl.dev/role": role,
+        **({"heterorl.dev/group": group} if group else {}),
+    }
     status = {"phase": "Running", **status}
     if container is not None:
         status["containerStatuses"] = [{"name": role, "state": {}, **container}]
@@ -188,4 +190,7 @@ class FakeApi:
     def _written(self, kind: Kind, desired: Object, known: Object | None) -> Object:
         earlier = known["metadata"] if known else {"uid": f"uid-{len(self.calls)}", "generation": 0}
         metadata = {"creationTimestamp": CREATED, **earlier, **desired["metadata"]}
-        return self.put({**copy.deepcopy(desired), "metadata": {**metadata, "generation": earlier["generation"] + 1}})
+        status = {"status": known["status"]} if known and "status" in known else {}
+        return self.put(
+            {**status, **copy.deepcopy(desired), "metadata": {**metadata, "generation": earlier["generation"] + 1}}
+        )

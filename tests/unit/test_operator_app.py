@@ -22,7 +22,12 @@ def operator(tmp_path, monkeypatch):
     path = tmp_path / "kubeconfig"
     context = {"name": "it", "context": {"cluster": "it", "user": "it"}}
     cluster = {"name": "it", "cluster": {"server": "http://127.0.0.1:9"}}
-    config = {"current-context": "it", "contexts": [context], "clusters": [cluster], "users": [{"name": "it", "user": {}}]}
+    config = {
+        "current-context": "it",
+        "contexts": [context],
+        "clusters": [cluster],
+        "users": [{"name": "it", "user": {}}],
+    }
     path.write_text(yaml.safe_dump(config))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))

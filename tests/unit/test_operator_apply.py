@@ -256,5 +256,3 @@ def test_a_server_that_cannot_answer_ends_the_look_and_what_was_written_is_not_w
     api.before = lambda verb, kind, name: None
     assert applier.apply(run, both, {}) == []
     assert api.writes().count(("apply", "ConfigMap/run-config")) == 1
-
-

@@ -52,16 +52,23 @@ def counts(decision):
     return decision.replicas.learner, dict(decision.replicas.samplers)
 
 
-def failed_preparation(message, generation=1):
+def failed_preparation(message):
     """A preparation that failed with these last lines."""
     job = body("Job", PREPARE, status=job_end("Failed"))
-    pods = [pod("prepare", "run-prepare-x", container=ended(2, message))] if message else []
-    return {"children": children(job), "pods": pods, "generation": generation}
+    old = {"metadata": {"creationTimestamp": EARLIER}}  # sorted by name, the first try comes last
+    tries = [
+        pod("prepare", "x", owner=f"uid-of-{PREPARE}", container=ended(2, message)),
+        pod("prepare", "y", owner=f"uid-of-{PREPARE}", container=ended(1, "the first try"), **old),
+        pod("prepare", "z", owner="uid-of-another-job", container=ended(2, "VolumeInUse: said of another try")),
+    ]
+    pods = tries if message else []
+    return {"children": children(job), "pods": pods}
 
 
 # ── moments ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(
-    ("text", "value"), [(STARTED, START), (CREATED, START), (EARLIER, START - 10), ("1970-01-01T01:00:00.250+01:00", 0.25)]
+    ("text", "value"),
+    [(STARTED, START), (CREATED, START), (EARLIER, START - 10), ("1970-01-01T01:00:00.250+01:00", 0.25)],
 )
 def test_moments_are_read_as_the_operator_and_as_the_api_server_write_them(text, value):
     assert seconds(text) == value
@@ -216,30 +223,27 @@ IN_USE = "ERROR VolumeInUse: /volume holds run other; set spec.resume: true"
 TOLD_IN_USE = condition("Prepared", "False", "VolumeInUse", message="VolumeInUse: /volume holds run other")
 
 
-def test_a_volume_of_another_run_is_no_end_but_nothing_runs_until_an_edit():
-    decision = decide(view(before={**STARTED_NOW, "observed_generation": 1}, **failed_preparation(IN_USE)))
+def test_a_volume_of_another_run_is_no_end_but_nothing_runs():
+    decision = decide(view(before=STARTED_NOW, **failed_preparation(IN_USE)))
     assert decision.end is None
     assert counts(decision) == (0, {"near": 0})
-    assert decision.try_again is None
     told = preparation_trouble(view(**failed_preparation(IN_USE)))
     assert told == ("VolumeInUse", "VolumeInUse: /volume holds run other; set spec.resume: true")
 
 
+def test_an_edit_that_allows_the_volume_gives_the_preparation_another_try():
+    before = {**STARTED_NOW, "conditions": [TOLD_IN_USE]}
+    decision = decide(view(spec={"resume": True}, before=before, **failed_preparation(IN_USE)))
+    assert (decision.end, counts(decision)) == (None, (1, {"near": 1}))
+
+
 def test_a_volume_of_another_run_stays_no_end_when_the_pod_that_said_so_is_gone():
-    before = {**STARTED_NOW, "observed_generation": 1, "conditions": [TOLD_IN_USE]}
+    before = {**STARTED_NOW, "conditions": [TOLD_IN_USE]}
     assert decide(view(before=before, **failed_preparation(""))).end is None
     assert preparation_trouble(view(before=before, **failed_preparation(""))) == (
         "VolumeInUse",
         "VolumeInUse: /volume holds run other",
     )
-
-
-def test_a_refused_preparation_is_tried_again_after_an_edit_and_a_failed_one_is_not():
-    before = {**STARTED_NOW, "observed_generation": 1, "conditions": [TOLD_IN_USE]}
-    assert decide(view(before=before, **failed_preparation(IN_USE, generation=2))).try_again == PREPARE
-    before = {**STARTED_NOW, "observed_generation": 1}
-    assert decide(view(before=before, **failed_preparation("broken", generation=2))).try_again is None
-    assert decide(view(before=before, generation=2)).try_again is None
 
 
 def sampler(name, code=1, restarts=1, **fields):

@@ -133,7 +133,13 @@ def test_a_look_that_brings_nothing_new_gives_the_very_same_status():
         ({"size": "1Gi"}, claim("Bound"), "True", "Bound", "run-volume"),
         ({"size": "1Gi"}, claim("Pending", 9), "Unknown", "ClaimWaiting", "run-volume"),
         ({"size": "7Gi", "storageClassName": "fast"}, claim("Pending", 10), "False", "ClaimPending", "7Gi"),
-        ({"size": "1Gi", "storageClassName": "fast"}, claim("Pending", 10), "False", "ClaimPending", "storage class fast"),
+        (
+            {"size": "1Gi", "storageClassName": "fast"},
+            claim("Pending", 10),
+            "False",
+            "ClaimPending",
+            "storage class fast",
+        ),
         ({"size": "1Gi"}, claim("Lost"), "False", "ClaimLost", "its data is gone"),
     ],
 )
@@ -148,20 +154,26 @@ def prepare_job(end=None):
     return children(body("Job", PREPARE, status=job_end(end) if end else {}))
 
 
+def preparing(container=None, owner=PREPARE):
+    return [pod("prepare", owner=f"uid-of-{owner}", container=container)]
+
+
 @pytest.mark.parametrize(
     ("known", "expected", "state"),
     [
         ({}, ("False", "Preparing"), "Pending"),
-        ({"children": prepare_job(), "pods": [pod("prepare")]}, ("False", "Preparing"), "Preparing"),
+        ({"children": prepare_job(), "pods": preparing()}, ("False", "Preparing"), "Preparing"),
         ({"children": prepare_job("Complete")}, ("True", "Prepared"), "Running"),
         ({"progress": Progress(prepared=True)}, ("True", "Prepared"), "Running"),
         ({"before": GOING}, ("True", "Prepared"), "Running"),  # its Job may be gone
         (
-            {"children": prepare_job("Failed"), "pods": [pod("prepare", container=ended(2, "VolumeInUse: taken"))]},
+            {"children": prepare_job("Failed"), "pods": preparing(ended(2, "VolumeInUse: taken"))},
             ("False", "VolumeInUse"),
             "Pending",
         ),
-        ({"pods": [pod("prepare", container=ended(1))]}, ("False", "Crashed"), "Pending"),
+        ({"children": prepare_job(), "pods": preparing(ended(1))}, ("False", "Crashed"), "Pending"),
+        # A try that was refused the volume is no matter of the next one.
+        ({"children": prepare_job(), "pods": preparing(ended(2), owner="earlier")}, ("False", "Preparing"), "Pending"),
         ({"spec": {"suspend": True}}, ("False", "Suspended"), "Suspended"),
     ],
 )

@@ -11,6 +11,7 @@ from operator_world import (
     UID,
     FakeApi,
     body,
+    claim_body,
     ended,
     job_end,
     pod_body,
@@ -45,7 +46,7 @@ class World:
     """An operator without its watches; `watch` brings what they would."""
 
     def __init__(self):
-        self.now, self.again = START, []
+        self.now, self.again = START, []  # the runs that were asked to be looked at again
         self.api, self.store = FakeApi(), Store()
         self.applier = Applier(self.api, clock=lambda: self.now)
         self.progresses = Progresses(None, "pod-ip", 15.0, lambda key: None)
@@ -110,6 +111,7 @@ class World:
 def world():
     made = World()
     made.api.put(run_body())
+    made.api.put(claim_body())
     made.watch()
     return made
 
@@ -201,26 +203,25 @@ def test_a_preparation_that_is_done_is_not_missed(world):
 def refused_by_the_volume(world):
     world.look()
     world.ends(PREPARE)
-    world.api.put(pod_body("prepare", container=ended(2, "VolumeInUse: /volume holds run other; set spec.resume: true")))
+    said = ended(2, "VolumeInUse: /volume holds run other; set spec.resume: true")
+    world.api.put(pod_body("prepare", container=said, owner=world.api.objects["Job", PREPARE]["metadata"]["uid"]))
     world.watch()
     world.look()
     assert world.reason("Prepared") == "VolumeInUse"
     assert world.replicas("StatefulSet", "run-learner") == 0
 
 
-def test_a_refused_preparation_stays_until_the_run_is_edited_and_is_then_made_anew(world):
+def test_a_refused_preparation_stays_until_an_edit_allows_the_volume_and_is_then_made_anew(world):
     refused_by_the_volume(world)
     for _ in range(3):
         world.watch()
         world.look()
-    first = world.api.objects["Job", PREPARE]["metadata"]["uid"]
+    assert world.children() == OBJECTS
     world.edit(spec_of(resume=True))
     world.watch()
     world.look()
-    assert ("Job", PREPARE) not in world.children()
-    world.watch()
-    world.look()
-    assert world.api.objects["Job", PREPARE]["metadata"]["uid"] != first
+    (again,) = world.children() - OBJECTS
+    assert again == ("Job", prepare_name(run_of(resume=True)))
     assert world.reason("Prepared") == "Preparing"
     assert world.replicas("StatefulSet", "run-learner") == 1
 

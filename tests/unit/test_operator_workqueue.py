@@ -204,6 +204,6 @@ def test_long_work_is_told_and_a_long_queue_is_not(queue):
     assert queue.longest_s() == 0.0  # they wait, and nobody hangs
     taken(queue)
     time.sleep(0.03)
-    assert queue.longest_s() >= 0.03
+    assert 0.03 <= queue.longest_s() < 5
     queue.done(A)
     assert queue.longest_s() == 0.0
