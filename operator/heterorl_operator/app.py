@@ -31,7 +31,6 @@ from heterorl_operator.workqueue import Key, WorkQueue
 
 log = logging.getLogger(__name__)
 
-_AUDIT_S = 300.0
 _STUCK_S = 120.0
 """A look that takes so long hangs. A long queue does not: there may be thousands of runs after a start."""
 
@@ -72,7 +71,7 @@ class Operator:
         self.store, self.queue = Store(), WorkQueue()
         self.applier = Applier(self.api, take_over=options.take_over)
         self.watcher = Watcher(self.store, self.queue, self.applier)
-        self.auditor = Auditor(self.api, self.store, self.watcher, options.namespaces, _AUDIT_S)
+        self.auditor = Auditor(self.api, self.store, self.watcher, options.namespaces, options.resync_s / 2)
         mode = options.progress if options.progress != "auto" else "pod-ip" if in_cluster() else "proxy"
         self.progresses = Progresses(self.api, mode, options.progress_s, partial(self.queue.add, urgent=False))
         events = Events(self.api, options.manager)

@@ -179,6 +179,10 @@ class Applier:
                 "Refused",
                 f"a rule of the cluster refuses {kind} {name}: {error}; change what it names, or have the rule changed",
             )
+        elif isinstance(error, Forbidden) and "resize" in str(error):
+            trouble = Trouble(
+                "ClaimNotResizable", f"{kind} {name} cannot grow: {error}; set exchange.volume.size back to what it was"
+            )
         elif isinstance(error, Forbidden):
             trouble = Trouble(
                 "Forbidden",

@@ -163,17 +163,25 @@ class Reconciler:
     # ── telling ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def _report(self, run: Run, after: RunStatus) -> None:
         status = after.model_dump(mode="json", by_alias=True, exclude_none=True)
-        if status == run.previous_status:
+        if status == run.previous_status or not self._write(run, status):
             return
-        try:
-            written = self._api.apply_status(RUN, run.key.namespace, run.key.name, status)
-        except NotFound:
-            return  # deleted meanwhile
-        self._store.put(RUN.name, written)
-        if written["metadata"]["generation"] != run.generation:
-            self._look_again(run.key)  # the watch's word of that edit counts as old by now
         for kind, reason, message in transitions(_status(run), after):
             self._events.post(run, kind, reason, message, self._clock())
+
+    def _write(self, run: Run, status: Object) -> bool:
+        """Whether the run was there still."""
+        key = run.key
+        try:
+            written = self._api.apply_status(RUN, key.namespace, key.name, status)
+            is_other = written["metadata"]["uid"] != run.uid
+            if is_other:  # a status takes no precondition, so what is said of the wrong run is taken back
+                written = self._api.apply_status(RUN, key.namespace, key.name, {})
+        except NotFound:
+            return False
+        self._store.put(RUN.name, written)
+        if is_other or written["metadata"]["generation"] != run.generation:
+            self._look_again(key)  # what the watch will say of the change counts as old by now
+        return not is_other
 
     def _tell_of(self, run: Run, other: ManagedByAnotherOperator) -> None:
         if self._told.get(run.key) == other.operator:

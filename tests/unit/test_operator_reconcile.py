@@ -378,3 +378,20 @@ def test_only_the_very_run_is_deleted(world):
     world.api.put(run_body(metadata={"uid": "uid-of-the-next"}))
     world.look()
     assert ("HeteroRLRun", "run") in world.api.objects
+
+
+def test_what_is_said_of_a_run_is_taken_back_when_another_one_took_its_name_meanwhile(world):
+    def replaced_meanwhile(verb, kind, name):
+        if verb == "status" and not replaced:
+            replaced.append(True)
+            world.api.put(run_body(metadata={"uid": "uid-of-the-next"}))
+
+    replaced = []
+    world.hears(finished=True)
+    world.reconciler._uids[KEY] = UID
+    world.api.before = replaced_meanwhile
+    world.look()
+    assert world.status == {}
+    assert world.events() == set()
+    assert world.again == [KEY]
+    assert world.store.run(KEY).uid == "uid-of-the-next"
