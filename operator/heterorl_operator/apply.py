@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from heterorl.objectnames import HASH_ANNOTATION, with_hash
 from heterorl.podtemplate import Object
 from heterorl_operator import telemetry
-from heterorl_operator.client import Api, Conflict, Forbidden, Invalid, NotFound
+from heterorl_operator.client import Api, Conflict, Forbidden, Invalid, NotFound, Transient
 from heterorl_operator.kinds import BY_NAME, CLAIM, JOB, Kind
 from heterorl_operator.observe import Problem
 from heterorl_operator.podstate import Trouble
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 MANAGER_PREFIX = "heterorl-operator/"
 
+_REFUSED_S = 600.0
+"""After so long a refused object is tried again: what refused it, as a webhook, may have changed."""
 _UNSEEN_S = 60.0
 """What no watch has brought so long after it was applied is gone, or lost its label."""
 
@@ -49,6 +51,16 @@ class _Applied:
     """Monotonic seconds."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """An object that was not acceptable."""
+
+    rendered: str
+    problem: Problem
+    at: float
+    """Monotonic seconds."""
+
+
 class Applier:
     """Applies the objects of runs. Safe to use from several threads, one run in one of them."""
 
@@ -57,7 +69,7 @@ class Applier:
         self._api, self._take_over, self._clock = api, take_over, clock
         self._lock = threading.Lock()
         self._applied: dict[Key, dict[tuple[str, str], _Applied]] = {}
-        self._refused: dict[Key, dict[tuple[str, str], tuple[str, Problem]]] = {}
+        self._refused: dict[Key, dict[tuple[str, str], _Refused]] = {}
 
     def apply(self, run: Run, desired: Iterable[Object], known: Mapping[tuple[str, str], Child]) -> list[Problem]:
         """Write what needs writing; the problems met. ManagedByAnotherOperator before anything is written.
@@ -65,7 +77,7 @@ class Applier:
         Raises ApiError when it is worth another try; what was written until then is remembered.
         """
         for child in known.values():
-            self._check_operator(child.operator)
+            self._check_operator(child)
         problems = []
         for each in desired:
             problem = self._apply_one(run, self._signed(each), known)
@@ -95,8 +107,8 @@ class Applier:
         with self._lock:
             last = self._applied.get(run.key, {}).get(place)
             refused = self._refused.get(run.key, {}).get(place)
-        if refused and refused[0] == rendered:
-            return refused[1]  # it was not acceptable, and is still the same
+        if refused and refused.rendered == rendered and self._clock() - refused.at < _REFUSED_S:
+            return refused.problem  # it was not acceptable, and is still the same
         if kind is JOB and child and is_of(child, run):
             return None  # made once, never changed
         if last and last.rendered == rendered and not self._has_drifted(child, last):
@@ -106,11 +118,17 @@ class Applier:
                 self._check_owner(run, child)
             elif not last and kind is not JOB:  # whose creation finds out by itself
                 self._check_name(run, kind, name)
-            answer = self._create(run, desired) if kind is JOB else self._write(kind, desired)
+            outlived = child is not None and child.owner_uid is None
+            answer = self._create(run, desired) if kind is JOB else self._write(kind, desired, force=outlived)
         except _NotOurs as error:
             return Problem(kind.name, name, error.trouble)
         except (Invalid, Forbidden, NotFound) as error:
             return self._problem(run.key, place, rendered, error)
+        except Transient as error:
+            if error.status < 500:
+                raise  # throttled, or away: so it would be with the next object
+            trouble = f"the API server could not write {kind.name} {name}: {error}; it is tried again"
+            return Problem(kind.name, name, Trouble("ApiServerError", trouble))
         with self._lock:
             version = int(answer["metadata"]["resourceVersion"])
             applied = _Applied(rendered, mark_of(kind.name, answer), version, self._clock())
@@ -127,9 +145,9 @@ class Applier:
                 raise
             return found  # ours, and only not seen yet
 
-    def _write(self, kind: Kind, desired: Object) -> Object:
+    def _write(self, kind: Kind, desired: Object, *, force: bool) -> Object:
         try:
-            return self._api.apply(kind, desired, force=self._take_over)
+            return self._api.apply(kind, desired, force=force or self._take_over)
         except Conflict as error:
             # The server names the managers that hold the fields: other people's edits are undone, another operator's
             # objects are left alone.
@@ -140,9 +158,11 @@ class Applier:
             log.info("%s %s was edited by hand and is set right: %s", kind.name, desired["metadata"]["name"], message)
             return self._api.apply(kind, desired, force=True)
 
-    def _check_operator(self, operator: str | None) -> None:
-        if operator and operator != self._api.manager and not self._take_over:
-            raise ManagedByAnotherOperator(operator)
+    def _check_operator(self, child: Child) -> None:
+        """Whether the object may be ours. A claim that outlived its run, and perhaps its operator, is free."""
+        foreign = child.operator is not None and child.operator != self._api.manager
+        if foreign and child.operator and child.owner_uid and not self._take_over:
+            raise ManagedByAnotherOperator(child.operator)
 
     def _check_name(self, run: Run, kind: Kind, name: str) -> Object | None:
         """The object of that name, if there is one and it is the run's."""
@@ -151,7 +171,7 @@ class Applier:
         return found
 
     def _check_owner(self, run: Run, child: Child) -> None:
-        self._check_operator(child.operator)
+        self._check_operator(child)
         if not is_of(child, run):
             raise _NotOurs(child, run)
 
@@ -194,7 +214,7 @@ class Applier:
         problem = Problem(kind, name, trouble)
         if isinstance(error, Invalid):
             with self._lock:
-                self._refused.setdefault(key, {})[place] = (rendered, problem)
+                self._refused.setdefault(key, {})[place] = _Refused(rendered, problem, self._clock())
         return problem
 
 

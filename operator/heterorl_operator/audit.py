@@ -1,7 +1,8 @@
 """Checks that the watches still bring what happens: kind by kind, what the API server has against what was seen.
 
 A watch that has gone deaf looks like a quiet cluster. Whatever is found missing is taken in, so runs go on; if there is
-something missing again at the next look, the operator says that it is unwell and is restarted.
+something missing again at the next look, and the watch brought nothing in between, the operator says that it is unwell
+and is restarted. A watch that is merely late under load is not deaf.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from heterorl_operator.store import Mark, Store
 
 log = logging.getLogger(__name__)
 
-_SETTLE_S = 5.0
+_SETTLE_S = 2.0
 """A watch may be so far behind."""
 
 
@@ -35,13 +36,13 @@ class Auditor:
         self._pause_s = every_s / (1 + len(LABELLED))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
-        self._suspects: set[str] = set()
+        self._suspects: dict[str, int] = {}  # kinds that missed something at the last look, and what was heard by then
         self.hidden: dict[Kind, str] = {}
         """Kinds that the operator has no right to see, and the API server's words."""
         self.unveiled = threading.Event()
         """A hidden kind may be seen by now: the operator has to start again to watch it."""
         self.deaf: set[str] = set()
-        """Kinds whose watch missed something at each of the last two looks."""
+        """Kinds whose watch missed something at each of the last two looks and brought nothing in between."""
 
     def start(self) -> None:
         """Begin."""
@@ -106,11 +107,13 @@ class Auditor:
     def _judge(self, kind: Kind, missed: int) -> None:
         if missed:
             log.warning("the watch of %ss missed %d changes; they are taken in now", kind.name, missed)
-        if missed and kind.name in self._suspects:
+        heard, before = self._watcher.heard[kind.name], self._suspects.pop(kind.name, None)
+        if missed:
+            self._suspects[kind.name] = heard
+        if missed and before == heard:
             self.deaf.add(kind.name)
-        if not missed:
+        else:
             self.deaf.discard(kind.name)
-        (self._suspects.add if missed else self._suspects.discard)(kind.name)
         telemetry.STALE.labels(kind.name).set(kind.name in self.deaf)
 
 

@@ -6,6 +6,7 @@ the operator is away.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +27,8 @@ class Watcher:
 
     def __init__(self, store: Store, queue: WorkQueue, applier: Applier) -> None:
         self._store, self._queue, self._applier = store, queue, applier
+        self.heard = Counter[str]()
+        """Events that the watches brought, by kind."""
 
     def saw(self, kind: Kind, event_type: str | None, body: dict[str, Any]) -> bool:
         """An object as a watch shows it, `event_type` DELETED for one that is gone; whether that was news."""
@@ -54,6 +57,7 @@ def registry_for(watcher: Watcher, kinds: Iterable[Kind]) -> kopf.OperatorRegist
 def _register(registry: kopf.OperatorRegistry, watcher: Watcher, kind: Kind) -> None:
     @kopf.on.event(kind.group, kind.version, kind.plural, registry=registry, id=f"saw-{kind.plural}")
     async def saw(event: Any, **_: Any) -> None:  # async, so that it needs no thread
+        watcher.heard[kind.name] += 1
         watcher.saw(kind, event["type"], event["object"])
 
 

@@ -27,6 +27,8 @@ from heterorl_operator.store import Child, Pod
 CLAIM_PATIENCE_S = 10.0
 """How long a claim may wait for its volume before the run says so."""
 
+_LAST_EVALUATION_S = 3600.0  # a finished learner, which keeps the weights for it, waits no longer
+
 VOLUME_IN_USE = "VolumeInUse"
 """How the preparation begins its last line when the volume holds another run."""
 
@@ -168,7 +170,8 @@ def _look_again(view: View, clock: Clock, end: End | None) -> float | None:
     if view.claim and view.claim.phase == "Pending":
         times.append(_remaining(seconds(view.claim.created) + CLAIM_PATIENCE_S, view.now))
     if end:
-        times.append(_remaining((clock.completion or view.now) + spec.learner.finish_grace_seconds, view.now))
+        for idle_s in (spec.learner.finish_grace_seconds, _LAST_EVALUATION_S):
+            times.append(_remaining((clock.completion or view.now) + idle_s, view.now))
     elif not spec.suspend:
         if spec.active_deadline_seconds:
             times.append(spec.active_deadline_seconds - elapsed)
@@ -266,7 +269,9 @@ def _replicas(view: View, clock: Clock, end: End | None, *, busy: bool) -> Repli
     spec, elapsed = view.run.spec, clock.elapsed_s(view.now)
     nobody = {group.name: 0 for group in spec.samplers}
     if end:
-        grace_over = view.now >= (clock.completion or view.now) + spec.learner.finish_grace_seconds
+        ended = clock.completion or view.now
+        grace_over = view.now >= ended + spec.learner.finish_grace_seconds
+        busy = busy and view.now < ended + _LAST_EVALUATION_S
         idles = end.reason not in ("DeadlineExceeded", "PreparationFailed") and (
             not grace_over or (end.succeeded and busy)
         )

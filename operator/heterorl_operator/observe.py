@@ -83,7 +83,7 @@ def transitions(before: RunStatus, after: RunStatus) -> Iterator[tuple[str, str,
             yield "Warning" if each.type == "Failed" else "Normal", each.reason, each.message
         elif each.type == "Suspended" and earlier and earlier.status == "True":
             yield "Normal", "Resumed", "the run goes on"
-        elif each.type != "Ready" and each.status == "False" and each.reason in _TROUBLES:
+        elif each.status == "False" and each.reason in (_TROUBLES if each.type != "Ready" else ("InvalidSpec",)):
             yield "Warning", each.reason, each.message
     desired, wanted = ({group.name: group.desired for group in status.samplers} for status in (before, after))
     for name in wanted.keys() - desired.keys() if before.samplers else ():
@@ -155,10 +155,18 @@ def _ready(
         return Judgement("False", suspended.reason, suspended.message)
     needed = [parts[kind] for kind in ("StorageReady", "Prepared", "LearnerReady", "SamplersAvailable")]
     troubled = [part for part in needed if part.status != "True"]
-    # What somebody has to do something about goes before what will come by itself.
-    if worst := next((part for part in troubled if part.reason in _TROUBLES), troubled[0] if troubled else None):
+    if troubled:
+        worst = min(troubled, key=_severity)
         return Judgement("False", worst.reason, worst.message)
     return Judgement("True", "Running", "learner and samplers are at work")
+
+
+def _severity(part: Judgement) -> int:
+    """What somebody has to do something about goes before what will come by itself.
+
+    A claim may only wait for a pod that no node takes (`volumeBindingMode: WaitForFirstConsumer`).
+    """
+    return 2 if part.reason not in _TROUBLES else 1 if part.reason == "ClaimPending" else 0
 
 
 def _storage(view: View, problems: Sequence[Problem]) -> Judgement:
@@ -267,6 +275,8 @@ def _idle(view: View, decision: Decision) -> Judgement | None:
         return Judgement("False", decision.end.reason, decision.end.message)
     if view.run.spec.suspend:
         return Judgement("False", "Suspended", "the run is suspended")
+    if preparation_trouble(view):
+        return Judgement("False", "NotPrepared", "nothing runs before model and data are on the volume")
     return None
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from pydantic import ValidationError
 
 from heterorl.manifests import Images, desired_state, evaluation_job
-from heterorl.objectnames import claim_name, learner_name
+from heterorl.objectnames import claim_name, evaluation_name, learner_name, prepare_name
 from heterorl.podbuilder import metrics_port
 from heterorl.podtemplate import Object
 from heterorl.spec import HeteroRLRun
@@ -96,6 +97,7 @@ class Reconciler:
         except ManagedByAnotherOperator as other:
             self._tell_of(run, other)
             return None
+        decision = _without_impossible(view, decision, problems)
         self._progresses.want(key, _target(view, decision))
         self._report(run, status_of(view, decision, problems))
         next_s = self._next_look(view, decision)
@@ -142,7 +144,8 @@ class Reconciler:
         names = {(each["kind"], each["metadata"]["name"]) for each in desired}
         for (kind, name), child in view.children.items():
             undesired = child.owner_uid == run.uid and not child.deleting and (kind, name) not in names
-            stopped = kind == JOB.name and not child.phase and not decision.with_jobs
+            superseded = name.startswith(f"{view.name}-prepare-") and name != prepare_name(view.run)
+            stopped = kind == JOB.name and not child.phase and (superseded or not decision.with_jobs)
             if undesired and (kind == DEPLOYMENT.name or stopped):
                 self._api.delete(BY_NAME[kind], run.key.namespace, name, child.uid)
         return problems
@@ -216,6 +219,15 @@ def _status(run: Run) -> RunStatus:
 def _invalid(error: ValidationError) -> Trouble:
     problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
     return Trouble("InvalidSpec", f"the manifest cannot be used: {problems}; `heterorl validate FILE` explains it")
+
+
+def _without_impossible(view: View, decision: Decision, problems: Sequence[Problem]) -> Decision:
+    """An evaluation whose Job is refused for good is given up, so that nobody waits for it."""
+    refused = {problem.name for problem in problems if problem.trouble.reason in _LASTING}
+    if decision.evaluation is None or evaluation_name(view.name, decision.evaluation.step) not in refused:
+        return decision
+    failed = decision.failed_evaluations | {decision.evaluation.step}
+    return replace(decision, failed_evaluations=failed)
 
 
 def _hidden(kind: Kind, words: str) -> Problem:

@@ -84,6 +84,23 @@ def test_watches_that_are_cut_and_an_api_server_that_restarts_are_survived(clust
         assert len(listed(cluster, namespace, "jobs")) == 1
 
 
+def test_a_watch_that_has_gone_deaf_is_noticed_and_what_it_missed_is_taken_in(cluster, namespace, proxy):
+    give_volume(cluster, namespace)
+    group = {"name": "near", "engine": "transformers"}
+    options = ("--namespace", namespace, "--resync-seconds", "4")  # every kind has its turn twice in that time
+    with operator(cluster, *options, kubeconfig=proxy.kubeconfig) as process:
+        apply(cluster, namespace, run_manifest())
+        wait_for(lambda: condition(cluster, namespace, "Prepared").get("status") == "True", "the preparation")
+        proxy.deaf = True
+        for count in (2, 3, 4):
+            patch(cluster, namespace, "run", {"samplers": [{**group, "replicas": count}]})
+            wait_for(lambda n=count: replicas(cluster, namespace, "run-sampler-near") == n, "the edit", 90)
+        wait_for(lambda: not process.healthy(), "the alarm", 90)
+        proxy.deaf = False
+        proxy.cut_watches()
+        wait_for(process.healthy, "its recovery", 90)
+
+
 def test_an_operator_killed_at_ten_moments_brings_the_run_to_the_same_end(cluster, namespace):
     chance = random.Random(11)
     give_volume(cluster, namespace, "calm")

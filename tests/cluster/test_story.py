@@ -27,6 +27,7 @@ from operators import (
 CLUSTER = {"level": "node"}
 SYSTEM = "heterorl-system"
 STEPS = 12
+NOWHERE = "127.0.0.1:9/of/dreams:1"  # nobody listens there, which shows at once: no name has to be looked up
 CHART = images.ROOT / "charts" / "heterorl"
 
 VALUES = {
@@ -159,10 +160,14 @@ def test_helm_install_kubectl_apply_kubectl_logs(site, installed, helm):
 
 
 def test_vllm_samples_in_a_pod_for_a_learner_of_two_pods(site, installed):
-    manifest = run_of("pair", [("near", "vllm")], replicas=2, steps=3)
+    manifest = run_of("pair", [("near", "vllm")], replicas=2, steps=3, finishGraceSeconds=20)
     start(site, manifest)
-    told = ended(site, "pair", "Succeeded", 400)
-    assert told["samplers"][0]["rollouts"] >= 12  # three steps of four groups
+    ended(site, "pair", "Succeeded", 400)
+
+    def rollouts():
+        return status(site.cluster, site.namespace, "pair")["samplers"][0].get("rollouts", 0)
+
+    wait_for(lambda: rollouts() >= 12, "the sampler's last word: three steps of four groups")
     where = ("-n", site.namespace)
     assert "step 3/3" in site.cluster.kubectl("logs", *where, "pair-learner-0")
 

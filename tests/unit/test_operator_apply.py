@@ -244,10 +244,10 @@ def test_what_lacks_a_right_or_quota_is_tried_at_each_look(api, applier, run):
     assert applier.apply(run, [desired()], {}) == []
 
 
-def test_a_server_that_cannot_answer_ends_the_look_and_what_was_written_is_not_written_again(api, applier, run):
+def test_a_server_that_is_away_ends_the_look_and_what_was_written_is_not_written_again(api, applier, run):
     def away(verb, kind, name):
         if kind == "Deployment":
-            raise Transient(503, "ServiceUnavailable", "etcd is away")
+            raise Transient(0, "Unreachable", "the API server does not answer")
 
     api.before = away
     both = [desired("ConfigMap", "run-config"), desired()]
@@ -256,3 +256,30 @@ def test_a_server_that_cannot_answer_ends_the_look_and_what_was_written_is_not_w
     api.before = lambda verb, kind, name: None
     assert applier.apply(run, both, {}) == []
     assert api.writes().count(("apply", "ConfigMap/run-config")) == 1
+
+
+def test_an_object_that_the_server_fails_on_is_told_and_the_others_are_written(api, applier, run):
+    def webhook(verb, kind, name):
+        if kind == "ConfigMap":
+            raise Transient(500, "InternalError", "failed calling webhook")
+
+    api.before = webhook
+    (problem,) = applier.apply(run, [desired("ConfigMap", "run-config"), desired()], {})
+    assert (problem.kind, problem.trouble.reason) == ("ConfigMap", "ApiServerError")
+    assert "failed calling webhook" in problem.trouble.message
+    assert ("apply", "Deployment/run-sampler-near") in api.writes()
+
+
+def test_a_refused_object_is_tried_again_after_ten_minutes(api, run):
+    now = [0.0]
+    applier = Applier(api, clock=lambda: now[0])
+    refusals = []
+
+    def refuse(verb, kind, name):
+        refusals.append(now[0])
+        raise Invalid(422, "Invalid", "a webhook says no")
+
+    api.before = refuse
+    for now[0] in (0.0, 599.0, 601.0):
+        applier.apply(run, [desired()], {})
+    assert [at for at in refusals if at] == [601.0]

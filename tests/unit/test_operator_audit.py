@@ -115,6 +115,17 @@ def test_a_watch_that_misses_something_twice_in_a_row_is_deaf_until_it_misses_no
     wait_for(lambda: not auditor.deaf)
 
 
+def test_a_watch_that_is_late_and_still_brings_something_is_not_deaf(auditor, api, store):
+    auditor.load()
+    auditor.start()
+    for _ in range(4):
+        seen = store.children(KEY)[NAME].resource_version
+        auditor._watcher.heard["Deployment"] += 1  # as kopf's handler counts
+        api.put(body(*NAME))
+        wait_for(lambda seen=seen: store.children(KEY)[NAME].resource_version > seen)
+        assert auditor.deaf == set()
+
+
 def test_a_kind_that_may_be_seen_by_now_asks_for_a_new_start(auditor, api):
     def forbid(verb, kind, name):
         if kind == "Deployment":

@@ -149,15 +149,16 @@ def test_a_finished_run_gives_its_samplers_back_at_once_and_its_learner_after_th
     assert counts(decide(view(349, spec=spec, before=succeeded(50)))) == (1, {"near": 0})
     decision = decide(view(350, spec=spec, before=succeeded(50)))
     assert counts(decision) == (0, {"near": 0})
-    assert decision.look_again_s is None
+    assert decision.look_again_s == 3300.0  # an hour after the end at 50 s
 
 
-def test_a_finished_learner_stays_for_its_last_evaluation():
+def test_a_finished_learner_stays_for_its_last_evaluation_but_not_for_more_than_an_hour():
     due = Progress(prepared=True, finished=True, evaluations_due=(Version(8, 1),))
-    assert counts(decide(view(9000, before=succeeded(), progress=due)))[0] == 1
-    assert counts(decide(view(9000, before=succeeded(), progress=FINISHED)))[0] == 0
+    assert counts(decide(view(3000, before=succeeded(), progress=due)))[0] == 1
+    assert counts(decide(view(3000, before=succeeded(), progress=FINISHED)))[0] == 0
     running = children(body("Job", "run-eval-8"))
-    assert counts(decide(view(9000, before=succeeded(), progress=FINISHED, children=running)))[0] == 1
+    assert counts(decide(view(3000, before=succeeded(), progress=FINISHED, children=running)))[0] == 1
+    assert counts(decide(view(4000, before=succeeded(), progress=due, children=running)))[0] == 0
 
 
 def test_a_record_is_deleted_when_it_was_kept_long_enough():
