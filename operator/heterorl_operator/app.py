@@ -84,6 +84,7 @@ class Operator:
             options.images,
             self.auditor.hidden,
             self.queue.add,
+            partial(self.queue.add, urgent=False),
         )
         self._workers = [
             threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(options.workers)

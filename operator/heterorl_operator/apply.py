@@ -185,37 +185,27 @@ class Applier:
         self, key: Key, place: tuple[str, str], rendered: str, error: Invalid | Forbidden | NotFound
     ) -> Problem:
         kind, name = place
-        if isinstance(error, Invalid):
-            trouble = Trouble(
-                "InvalidPodTemplate",
-                f"the API server refuses {kind} {name}: {error}; correct the podTemplate or the field it names",
-            )
-        elif isinstance(error, Forbidden) and "exceeded quota" in str(error):
-            trouble = Trouble(
-                "QuotaExceeded", f"{kind} {name} cannot be made: {error}; raise the quota or ask for less"
-            )
-        elif isinstance(error, Forbidden) and " cannot " not in str(error):  # as it says of rights
-            trouble = Trouble(
-                "Refused",
-                f"a rule of the cluster refuses {kind} {name}: {error}; change what it names, or have the rule changed",
-            )
-        elif isinstance(error, Forbidden) and "resize" in str(error):
-            trouble = Trouble(
-                "ClaimNotResizable", f"{kind} {name} cannot grow: {error}; set exchange.volume.size back to what it was"
-            )
-        elif isinstance(error, Forbidden):
-            trouble = Trouble(
-                "Forbidden",
-                f"the operator may not write {kind} {name}: {error}; give its service account the chart's Role in this"
-                " namespace (watch.namespaces)",
-            )
-        else:
-            trouble = Trouble("NamespaceGone", f"{kind} {name} cannot be made: {error}")
-        problem = Problem(kind, name, trouble)
+        problem = Problem(kind, name, _trouble(f"{kind} {name}", error))
         if isinstance(error, Invalid):
             with self._lock:
                 self._refused.setdefault(key, {})[place] = _Refused(rendered, problem, self._clock())
         return problem
+
+
+def _trouble(what: str, error: Invalid | Forbidden | NotFound) -> Trouble:
+    """Why an object cannot be written, and what to do."""
+    if isinstance(error, Invalid):
+        way_out = "correct the podTemplate or the field it names"
+        return Trouble("InvalidPodTemplate", f"the API server refuses {what}: {error}; {way_out}")
+    if isinstance(error, NotFound):
+        return Trouble("NamespaceGone", f"{what} cannot be made: {error}")
+    if "exceeded quota" in str(error):
+        return Trouble("QuotaExceeded", f"{what} cannot be made: {error}; raise the quota or ask for less")
+    if " cannot " not in str(error):  # as the API server says of rights
+        way_out = "change what it names, or have the rule changed"
+        return Trouble("Refused", f"a rule of the cluster refuses {what}: {error}; {way_out}")
+    way_out = "give its service account the chart's Role in this namespace (watch.namespaces)"
+    return Trouble("Forbidden", f"the operator may not write {what}: {error}; {way_out}")
 
 
 class _NotOurs(Exception):

@@ -56,16 +56,18 @@ class Reconciler:
         images: Images,
         hidden: Mapping[Kind, str],
         look_again: Callable[[Key], None],
+        report_later: Callable[[Key], None],
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`hidden`: kinds that the operator has no right to see, and the API server's words.
 
-        `look_again` is called for a run that turns out to have changed during the look.
+        `look_again` is called for a run that turns out to have changed during the look, `report_later` for a new one
+        whose status may wait until no other run waits for its objects: a second look writes it.
         """
         self._api, self._store, self._applier = api, store, applier
         self._progresses, self._events, self._images = progresses, events, images
-        self._hidden, self._look_again = hidden, look_again
+        self._hidden, self._look_again, self._report_later = hidden, look_again, report_later
         self._clock = clock
         self._uids: dict[Key, str] = {}  # of the runs looked at
         self._told: dict[Key, str] = {}  # the other operator that a run was found with
@@ -79,8 +81,9 @@ class Reconciler:
         if run is None or run.deleting:
             self._forget(key)
             return None
-        if self._uids.get(key) != run.uid:  # another run may have had the name
-            self._forget(key)
+        is_new = self._uids.get(key) != run.uid
+        if is_new:
+            self._forget(key)  # another run may have had the name
             self._uids[key] = run.uid
         try:
             manifest = _parsed(run.manifest)
@@ -97,6 +100,10 @@ class Reconciler:
         except ManagedByAnotherOperator as other:
             self._tell_of(run, other)
             return None
+        if is_new and not view.before.conditions and not problems:
+            # To the API server a status is as much work as all of the run's objects.
+            self._report_later(key)
+            return self._next_look(view, decision)
         decision = _without_impossible(view, decision, problems)
         self._progresses.want(key, _target(view, decision))
         self._report(run, status_of(view, decision, problems))

@@ -209,6 +209,9 @@ def test_dropping_a_block_first_does_not_open_the_way_to_a_claim(runs):
         assert "claimName cannot change" in runs.refusal(runs.try_patch, "test", volume(claimName="other"))
 
 
+OF_A_GROUP = (
+    "samplers[].(promptsPerBatch, gpus, tensorParallel, gpuMemoryUtilization, kvCacheBytes, threads, podTemplate)"
+)
 WHEN_SUSPENDED = [
     ({"mode": "online"}, "mode"),
     ({"rewards": [{"name": "format"}]}, "rewards"),
@@ -220,13 +223,13 @@ WHEN_SUSPENDED = [
     ({"learner": {"batch": {"groups": 16}}}, "learner"),
     ({"learner": {"podTemplate": {"nodeSelector": {"gpu": "h200"}}}}, "learner"),
     ({"exchange": {"maxPendingGroups": 128}}, "exchange"),
-    (near(promptsPerBatch=4), "samplers[].promptsPerBatch"),
-    (near(gpus=1), "samplers[].gpus"),
-    (near(tensorParallel=2), "samplers[].tensorParallel"),
-    (near(gpuMemoryUtilization=0.5), "samplers[].gpuMemoryUtilization"),
-    (near(kvCacheBytes=2**30), "samplers[].kvCacheBytes"),
-    (near(threads=2), "samplers[].threads"),
-    (near(podTemplate={"nodeSelector": {"gpu": "h200"}}), "samplers[].podTemplate"),
+    (near(promptsPerBatch=4), OF_A_GROUP),
+    (near(gpus=1), OF_A_GROUP),
+    (near(tensorParallel=2), OF_A_GROUP),
+    (near(gpuMemoryUtilization=0.5), OF_A_GROUP),
+    (near(kvCacheBytes=2**30), OF_A_GROUP),
+    (near(threads=2), OF_A_GROUP),
+    (near(podTemplate={"nodeSelector": {"gpu": "h200"}}), OF_A_GROUP),
 ]
 
 

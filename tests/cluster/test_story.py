@@ -24,6 +24,10 @@ from operators import (
     wait_for_state,
 )
 
+from heterorl.podbuilder import METRICS_PORT
+from heterorl.progress_metrics import parse_progress
+from heterorl_operator.client import Api
+
 CLUSTER = {"level": "node"}
 SYSTEM = "heterorl-system"
 STEPS = 12
@@ -112,7 +116,7 @@ def steps_in(log):
     return [int(step) for step in re.findall(rf"step (\d+)/{STEPS}  reward", log)]
 
 
-def test_helm_install_kubectl_apply_kubectl_logs(site, installed, helm):
+def test_helm_install_kubectl_apply_kubectl_logs(site, installed, helm, api):
     cluster, where = site.cluster, ("-n", site.namespace)
     assert "kubectl apply" in installed  # the notes tell the next command
     helm("test", "heterorl", "--namespace", SYSTEM, "--timeout", "120s", kubeconfig=cluster.kubeconfig)
@@ -123,6 +127,8 @@ def test_helm_install_kubectl_apply_kubectl_logs(site, installed, helm):
     cluster.kubectl("delete", *where, "pod/story-learner-0", "--wait=false")  # it is taken away, and resumes
     seen = wait_for(lambda: status(cluster, site.namespace, "story").get("learner", {}).get("step"), "progress", 60)
     assert 0 < seen <= STEPS
+    proxied = Api(api, "test").through_proxy(site.namespace, "story-learner-0", METRICS_PORT, "/metrics")
+    assert parse_progress(proxied).steps == STEPS  # as from where pods cannot be reached (progress.mode: proxy)
     assert re.search(r"story +Running +\d+ +12 ", cluster.kubectl("get", "hrl", *where))
 
     told = ended(site, "story", "Succeeded")

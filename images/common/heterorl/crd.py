@@ -242,10 +242,12 @@ def change_rules() -> list[Rule]:
             parts = _guarded_parts(name, block)
             unchanged = " && ".join(f"self.{part} == oldSelf.{part}" for part in parts)
             rules.append((f"oldSelf.suspend || ({unchanged})", _only_suspended(name)))
-    for key in _fields(SamplerGroup):
-        if key != "name" and not within(("samplers", "", key), LIVE + IMMUTABLE):
-            same = f"self.samplers.all(g, oldSelf.samplers.all(o, o.name != g.name || o.{key} == g.{key}))"
-            rules.append((f"oldSelf.suspend || {same}", _only_suspended(f"samplers[].{key}")))
+    # One rule for all parts of a group: rules are judged at every write of a status, and this one walks two lists.
+    parts = [key for key in _fields(SamplerGroup) if key != "name"]
+    parts = [key for key in parts if not within(("samplers", "", key), LIVE + IMMUTABLE)]
+    unchanged = " && ".join(f"o.{part} == g.{part}" for part in parts)
+    same = f"self.samplers.all(g, oldSelf.samplers.all(o, o.name != g.name || ({unchanged})))"
+    rules.append((f"oldSelf.suspend || {same}", _only_suspended(f"samplers[].({', '.join(parts)})")))
     return rules
 
 
