@@ -25,14 +25,14 @@ test-unit: setup
 	$(BIN)/python -m pytest tests/unit tests/contract
 
 # Kubernetes, etcd, containerd and the rest, built from pinned Go modules: a quarter of an hour, then cached.
-cluster-programs: setup
-	$(BIN)/python tests/cluster/build.py
+cluster-programs:
+	$(PYTHON) tests/cluster/build.py
 
 # A cluster to play with until Ctrl-C: make cluster LEVEL=apiserver|controllers|kwok|node
-cluster: cluster-programs
+cluster: setup cluster-programs
 	$(BIN)/python tests/cluster/harness.py $(or $(LEVEL),controllers)
 
-test-cluster: cluster-programs
+test-cluster: setup cluster-programs
 	$(BIN)/python -m pytest tests/cluster
 
 # Time, memory and writes of the operator with many runs, recorded in docs/benchmarks.md: half an hour.

@@ -9,6 +9,7 @@ the table into docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import statistics
@@ -135,11 +136,13 @@ def bare_loop(runs: int) -> float:
         return time.monotonic() - started
 
 
-def measure(runs: int, *, rest_s: float = REST_S, say: Callable[[str], None] = print) -> Result:
+def measure(
+    runs: int, *, rest_s: float = REST_S, with_submission: bool = True, say: Callable[[str], None] = print
+) -> Result:
     """Everything, on fresh clusters."""
     bare_s = bare_loop(runs)
     say(f"{runs} runs: the bare loop took {bare_s:.1f} s")
-    submitted_s = _submitted(runs)
+    submitted_s = _submitted(runs) if with_submission else math.nan
     say(f"{runs} runs: {submitted_s:.1f} s from the first run's creation to the last object")
     with Cluster("kwok") as cluster:
         bench = Bench(cluster)
