@@ -211,7 +211,7 @@ class Reconciler:
         return min((each for each in times if each is not None), default=None)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)  # a run is looked at several times in a row; each takes tens of kilobytes
 def _parsed(manifest: bytes) -> HeteroRLRun:
     return HeteroRLRun.model_validate_json(manifest)
 

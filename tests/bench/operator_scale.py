@@ -9,7 +9,6 @@ the table into docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import platform
 import statistics
@@ -50,8 +49,6 @@ class Result:
     """The bare loop: all objects applied."""
     children_s: float
     """From the operator's start to the last object."""
-    submitted_s: float
-    """From the first run's creation to the last object, the operator being up."""
     p50_s: float
     """From the change of one run, the others at rest, to its object's change."""
     p99_s: float
@@ -142,14 +139,10 @@ def bare_loop(runs: int) -> float:
         return time.monotonic() - started
 
 
-def measure(
-    runs: int, *, rest_s: float = REST_S, with_submission: bool = True, say: Callable[[str], None] = print
-) -> Result:
+def measure(runs: int, *, rest_s: float = REST_S, say: Callable[[str], None] = print) -> Result:
     """Everything, on fresh clusters."""
     bare_s = bare_loop(runs)
     say(f"{runs} runs: the bare loop took {bare_s:.1f} s")
-    submitted_s = _submitted(runs) if with_submission else math.nan
-    say(f"{runs} runs: {submitted_s:.1f} s from the first run's creation to the last object")
     with Cluster("kwok") as cluster:
         bench = Bench(cluster)
         bench.give_volumes(runs)
@@ -178,28 +171,12 @@ def measure(
         runs=runs,
         bare_s=bare_s,
         children_s=children_s,
-        submitted_s=submitted_s,
         p50_s=statistics.median(latencies),
         p99_s=latencies[min(len(latencies) - 1, int(0.99 * len(latencies)))],
         memory=memory,
         writes_per_minute=writes,
         synced_s=synced_s,
     )
-
-
-def _submitted(runs: int) -> float:
-    with Cluster("kwok") as cluster:
-        bench = Bench(cluster)
-        bench.give_volumes(runs)
-        operator = OperatorProcess(cluster, "heterorl", ["--namespace", NAMESPACE], cluster.kubeconfig)
-        try:
-            operator.start()
-            started = time.monotonic()
-            bench.submit(runs)
-            bench.wait_for_children(runs, operator)
-            return time.monotonic() - started
-        finally:
-            operator.stop()
 
 
 def _latencies(bench: Bench, runs: int) -> list[float]:
@@ -235,7 +212,6 @@ COLUMNS = {
     "bare loop": lambda r: f"{r.bare_s:.1f} s",
     "all children": lambda r: f"{r.children_s:.1f} s",
     "ratio": lambda r: f"{r.ratio:.2f}",
-    "with submission": lambda r: f"{r.submitted_s:.1f} s",
     "change p50": lambda r: f"{1000 * r.p50_s:.0f} ms",
     "change p99": lambda r: f"{1000 * r.p99_s:.0f} ms",
     "memory": lambda r: f"{r.memory / 1e6:.0f} MB",

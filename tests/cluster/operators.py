@@ -24,11 +24,11 @@ LIMIT_S = 30.0
 
 
 class OperatorProcess(Server):
-    """An operator on this machine; it acts as whoever the kubeconfig says."""
+    """An operator on this machine, with its image's environment; it acts as whoever the kubeconfig says."""
 
     def __init__(self, cluster: Cluster, name: str, arguments: list[str], kubeconfig: Path) -> None:
         (self.port,) = free_ports(1)
-        command = ["env", f"KUBECONFIG={kubeconfig}", sys.executable, "-m", "heterorl_operator"]
+        command = ["env", f"KUBECONFIG={kubeconfig}", "MALLOC_ARENA_MAX=2", sys.executable, "-m", "heterorl_operator"]
         command += ["--release", name, "--host", "127.0.0.1", "--port", str(self.port), "--progress", "pod-ip"]
         command += ["--progress-seconds", "1", *arguments]
         super().__init__(name, command, cluster.folder / "logs" / f"{name}-{self.port}.log")

@@ -14,7 +14,7 @@ import operator_scale
 
 def test_a_hundred_runs_are_made_kept_and_found_again(needs, capsys):
     needs("kwok")
-    result = operator_scale.measure(100, rest_s=15, with_submission=False)
+    result = operator_scale.measure(100, rest_s=15)
     with capsys.disabled():
         print(f"\n{operator_scale.table([result])}")
     assert result.writes_per_minute == 0
