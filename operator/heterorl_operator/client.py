@@ -28,7 +28,7 @@ from heterorl_operator import telemetry
 from heterorl_operator.kinds import POD, Kind
 
 _TIMEOUT_S = (5.0, 30.0)  # to connect, to answer
-_PAGE = 250
+_PAGE = 100
 _JSON = "application/json"
 _METADATA = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 _IN_CLUSTER = "KUBERNETES_SERVICE_HOST"

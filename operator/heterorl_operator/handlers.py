@@ -73,7 +73,7 @@ def settings() -> kopf.OperatorSettings:
     chosen.watching.server_timeout = 300
     chosen.watching.client_timeout = 330
     chosen.watching.connect_timeout = 10
-    chosen.watching.chunk_size = 500
+    chosen.watching.chunk_size = 100  # a page of bodies is in memory at once
     chosen.networking.request_timeout = 30
     for kind in LABELLED:
         chosen.watching.label_selectors[kind.group, kind.version, kind.plural] = RUN_LABEL
