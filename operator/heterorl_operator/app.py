@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
+import signal
 import threading
 import time
 from contextlib import ExitStack
@@ -31,6 +34,8 @@ from heterorl_operator.workqueue import Key, WorkQueue
 
 log = logging.getLogger(__name__)
 
+_FIRST_LOOKS_S = 120.0
+"""How long edits may go unseen after a start while every run is looked at for the first time."""
 _STUCK_S = 120.0
 """A look that takes so long hangs. A long queue does not: there may be thousands of runs after a start."""
 
@@ -69,7 +74,7 @@ class Operator:
             raise UserError(f"there is no cluster to work on: {error}; set KUBECONFIG, or run in a pod") from error
         self.api = Api(client, options.manager)
         self.store, self.queue = Store(), WorkQueue()
-        self.applier = Applier(self.api, take_over=options.take_over)
+        self.applier = Applier(self.api, self.store, take_over=options.take_over)
         self.watcher = Watcher(self.store, self.queue, self.applier)
         self.auditor = Auditor(self.api, self.store, self.watcher, options.namespaces, options.resync_s / 2)
         mode = options.progress if options.progress != "auto" else "pod-ip" if in_cluster() else "proxy"
@@ -90,7 +95,7 @@ class Operator:
             threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(options.workers)
         ]
         self._unsynced: set[Key] = set()
-        self._loaded = threading.Event()
+        self._loaded, self._synced = threading.Event(), threading.Event()
 
     async def run(self) -> None:
         """Watch until told to stop by a signal; returns, or raises, when the watches end."""
@@ -104,20 +109,24 @@ class Operator:
             for part in (self.progresses, self.auditor):
                 part.start()
                 leaving.callback(part.stop)
-            try:
-                await kopf.operator(
-                    registry=registry_for(self.watcher, (k for k in (RUN, *LABELLED) if k not in self.auditor.hidden)),
-                    stop_flag=self.auditor.unveiled,
-                    settings=settings(),
-                    standalone=True,
-                    clusterwide=not self.options.namespaces,
-                    namespaces=self.options.namespaces,
-                )
-                if self.auditor.unveiled.is_set():
-                    log.warning("there are kinds that may be seen by now; the operator starts again to watch them")
-            finally:
-                self.auditor.unveiled.set()  # a thread of kopf's waits for it, and the loop for that thread
+            # All that there was has been listed, and what happens to it meanwhile comes with kopf's own list: watching
+            # the objects of many new runs appear would cost as much as making them.
+            await asyncio.to_thread(self._synced.wait, _FIRST_LOOKS_S)
+            threading.Thread(target=self._leave_when_more_may_be_seen, daemon=True).start()
+            await kopf.operator(
+                registry=registry_for(self.watcher, (k for k in (RUN, *LABELLED) if k not in self.auditor.hidden)),
+                settings=settings(),
+                standalone=True,
+                clusterwide=not self.options.namespaces,
+                namespaces=self.options.namespaces,
+            )
         log.info("stopped")
+
+    def _leave_when_more_may_be_seen(self) -> None:
+        # By a signal, as kopf waits for seconds before it lets go of a stop flag.
+        self.auditor.unveiled.wait()
+        log.warning("there are kinds that may be seen by now; the operator has to start again to watch them")
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _load(self) -> None:
         try:
@@ -131,7 +140,7 @@ class Operator:
             where = ", ".join(self.options.namespaces) or "all namespaces"
             raise UserError(f"the operator may not look at {where}: {error}; see the chart's rbac values") from error
         self._unsynced = set(self.store.run_keys())
-        telemetry.SYNCED.set(not self._unsynced)
+        self._note_synced()
         self._loaded.set()
         log.info("%d runs are there", len(self._unsynced))
         for key in self.store.run_keys():
@@ -149,7 +158,12 @@ class Operator:
                 telemetry.RECONCILE_SECONDS.observe(time.monotonic() - started)
                 self.queue.done(key)
             self._unsynced.discard(key)
-            telemetry.SYNCED.set(not self._unsynced)
+            self._note_synced()
+
+    def _note_synced(self) -> None:
+        if not self._unsynced:
+            self._synced.set()
+        telemetry.SYNCED.set(self._synced.is_set())
 
     def _look_at(self, key: Key) -> str:
         """Reconcile, and see to it that the run is looked at again; the result in one word."""

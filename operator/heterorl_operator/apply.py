@@ -19,7 +19,7 @@ from heterorl_operator.client import Api, Conflict, Forbidden, Invalid, NotFound
 from heterorl_operator.kinds import BY_NAME, CLAIM, JOB, Kind
 from heterorl_operator.observe import Problem
 from heterorl_operator.podstate import Trouble
-from heterorl_operator.store import OPERATOR_ANNOTATION, Child, Run, child_of, mark_of
+from heterorl_operator.store import OPERATOR_ANNOTATION, Child, Run, Store, child_of, mark_of
 from heterorl_operator.workqueue import Key
 
 log = logging.getLogger(__name__)
@@ -64,8 +64,11 @@ class _Refused:
 class Applier:
     """Applies the objects of runs. Safe to use from several threads, one run in one of them."""
 
-    def __init__(self, api: Api, *, take_over: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
-        """`take_over`: also take runs that another operator kept."""
+    def __init__(
+        self, api: Api, store: Store, *, take_over: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`store` is told of what is written, before the watches tell. `take_over`: take another operator's runs."""
+        self._store = store
         self._api, self._take_over, self._clock = api, take_over, clock
         self._lock = threading.Lock()
         self._applied: dict[Key, dict[tuple[str, str], _Applied]] = {}
@@ -134,6 +137,7 @@ class Applier:
             applied = _Applied(rendered, mark_of(kind.name, answer), version, self._clock())
             self._applied.setdefault(run.key, {})[place] = applied
             self._refused.get(run.key, {}).pop(place, None)
+        self._store.put(kind.name, answer)  # so that the watch's word of it is no news
         telemetry.APPLIES.labels(kind.name).inc()
         return None
 

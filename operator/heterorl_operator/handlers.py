@@ -18,7 +18,7 @@ from heterorl_operator.kinds import LABELLED, RUN, Kind
 from heterorl_operator.store import Store
 from heterorl_operator.workqueue import WorkQueue
 
-_TOGETHER_S = 0.5
+_TOGETHER_S = 1.0
 """A run's objects change in bursts: what they report is looked at together, and after runs that are new or edited."""
 
 

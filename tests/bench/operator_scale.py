@@ -37,6 +37,8 @@ OBJECTS = 8  # ConfigMap, claim, Service, Job, StatefulSet, three Deployments
 CONCURRENT = 8
 CHANGES = 50
 REST_S = 60.0
+QUIET_S = 15.0
+"""Without a write for so long, the cluster is at rest."""
 LIMIT_S = 1800.0
 
 
@@ -120,10 +122,11 @@ class Bench:
     def settle(self, runs: int, operator: OperatorProcess) -> None:
         """Wait until every pod was made and nothing is written any more."""
         wait_for(lambda: self.count(POD) >= runs * (2 + len(GROUPS)), "the pods", LIMIT_S)
-        before = -1.0
-        while (now := operator.metric("heterorl_operator_writes_total")) != before:
-            before = now
-            time.sleep(5)
+        quiet_since, before = time.monotonic(), -1.0
+        while time.monotonic() - quiet_since < QUIET_S:
+            if (now := operator.metric("heterorl_operator_writes_total")) != before:
+                quiet_since, before = time.monotonic(), now
+            time.sleep(1)
 
 
 def bare_loop(runs: int) -> float:
@@ -156,6 +159,7 @@ def measure(runs: int, *, rest_s: float = REST_S, say: Callable[[str], None] = p
             say(f"{runs} runs: the operator made all objects in {children_s:.1f} s")
             bench.settle(runs, operator)
             latencies = sorted(_latencies(bench, runs))
+            bench.settle(runs, operator)  # those changes made pods
             before = operator.metric("heterorl_operator_writes_total")
             time.sleep(rest_s)
             writes = (operator.metric("heterorl_operator_writes_total") - before) * 60 / rest_s

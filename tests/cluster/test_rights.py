@@ -172,7 +172,7 @@ def look_without_watches(kubeconfig: Path, namespaces: tuple[str, ...], monkeypa
     monkeypatch.setattr("heterorl_operator.audit._SETTLE_S", 0.0)
     with config.new_client_from_config(str(kubeconfig)) as client:
         api, store = Api(client, "heterorl-operator/deaf"), Store()
-        auditor = Auditor(api, store, Watcher(store, WorkQueue(), Applier(api)), namespaces, every_s=0.1)
+        auditor = Auditor(api, store, Watcher(store, WorkQueue(), Applier(api, store)), namespaces, every_s=0.1)
         auditor.start()
         try:
             wait_for(lambda: all(store.seen(kind.name) for kind in (RUN, *LABELLED)), "every kind to be seen")

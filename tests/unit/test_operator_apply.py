@@ -25,7 +25,7 @@ def clock():
 
 @pytest.fixture
 def applier(api, clock):
-    return Applier(api, clock=lambda: clock[0])
+    return Applier(api, Store(), clock=lambda: clock[0])
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_a_run_of_another_operator_is_not_touched(api, applier, run, seen):
         applier.apply(run, [desired("ConfigMap", "run-config")], known(api) if seen else {})
     assert told.value.operator == OTHER
     assert api.writes() == []
-    Applier(api, take_over=True).apply(run, [desired("ConfigMap", "run-config")], known(api))
+    Applier(api, Store(), take_over=True).apply(run, [desired("ConfigMap", "run-config")], known(api))
     assert api.objects["ConfigMap", "run-config"]["metadata"]["annotations"]["heterorl.dev/operator"] == MANAGER
 
 
@@ -272,7 +272,7 @@ def test_an_object_that_the_server_fails_on_is_told_and_the_others_are_written(a
 
 def test_a_refused_object_is_tried_again_after_ten_minutes(api, run):
     now = [0.0]
-    applier = Applier(api, clock=lambda: now[0])
+    applier = Applier(api, Store(), clock=lambda: now[0])
     refusals = []
 
     def refuse(verb, kind, name):

@@ -41,7 +41,7 @@ def queue():
 def auditor(api, store, queue, monkeypatch):
     monkeypatch.setattr(audit, "_SETTLE_S", 0.0)
     monkeypatch.setattr(handlers, "_TOGETHER_S", 0.0)
-    watcher = Watcher(store, queue, Applier(api))
+    watcher = Watcher(store, queue, Applier(api, store))
     made = Auditor(api, store, watcher, (), every_s=0.08)
     yield made
     made.stop()

@@ -29,7 +29,7 @@ def queue():
 @pytest.fixture
 def watcher(store, queue, monkeypatch):
     monkeypatch.setattr(handlers, "_TOGETHER_S", 0.02)
-    return Watcher(store, queue, Applier(FakeApi()))
+    return Watcher(store, queue, Applier(FakeApi(), store))
 
 
 def deployment(version, **fields):

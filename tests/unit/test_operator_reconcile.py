@@ -49,7 +49,7 @@ class World:
         self.now = START
         self.again, self.later = [], []  # the runs that were asked to be looked at again, at once or by the way
         self.api, self.store = FakeApi(), Store()
-        self.applier = Applier(self.api, clock=lambda: self.now)
+        self.applier = Applier(self.api, self.store, clock=lambda: self.now)
         self.progresses = Progresses(None, "pod-ip", 15.0, lambda key: None)
         self.hidden = {}
         self.reconciler = Reconciler(
