@@ -183,8 +183,8 @@ def test_vllm_samples_in_a_pod_for_a_learner_of_two_pods(site, installed):
 def test_an_image_that_cannot_be_had_is_said_within_half_a_minute(site, installed):
     manifest = run_of("lost", [("near", "transformers")])
     manifest["spec"]["samplers"][0]["podTemplate"] = {
-        "image": "registry.invalid/of/dreams:1",
-        "imagePullPolicy": "Always",
+        "image": NOWHERE,
+        "imagePullPolicy": "Never",
     }
     start(site, manifest)
     samplers = wait_for_reason(site.cluster, site.namespace, "SamplersAvailable", "ImagePullFailed", "lost")
