@@ -106,12 +106,13 @@ class Operator:
             leaving.callback(self.queue.close)
             for worker in self._workers:
                 worker.start()
-            for part in (self.progresses, self.auditor):
-                part.start()
-                leaving.callback(part.stop)
+            self.progresses.start()
+            leaving.callback(self.progresses.stop)
             # All that there was has been listed, and what happens to it meanwhile comes with kopf's own list: watching
             # the objects of many new runs appear would cost as much as making them.
             await asyncio.to_thread(self._synced.wait, _FIRST_LOOKS_S)
+            self.auditor.start()  # there is nothing to compare before there are watches
+            leaving.callback(self.auditor.stop)
             threading.Thread(target=self._leave_when_more_may_be_seen, daemon=True).start()
             await kopf.operator(
                 registry=registry_for(self.watcher, (k for k in (RUN, *LABELLED) if k not in self.auditor.hidden)),

@@ -21,6 +21,7 @@ from kubernetes import client, config
 sys.path.insert(0, str(Path(__file__).parent))
 import build
 import images
+import operators
 from harness import Cluster, Unavailable, find_programs
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +91,13 @@ def namespace(cluster: Cluster) -> Iterator[str]:
     cluster.kubectl("create", "namespace", name)
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture
+def running(cluster: Cluster, namespace: str) -> Iterator[operators.OperatorProcess]:
+    """An operator for the test's namespace."""
+    with operators.operator(cluster, "--namespace", namespace) as process:
+        yield process
 
 
 @pytest.fixture(scope="module")

@@ -35,13 +35,6 @@ CLUSTER = {"level": "kwok"}
 pytestmark = pytest.mark.usefixtures("crd")
 
 
-@pytest.fixture
-def running(cluster, namespace):
-    """An operator for the test's namespace."""
-    with operator(cluster, "--namespace", namespace) as process:
-        yield process
-
-
 def owned_by_nothing(objects):
     return [name for name, each in objects.items() if "ownerReferences" not in each["metadata"]]
 

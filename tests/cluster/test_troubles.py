@@ -35,12 +35,6 @@ RIGHTS = [
 ]
 
 
-@pytest.fixture
-def running(cluster, namespace):
-    with operator(cluster, "--namespace", namespace) as process:
-        yield process
-
-
 def learner_with(**template):
     return {"podTemplate": template}
 
