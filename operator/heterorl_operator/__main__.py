@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import os
 import sys
@@ -22,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, set up, watch; exit code 2 for what its user has to put right, 1 for what a restart may mend."""
     options = _parse(arguments)
     try:
-        asyncio.run(Operator(options).run())
+        Operator(options).run()
     except UserError as error:
         log.error("%s", error)
         return error.exit_code

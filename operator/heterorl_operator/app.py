@@ -1,4 +1,4 @@
-"""Puts the parts together: watches in kopf's loop, workers, scrapers and the auditor in threads of their own."""
+"""Puts the parts together: watches (kopf), workers, scrapers and the auditor, all in threads of their own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import signal
 import threading
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -38,6 +37,8 @@ _FIRST_LOOKS_S = 120.0
 """How long edits may go unseen after a start while every run is looked at for the first time."""
 _STUCK_S = 120.0
 """A look that takes so long hangs. A long queue does not: there may be thousands of runs after a start."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -96,38 +97,56 @@ class Operator:
         ]
         self._unsynced: set[Key] = set()
         self._loaded, self._synced = threading.Event(), threading.Event()
+        self._failure: Exception | None = None  # what ended the watches
 
-    async def run(self) -> None:
-        """Watch until told to stop by a signal; returns, or raises, when the watches end."""
-        with ExitStack() as leaving:
-            endpoint = leaving.enter_context(self._endpoint())
+    def run(self) -> None:
+        """Work until SIGTERM or SIGINT; called once, in the main thread.
+
+        Raises UserError, or an ApiError, or whatever else ended the work by itself.
+        """
+        # Before there are threads, so that all of them leave these signals to this one, which does nothing but wait for
+        # them: whatever the others are in the middle of, the operator leaves at once.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        with self._endpoint() as endpoint:
             log.info("%s serves /healthz and /metrics on port %d", self.options.manager, endpoint.port)
+            threading.Thread(target=self._run, name="watches", daemon=True).start()
+            signal.sigwait(_SIGNALS)
+        for stop in (self.queue.close, self.progresses.stop, self.auditor.stop):
+            stop()
+        if self._failure:
+            raise self._failure
+        log.info("stopped")
+
+    def _run(self) -> None:
+        try:
             self._load()
-            leaving.callback(self.queue.close)
             for worker in self._workers:
                 worker.start()
             self.progresses.start()
-            leaving.callback(self.progresses.stop)
             # All that there was has been listed, and what happens to it meanwhile comes with kopf's own list: watching
             # the objects of many new runs appear would cost as much as making them.
-            await asyncio.to_thread(self._synced.wait, _FIRST_LOOKS_S)
+            self._synced.wait(_FIRST_LOOKS_S)
             self.auditor.start()  # there is nothing to compare before there are watches
-            leaving.callback(self.auditor.stop)
             threading.Thread(target=self._leave_when_more_may_be_seen, daemon=True).start()
-            await kopf.operator(
-                registry=registry_for(self.watcher, (k for k in (RUN, *LABELLED) if k not in self.auditor.hidden)),
-                settings=settings(),
-                standalone=True,
-                clusterwide=not self.options.namespaces,
-                namespaces=self.options.namespaces,
-            )
-        log.info("stopped")
+            asyncio.run(self._watch())
+        except Exception as error:
+            self._failure = error
+        _leave()
+
+    async def _watch(self) -> None:
+        logging.getLogger(kopf.operator.__module__).setLevel(logging.ERROR)  # it warns that it gets no signals
+        await kopf.operator(
+            registry=registry_for(self.watcher, (k for k in (RUN, *LABELLED) if k not in self.auditor.hidden)),
+            settings=settings(),
+            standalone=True,
+            clusterwide=not self.options.namespaces,
+            namespaces=self.options.namespaces,
+        )
 
     def _leave_when_more_may_be_seen(self) -> None:
-        # By a signal, as kopf waits for seconds before it lets go of a stop flag.
         self.auditor.unveiled.wait()
         log.warning("there are kinds that may be seen by now; the operator has to start again to watch them")
-        os.kill(os.getpid(), signal.SIGTERM)
+        _leave()
 
     def _load(self) -> None:
         try:
@@ -212,3 +231,8 @@ class Operator:
         if self.auditor.deaf:
             return False, f"the watches of {', '.join(sorted(self.auditor.deaf))} bring nothing"
         return True, "ok"
+
+
+def _leave() -> None:
+    """Have the main thread end the process."""
+    os.kill(os.getpid(), signal.SIGTERM)

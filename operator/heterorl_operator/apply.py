@@ -74,8 +74,13 @@ class Applier:
         self._applied: dict[Key, dict[tuple[str, str], _Applied]] = {}
         self._refused: dict[Key, dict[tuple[str, str], _Refused]] = {}
 
-    def apply(self, run: Run, desired: Iterable[Object], known: Mapping[tuple[str, str], Child]) -> list[Problem]:
+    def apply(
+        self, run: Run, desired: Iterable[Object], known: Mapping[tuple[str, str], Child], *, trusting: bool = False
+    ) -> list[Problem]:
         """Write what needs writing; the problems met. ManagedByAnotherOperator before anything is written.
+
+        `trusting`: an object whose annotation says that it was rendered like this is left alone for now, though
+        somebody may have edited it while nobody watched. It does not count as applied: the next apply writes it.
 
         Raises ApiError when it is worth another try; what was written until then is remembered.
         """
@@ -83,7 +88,7 @@ class Applier:
             self._check_operator(child)
         problems = []
         for each in desired:
-            problem = self._apply_one(run, self._signed(each), known)
+            problem = self._apply_one(run, self._signed(each), known, trusting)
             if problem:
                 problems.append(problem)
         return problems
@@ -103,7 +108,9 @@ class Applier:
         return with_hash({**desired, "metadata": {**metadata, "annotations": annotations}})
 
     # ── one object ───────────────────────────────────────────────────────────────────────────────────────────────────
-    def _apply_one(self, run: Run, desired: Object, known: Mapping[tuple[str, str], Child]) -> Problem | None:
+    def _apply_one(
+        self, run: Run, desired: Object, known: Mapping[tuple[str, str], Child], trusting: bool
+    ) -> Problem | None:
         kind, name = BY_NAME[desired["kind"]], desired["metadata"]["name"]
         place, rendered = (kind.name, name), desired["metadata"]["annotations"][HASH_ANNOTATION]
         child = known.get(place)
@@ -112,8 +119,8 @@ class Applier:
             refused = self._refused.get(run.key, {}).get(place)
         if refused and refused.rendered == rendered and self._clock() - refused.at < _REFUSED_S:
             return refused.problem  # it was not acceptable, and is still the same
-        if kind is JOB and child and is_of(child, run):
-            return None  # made once, never changed
+        if child and is_of(child, run) and (kind is JOB or (trusting and child.rendered == rendered)):
+            return None  # a Job is made once, never changed
         if last and last.rendered == rendered and not self._has_drifted(child, last):
             return None
         try:

@@ -56,18 +56,19 @@ class Reconciler:
         images: Images,
         hidden: Mapping[Kind, str],
         look_again: Callable[[Key], None],
-        report_later: Callable[[Key], None],
+        look_later: Callable[[Key], None],
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`hidden`: kinds that the operator has no right to see, and the API server's words.
 
-        `look_again` is called for a run that turns out to have changed during the look, `report_later` for a new one
-        whose status may wait until no other run waits for its objects: a second look writes it.
+        `look_again` is called for a run that turns out to have changed during the look, `look_later` for one that is
+        looked at for the first time: a second look, once no other run waits for its first, does what may wait. That is
+        the status of a new run, and undoing what somebody did to a known one's objects before the operator's start.
         """
         self._api, self._store, self._applier = api, store, applier
         self._progresses, self._events, self._images = progresses, events, images
-        self._hidden, self._look_again, self._report_later = hidden, look_again, report_later
+        self._hidden, self._look_again, self._look_later = hidden, look_again, look_later
         self._clock = clock
         self._uids: dict[Key, str] = {}  # of the runs looked at
         self._told: dict[Key, str] = {}  # the other operator that a run was found with
@@ -96,14 +97,15 @@ class Reconciler:
             self._api.delete(RUN, key.namespace, key.name, run.uid)
             return None
         try:
-            problems = self._bring_about(run, view, decision)
+            problems = self._bring_about(run, view, decision, trusting=is_new)
         except ManagedByAnotherOperator as other:
             self._tell_of(run, other)
             return None
-        if is_new and not view.before.conditions and not problems:
-            # To the API server a status is as much work as all of the run's objects.
-            self._report_later(key)
-            return self._next_look(view, decision)
+        if is_new:
+            self._look_later(key)
+            if not view.before.conditions and not problems:
+                # To the API server a status is as much work as all of the run's objects.
+                return self._next_look(view, decision)
         decision = _without_impossible(view, decision, problems)
         self._progresses.want(key, _target(view, decision))
         self._report(run, status_of(view, decision, problems))
@@ -144,10 +146,10 @@ class Reconciler:
         return child_of(CLAIM.name, found) if found else None
 
     # ── doing ────────────────────────────────────────────────────────────────────────────────────────────────────────
-    def _bring_about(self, run: Run, view: View, decision: Decision) -> list[Problem]:
+    def _bring_about(self, run: Run, view: View, decision: Decision, *, trusting: bool) -> list[Problem]:
         desired = self._desired(run, view, decision)
         problems = [_hidden(kind, words) for kind, words in self._hidden.items()]
-        problems += self._applier.apply(run, desired, self._store.children(run.key))
+        problems += self._applier.apply(run, desired, self._store.children(run.key), trusting=trusting)
         names = {(each["kind"], each["metadata"]["name"]) for each in desired}
         for (kind, name), child in view.children.items():
             undesired = child.owner_uid == run.uid and not child.deleting and (kind, name) not in names

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from sys import intern
 from typing import Any, NamedTuple
 
-from heterorl.objectnames import GROUP_LABEL, ROLE_LABEL, RUN_LABEL
+from heterorl.objectnames import GROUP_LABEL, HASH_ANNOTATION, ROLE_LABEL, RUN_LABEL
 from heterorl.podtemplate import Object
 from heterorl_operator.kinds import CONFIG_MAP, JOB, POD, RUN, SERVICE
 from heterorl_operator.workqueue import Key
@@ -37,6 +37,8 @@ class Child:
     """Changes when somebody changes what it asks for; empty for kinds that do not tell."""
     owner_uid: str | None
     """Of its controller."""
+    rendered: str
+    """The hash of what was applied, as its annotation says."""
     run: str
     """As its label says."""
     operator: str | None
@@ -211,6 +213,7 @@ def child_of(kind: str, body: Object) -> Child:
         resource_version=int(metadata["resourceVersion"]),
         mark=mark_of(kind, body),
         owner_uid=_controller(metadata),
+        rendered=annotations.get(HASH_ANNOTATION, ""),
         run=(metadata.get("labels") or {}).get(RUN_LABEL, ""),
         operator=_interned(annotations.get(OPERATOR_ANNOTATION)),
         created=metadata["creationTimestamp"],

@@ -51,6 +51,7 @@ def test_a_run_is_made_trains_ends_and_is_cleared_away_step_by_step(cluster, nam
         spec = learner.spec(steps=10, finishGraceSeconds=4)
         apply(cluster, namespace, run_manifest(**spec, ttlSecondsAfterFinished=8))
         wait_for(lambda: status(cluster, namespace).get("learner", {}).get("step") == 3, "the learner's step")
+        wait_for(lambda: condition(cluster, namespace, "Ready")["status"] == "True", "its samplers")
         seen = status(cluster, namespace)
         assert seen["state"] == "Running"
         assert seen["learner"] == {
@@ -156,7 +157,9 @@ def test_a_learner_that_gave_up_fails_the_run_with_its_words(cluster, namespace,
         assert replicas(cluster, namespace, "run-sampler-near") == 0
 
 
-def test_the_operator_leaves_at_once_when_it_is_asked_to(running):
+@pytest.mark.parametrize("after_s", [0.0, 2.0])  # while it starts to watch, and later
+def test_the_operator_leaves_at_once_when_it_is_asked_to(running, after_s):
+    time.sleep(after_s)
     running.stop()
     assert running.process.returncode == 0
 

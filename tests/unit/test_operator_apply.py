@@ -77,6 +77,23 @@ def test_what_somebody_changed_is_set_right(api, applier, run, kind):
     assert api.objects[kind, "run-sampler-near"]["spec"] == {"replicas": 1}
 
 
+def test_at_a_first_look_what_is_there_as_rendered_is_left_for_the_second(api, applier, run):
+    applier.apply(run, [desired()], {})
+    edited = api.objects["Deployment", "run-sampler-near"]
+    api.put({**edited, "spec": {"replicas": 5}})
+    restarted = Applier(api, Store())
+    restarted.apply(run, [desired()], known(api), trusting=True)
+    assert len(api.writes()) == 1
+    restarted.apply(run, [desired()], known(api))
+    assert api.objects["Deployment", "run-sampler-near"]["spec"] == {"replicas": 1}
+
+
+def test_at_a_first_look_what_is_rendered_differently_is_written(api, applier, run):
+    applier.apply(run, [desired()], {})
+    Applier(api, Store()).apply(run, [desired(replicas=2)], known(api), trusting=True)
+    assert api.objects["Deployment", "run-sampler-near"]["spec"] == {"replicas": 2}
+
+
 def test_what_a_controller_reports_in_an_object_is_no_change(api, applier, run):
     applier.apply(run, [desired()], {})
     api.put({**api.objects["Deployment", "run-sampler-near"], "status": {"readyReplicas": 1}})

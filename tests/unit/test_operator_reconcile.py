@@ -45,10 +45,10 @@ OBJECTS = {
 class World:
     """An operator without its watches; `watch` brings what they would."""
 
-    def __init__(self):
+    def __init__(self, api=None):
         self.now = START
         self.again, self.later = [], []  # the runs that were asked to be looked at again, at once or by the way
-        self.api, self.store = FakeApi(), Store()
+        self.api, self.store = api or FakeApi(), Store()
         self.applier = Applier(self.api, self.store, clock=lambda: self.now)
         self.progresses = Progresses(None, "pod-ip", 15.0, lambda key: None)
         self.hidden = {}
@@ -131,6 +131,21 @@ def test_a_new_run_gets_its_objects_first_and_its_status_by_the_way(world):
     world.reconciler.reconcile(KEY)
     assert world.status["state"] == "Pending"
     assert world.later == [KEY]
+
+
+def test_after_a_restart_a_second_look_undoes_what_was_edited_meanwhile(world):
+    world.look()
+    deployment = world.api.objects["Deployment", "run-sampler-near"]
+    world.api.put({**deployment, "spec": {**deployment["spec"], "replicas": 7}})
+    restarted = World(world.api)
+    restarted.watch()
+    writes = len(world.api.writes())
+    restarted.reconciler.reconcile(KEY)
+    assert len(world.api.writes()) == writes
+    assert restarted.later == [KEY]
+    restarted.reconciler.reconcile(KEY)
+    assert restarted.replicas("Deployment", "run-sampler-near") == 1
+    assert restarted.later == [KEY]
 
 
 def test_a_run_gets_its_objects_and_a_status_and_then_nothing_is_written(world):
