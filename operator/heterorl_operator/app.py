@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
+from zlib import crc32
 
 import kopf
 from kubernetes.config import ConfigException
@@ -206,7 +207,8 @@ class Operator:
             return "error"
         self.queue.succeeded(key)
         if self.store.run(key):
-            resync_s = self.options.resync_s * (0.9 + 0.2 * (hash(key) % 1000) / 1000)  # not all of them at once
+            spread = crc32(str(key).encode()) % 1000 / 1000  # not all of them at once
+            resync_s = self.options.resync_s * (0.9 + 0.2 * spread)
             self.queue.add_after(key, resync_s if next_s is None else min(next_s, resync_s))
         return "ok"
 

@@ -17,7 +17,7 @@ from heterorl.podtemplate import Object
 from heterorl.spec import HeteroRLRun
 from heterorl.status import RunStatus
 from heterorl_operator.apply import Applier, ManagedByAnotherOperator, is_of
-from heterorl_operator.client import Api, NotFound
+from heterorl_operator.client import Api, Forbidden, NotFound
 from heterorl_operator.events import Events
 from heterorl_operator.kinds import BY_NAME, CLAIM, DEPLOYMENT, JOB, RUN, Kind
 from heterorl_operator.life import Decision, View, decide
@@ -91,7 +91,15 @@ class Reconciler:
         except ValidationError as error:
             self._report(run, refused(_status(run), run.generation, _invalid(error), self._clock()))
             return None
-        view = self._view(run, manifest)
+        try:
+            return self._look(run, manifest, is_new)
+        except Forbidden as error:
+            message = f"the operator may not do all of its work: {error}; give its service account the chart's Role"
+            self._report(run, refused(_status(run), run.generation, Trouble("Forbidden", message), self._clock()))
+            raise Unfinished(message, None) from error
+
+    def _look(self, run: Run, manifest: HeteroRLRun, is_new: bool) -> float | None:
+        key, view = run.key, self._view(run, manifest)
         decision = decide(view)
         if decision.expired:
             self._api.delete(RUN, key.namespace, key.name, run.uid)

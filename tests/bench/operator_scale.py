@@ -110,9 +110,9 @@ class Bench:
         return sum(self.count(kind) for kind in BY_NAME.values() if kind not in (RUN, POD)) - 1
 
     def wait_for_children(self, runs: int, operator: OperatorProcess) -> None:
-        """Until all are there. The operator is asked first: counting is work for the API server."""
+        """Until all are there. The operator is asked first, and not often: both that and counting is work for them."""
         applied = lambda: operator.metric("heterorl_operator_applies_total") >= runs * OBJECTS  # noqa: E731
-        wait_for(applied, "the applies", LIMIT_S)
+        wait_for(applied, "the applies", LIMIT_S, every_s=0.5)
         wait_for(lambda: self.children() == runs * OBJECTS, "the objects", LIMIT_S)
 
     def submit(self, runs: int) -> None:
@@ -167,7 +167,8 @@ def measure(runs: int, *, rest_s: float = REST_S, say: Callable[[str], None] = p
             operator.kill()
             started = time.monotonic()
             super(OperatorProcess, operator).start()
-            wait_for(lambda: operator.metric("heterorl_operator_synced") == 1.0, "the look at every run", LIMIT_S)
+            synced = lambda: operator.metric("heterorl_operator_synced") == 1.0  # noqa: E731
+            wait_for(synced, "the look at every run", LIMIT_S, every_s=0.5)
             synced_s = time.monotonic() - started
         finally:
             operator.stop()

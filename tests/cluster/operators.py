@@ -132,12 +132,12 @@ def give_volume(cluster: Cluster, namespace: str, run: str = "run") -> None:
 
 
 # ── looking ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def wait_for(look: Callable[[], Any], what: str, limit_s: float = LIMIT_S) -> Any:
+def wait_for(look: Callable[[], Any], what: str, limit_s: float = LIMIT_S, every_s: float = 0.1) -> Any:
     """What `look` returns once it is truthy."""
     deadline = time.monotonic() + limit_s
     while not (found := look()):
         assert time.monotonic() < deadline, f"waited {limit_s:g} s for {what}"
-        time.sleep(0.1)
+        time.sleep(every_s)
     return found
 
 

@@ -463,6 +463,7 @@ def test_a_fresh_volume_becomes_the_runs_and_stays_so(on_volume: Callable[..., E
         run.occupy()
     run.mark_prepared({"model": "made"})
     assert run.prepared == {"model": "made", "run": "uid-1"}
+    assert run.successor is None
     assert json.loads(run.run_file.read_bytes())["metadata"]["uid"] == "uid-1"
 
 
@@ -493,6 +494,7 @@ def test_a_resumed_run_takes_the_volume_over_with_all_that_is_on_it(on_volume: C
     second.occupy()
     assert second.prepared == {"model": "made", "run": "uid-2"}
     assert first.prepared is None
+    assert (first.successor, second.successor) == ("again", None)
     assert second.list_versions() == [V3]
     assert json.loads(second.run_file.read_bytes())["metadata"]["name"] == "again"
 

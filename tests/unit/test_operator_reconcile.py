@@ -350,6 +350,25 @@ def test_a_kind_that_must_not_be_seen_is_told(world):
     assert world.reason("SamplersAvailable") == "Forbidden"
 
 
+def test_a_group_that_may_not_be_deleted_is_told(world):
+    def refuse(verb, kind, name):
+        if verb == "delete":
+            raise Forbidden(403, "Forbidden", 'cannot delete resource "deployments"')
+
+    world.edit(spec_of(samplers=[{"name": "near"}, {"name": "far"}]))
+    world.watch()
+    world.look()
+    world.watch()
+    world.edit(spec_of())
+    world.watch()
+    world.api.before = refuse
+    for _ in range(2):
+        with pytest.raises(Unfinished, match='cannot delete resource "deployments"; give its service account'):
+            world.look()
+    assert world.reason("Ready") == "Forbidden"
+    assert ("Deployment", "run-sampler-far") in world.api.objects
+
+
 def test_an_api_server_that_is_away_ends_the_look(world):
     def away(verb, kind, name):
         raise Transient(503, "ServiceUnavailable", "away")

@@ -268,6 +268,15 @@ class Exchange:
         return marker if ours else None
 
     @property
+    def successor(self) -> str | None:
+        """Name of the run that took the volume over from this one; None while it is ours."""
+        marker = self._read_json(self._marker)
+        if marker is None or not self._reads_elsewhere or marker.get("run") == self.run_id:
+            return None
+        found = self._read_json(self.run_file)
+        return str(found["metadata"]["name"] if found else marker["run"])
+
+    @property
     def _marker(self) -> Path:
         return self.root / "prepared.json"
 
