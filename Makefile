@@ -35,9 +35,10 @@ cluster: setup cluster-programs
 test-cluster: setup cluster-programs
 	$(BIN)/python -m pytest tests/cluster
 
-# Time, memory and writes of the operator with many runs, recorded in docs/benchmarks.md: half an hour.
+# Time, memory and writes of the operator with many runs, recorded in docs/benchmarks.md: half an hour. With RUNS=1000
+# that row alone is printed.
 bench-operator: setup cluster-programs
-	$(BIN)/python tests/bench/operator_scale.py --record $(RUNS)
+	$(BIN)/python tests/bench/operator_scale.py $(or $(RUNS),--record)
 
 # The container images, with buildah or docker: make images REGISTRY=registry.example.com/heterorl EXTRA=sampler-cpu
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)

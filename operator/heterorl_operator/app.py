@@ -226,7 +226,9 @@ class Operator:
 
     def health(self) -> tuple[bool, str]:
         """Whether it works, and why not."""
-        if self._loaded.is_set() and not all(worker.is_alive() for worker in self._workers if worker.ident):
+        if not self._loaded.is_set():
+            return False, "it has not listed yet what there is"
+        if not all(worker.is_alive() for worker in self._workers if worker.ident):
             return False, "a worker died"
         if (worked := self.queue.longest_s()) > _STUCK_S:
             return False, f"a look at a run has taken {worked:.0f} s; its worker hangs"

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 MANAGER_PREFIX = "heterorl-operator/"
 
-_REFUSED_S = 600.0
+_REFUSED_S = 300.0
 """After so long a refused object is tried again: what refused it, as a webhook, may have changed."""
 _UNSEEN_S = 60.0
 """What no watch has brought so long after it was applied is gone, or lost its label."""
@@ -84,14 +84,18 @@ class Applier:
 
         Raises ApiError when it is worth another try; what was written until then is remembered.
         """
-        for child in known.values():
-            self._check_operator(child)
+        self.check(known)
         problems = []
         for each in desired:
             problem = self._apply_one(run, self._signed(each), known, trusting)
             if problem:
                 problems.append(problem)
         return problems
+
+    def check(self, known: Mapping[tuple[str, str], Child]) -> None:
+        """ManagedByAnotherOperator if one of a run's objects is another operator's."""
+        for child in known.values():
+            self._check_operator(child)
 
     def forget(self, key: Key, kind: str | None = None, name: str | None = None) -> None:
         """An object of the run is gone, or the run is."""

@@ -136,12 +136,14 @@ def decide(view: View) -> Decision:
     evaluating = _evaluating(view)
     with_jobs = not view.run.spec.suspend and (end is None or end.succeeded)
     replicas = _replicas(view, clock, end, busy=evaluating or bool(open_evaluations))
+    # Only a learner tells that a version is evaluated: with none to come its Job would be made again and again.
+    may_evaluate = with_jobs and not evaluating and replicas.learner > 0
     return Decision(
         clock=clock,
         end=end,
         replicas=replicas,
         failed_evaluations=failed,
-        evaluation=open_evaluations[0] if with_jobs and open_evaluations and not evaluating else None,
+        evaluation=open_evaluations[0] if may_evaluate and open_evaluations else None,
         with_jobs=with_jobs,
         expired=_remaining(_expiry(view, clock), view.now) == 0.0,
         look_again_s=_look_again(view, clock, end),
@@ -247,7 +249,8 @@ def _said_of_volume(view: View) -> Trouble | None:
 
 def _samplers_lost(view: View) -> Trouble | None:
     spec = view.run.spec
-    pods = [pod for group in spec.samplers for pod in view.pods_of("sampler", group.name)]
+    groups = [view.pods_of("sampler", group.name) for group in spec.samplers if group.replicas]
+    pods = [pod for group in groups for pod in group]
     if mistaken := next((pod for pod in pods if has_user_error(pod)), None):
         line = (mistaken.exit_message.strip().splitlines() or ["it left no message"])[-1]
         return Trouble(
@@ -255,7 +258,8 @@ def _samplers_lost(view: View) -> Trouble | None:
             f"sampler pod {mistaken.name}: {line}; put it right and start a new run on the volume with resume: true",
         )
     budget = spec.failure_policy.sampler_restarts
-    if pods and all(is_given_up(pod, budget) for pod in pods):
+    # A group without pods may get some: its availability may ask for none now.
+    if groups and all(groups) and all(is_given_up(pod, budget) for pod in pods):
         return Trouble(
             "SamplersCrashed",
             f"every sampler crashed more than {budget} times"

@@ -87,35 +87,35 @@ class Reconciler:
             self._forget(key)  # another run may have had the name
             self._uids[key] = run.uid
         try:
-            manifest = _parsed(run.manifest)
-        except ValidationError as error:
-            self._report(run, refused(_status(run), run.generation, _invalid(error), self._clock()))
+            self._applier.check(self._store.children(key))  # what is another operator's gets no word either
+            return self._look(run, is_new)
+        except ManagedByAnotherOperator as other:
+            self._tell_of(run, other)
             return None
-        try:
-            return self._look(run, manifest, is_new)
         except Forbidden as error:
             message = f"the operator may not do all of its work: {error}; give its service account the chart's Role"
             self._report(run, refused(_status(run), run.generation, Trouble("Forbidden", message), self._clock()))
             raise Unfinished(message, None) from error
 
-    def _look(self, run: Run, manifest: HeteroRLRun, is_new: bool) -> float | None:
+    def _look(self, run: Run, is_new: bool) -> float | None:
+        try:
+            manifest = _parsed(run.manifest)
+        except ValidationError as error:
+            self._report(run, refused(_status(run), run.generation, _invalid(error), self._clock()))
+            return None
         key, view = run.key, self._view(run, manifest)
         decision = decide(view)
         if decision.expired:
             self._api.delete(RUN, key.namespace, key.name, run.uid)
             return None
-        try:
-            problems = self._bring_about(run, view, decision, trusting=is_new)
-        except ManagedByAnotherOperator as other:
-            self._tell_of(run, other)
-            return None
+        problems = self._bring_about(run, view, decision, trusting=is_new)
         if is_new:
             self._look_later(key)
             if not view.before.conditions and not problems:
                 # To the API server a status is as much work as all of the run's objects.
                 return self._next_look(view, decision)
         decision = _without_impossible(view, decision, problems)
-        self._progresses.want(key, _target(view, decision))
+        self._progresses.want(key, _target(view, decision), at_rest=not decision.replicas.learner)
         self._report(run, status_of(view, decision, problems))
         next_s = self._next_look(view, decision)
         if passing := [problem for problem in problems if problem.trouble.reason not in _LASTING]:

@@ -81,14 +81,18 @@ class Progresses:
         """Ask no more."""
         self._queue.close()
 
-    def want(self, key: Key, target: Target | None) -> None:
-        """From now on ask this pod about the run; None asks nobody, what was said last stays."""
+    def want(self, key: Key, target: Target | None, *, at_rest: bool = False) -> None:
+        """From now on ask this pod about the run; None asks nobody, what was said last stays.
+
+        `at_rest`: nobody is meant to train, so that the time since the last step means nothing any more.
+        """
         with self._lock:
             known = self._targets.get(key)
             if target is None:
                 self._targets.pop(key, None)
                 if heard := self._heard.get(key):
-                    self._heard[key] = replace(heard, unreachable="", failures=0)
+                    told = replace(heard.progress, stalled_s=None) if heard.progress and at_rest else heard.progress
+                    self._heard[key] = replace(heard, progress=told, unreachable="", failures=0)
                 return
             self._targets[key] = target
             if known != target and (heard := self._heard.get(key)):

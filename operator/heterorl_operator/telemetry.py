@@ -30,6 +30,9 @@ ERRORS = Counter("heterorl_operator_errors", "Answers of the API server that wer
 SYNCED = Gauge("heterorl_operator_synced", "1 once every run was looked at after the start")
 STALE = Gauge("heterorl_operator_watch_stale", "1 while the watch of a kind lags behind the API server", ["kind"])
 
+_IDLE = ("Suspended", "Succeeded", "Failed")
+"""States in which nobody is late."""
+
 
 class RunsCollector(Collector):
     """How far the runs are, from their statuses."""
@@ -52,7 +55,9 @@ class RunsCollector(Collector):
             status = found.previous_status
             states[status.get("state", "Pending")] += 1
             learner = status.get("learner", {})
-            told = ((step, learner.get("step")), (lag, learner.get("lag")), (stalled, self._stalled_s(key)))
+            told = [(step, learner.get("step"))]
+            if status.get("state") not in _IDLE:
+                told += [(lag, learner.get("lag")), (stalled, self._stalled_s(key))]
             for family, value in told:
                 if value is not None:
                     family.add_metric(list(key), value)

@@ -198,6 +198,7 @@ class Node:
             "enforceNodeAllocatable": [],
             "failCgroupV1": False,
             "failSwapOn": False,
+            "syncFrequency": "5s",  # how soon pods see that their ConfigMap was edited; a minute by default
             "makeIPTablesUtilChains": False,
             "registerNode": True,
             # A full disk of this machine is not the pods' affair.

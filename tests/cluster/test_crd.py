@@ -19,7 +19,9 @@ from heterorl.spec import HeteroRLRun
 pytestmark = pytest.mark.usefixtures("crd")
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+GOLDEN = ROOT / "tests" / "unit" / "golden"
+# The last has every field of a podTemplate.
+EXAMPLES = [*sorted((ROOT / "examples").rglob("*.yaml")), GOLDEN / "far-site.run.yaml"]
 BROKEN_MANIFESTS = yaml.safe_load((ROOT / "tests" / "broken_manifests.yaml").read_text())
 RUNS = {"group": "heterorl.dev", "version": "v1alpha1", "plural": "heterorlruns"}
 Run = dict[str, Any]
@@ -96,6 +98,12 @@ def test_example_is_accepted_and_gets_the_same_defaults_as_on_the_command_line(c
     assert json.loads(applied)["spec"] == without_nulls(load_run(path).resolved()["spec"])
 
 
+def test_all_that_a_pod_template_can_say_is_taken_by_kubernetes(cluster, namespace):
+    rendered = (GOLDEN / "far-site.yaml").read_text().replace("namespace: far\n", f"namespace: {namespace}\n")
+    options = ("--dry-run=server", "--server-side", "--validate=strict", "-f", "-")
+    assert len(cluster.kubectl("apply", *options, stdin=rendered).splitlines()) == rendered.count("\nkind: ")
+
+
 def test_smallest_manifest_gets_the_same_defaults_as_on_the_command_line(runs):
     run = HeteroRLRun.model_validate(manifest())
     assert runs.try_create(manifest())["spec"] == without_nulls(run.resolved()["spec"])
@@ -111,6 +119,7 @@ def without_nulls(value: Any) -> Any:
 @pytest.mark.parametrize("broken", BROKEN_MANIFESTS, ids=lambda broken: broken["at"])
 def test_each_rule_across_fields_refuses_with_its_message(runs, broken):
     assert broken["refusal"] in runs.refusal(runs.try_create, manifest(**broken["spec"]))
+    runs.try_create(manifest(**broken["mended"]))
 
 
 @pytest.mark.parametrize(

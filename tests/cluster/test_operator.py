@@ -251,6 +251,8 @@ def test_a_deleted_run_leaves_what_was_agreed(cluster, namespace, cascade, is_up
         if cascade != "orphan" and retention == "Delete":
             kept = set()
         wait_for(lambda: set(listed(cluster, namespace, CHILDREN)) == kept, f"{kept} to be left")
+        if cascade != "orphan":
+            wait_for(lambda: not listed(cluster, namespace, "jobs,replicasets,pods"), "what the objects made to go")
         time.sleep(1)
         assert set(listed(cluster, namespace, CHILDREN)) == kept
         assert is_up is False or process.healthy()

@@ -31,9 +31,7 @@ from heterorl_operator.client import Api
 CLUSTER = {"level": "node"}
 SYSTEM = "heterorl-system"
 STEPS = 12
-NOWHERE = (
-    "localhost/of/dreams:1"  # not on the node, and no registry is asked: a network that drops packets would hide it
-)
+NOWHERE = "127.0.0.1:9/of/dreams:1"  # a registry that refuses connections
 CHART = images.ROOT / "charts" / "heterorl"
 
 VALUES = {
@@ -180,12 +178,34 @@ def test_vllm_samples_in_a_pod_for_a_learner_of_two_pods(site, installed):
     assert "step 3/3" in site.cluster.kubectl("logs", *where, "pair-learner-0")
 
 
+def test_edits_reach_pods_at_work_and_a_suspended_run_goes_on_from_its_checkpoint(site, installed):
+    cluster = site.cluster
+    manifest = run_of("edited", [("near", "transformers")], steps=100_000)
+    start(site, manifest)
+
+    def wait_for_log(pod, pattern):
+        log = ("logs", "-n", site.namespace, pod)
+        return wait_for(lambda: re.search(pattern, cluster.kubectl(*log, check=False)), f"{pattern} from {pod}", 120)
+
+    wait_for_log("edited-learner-0", r"step 4/100000 ")
+    slow = {**manifest["spec"]["samplers"][0], "delay": {"distribution": "constant", "lower": 3600}}
+    patch(cluster, site.namespace, "edited", {"learner": {"steps": 200_000}, "samplers": [slow]})
+    wait_for_log("edited-learner-0", r"follows an edit of learner\.steps")
+    wait_for_log("deployment/edited-sampler-near", r"follows an edit of .*delay")
+
+    patch(cluster, site.namespace, "edited", {"suspend": True})
+    wait_for_state(cluster, site.namespace, "Suspended", "edited")
+    wait_for(
+        lambda: not listed(cluster, site.namespace, "pods", "heterorl.dev/role in (learner,sampler)"), "no pods", 60
+    )
+    patch(cluster, site.namespace, "edited", {"suspend": False})
+    found = wait_for_log("edited-learner-0", r"resumed from the checkpoint of step (\d+)")
+    assert int(found[1]) >= 4
+
+
 def test_an_image_that_cannot_be_had_is_said_within_half_a_minute(site, installed):
     manifest = run_of("lost", [("near", "transformers")])
-    manifest["spec"]["samplers"][0]["podTemplate"] = {
-        "image": NOWHERE,
-        "imagePullPolicy": "Never",
-    }
+    manifest["spec"]["samplers"][0]["podTemplate"] = {"image": NOWHERE, "imagePullPolicy": "IfNotPresent"}
     start(site, manifest)
     samplers = wait_for_reason(site.cluster, site.namespace, "SamplersAvailable", "ImagePullFailed", "lost")
     assert "imagePullSecrets" in samplers["message"]

@@ -31,7 +31,9 @@ def operator(tmp_path, monkeypatch):
     path.write_text(yaml.safe_dump(config))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
-    return Operator(OPTIONS)
+    made = Operator(OPTIONS)
+    made._loaded.set()
+    return made
 
 
 def answer(operator, what):
@@ -104,6 +106,11 @@ def test_a_long_queue_is_healthy_and_a_look_without_an_end_is_not(operator, monk
     assert "its worker hangs" in why
     operator.queue.done(KEY)
     assert operator.health() == (True, "ok")
+
+
+def test_an_operator_that_has_not_listed_what_there_is_is_not_there_yet(operator):
+    operator._loaded.clear()
+    assert operator.health() == (False, "it has not listed yet what there is")
 
 
 def test_a_deaf_watch_is_unhealthy(operator):

@@ -161,6 +161,12 @@ def test_a_finished_learner_stays_for_its_last_evaluation_but_not_for_more_than_
     assert counts(decide(view(4000, before=succeeded(), progress=due, children=running)))[0] == 0
 
 
+def test_nothing_is_evaluated_once_there_is_no_learner_to_tell_that_it_is_done():
+    due = Progress(prepared=True, finished=True, evaluations_due=(Version(8, 1),))
+    assert decide(view(3000, before=succeeded(), progress=due)).evaluation == Version(8, 1)
+    assert decide(view(4000, before=succeeded(), progress=due)).evaluation is None
+
+
 def test_a_record_is_deleted_when_it_was_kept_long_enough():
     spec = {"ttlSecondsAfterFinished": 1000}
     decision = decide(view(400, spec=spec, before=succeeded(10)))
@@ -275,6 +281,15 @@ def test_samplers_end_the_run_by_an_error_of_its_user_or_once_all_are_given_up(p
     if reason == "UserError":
         assert end is not None
         assert "sampler pod b: what it said" in end.message
+
+
+def test_a_run_is_not_lost_while_a_group_may_still_come():
+    crashed = [sampler("a", restarts=3)]
+    windows = {"type": "windows", "windows": [{"startSeconds": 600, "endSeconds": 900, "replicas": 1}]}
+    for far, is_lost in ({"availability": windows}, False), ({"replicas": 0}, True):
+        spec = {"failurePolicy": {"samplerRestarts": 2}, "samplers": [{"name": "near"}, {"name": "far", **far}]}
+        end = decide(view(spec=spec, before=STARTED_NOW, pods=crashed)).end
+        assert bool(end) == is_lost
 
 
 def test_pods_of_a_group_that_was_removed_end_nothing():

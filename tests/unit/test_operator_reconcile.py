@@ -400,6 +400,10 @@ def test_a_run_of_another_operator_gets_one_event_and_no_status(world):
     assert world.api.writes() == [("create", world.api.writes()[0][1])]
     assert world.events() == {"ManagedByAnotherOperator"}
     assert world.status == {}
+    world.edit({"samplers": [{"name": "near"}], "known": "to the other's release alone"})
+    world.watch()
+    assert world.look() is None
+    assert world.status == {}
 
 
 # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -107,6 +107,16 @@ def test_a_stall_is_news_once_a_minute(learner, progresses, news):
     assert 61 <= progresses.stalled_s(KEY) < 66
 
 
+def test_time_that_nobody_was_meant_to_train_is_no_stall(learner, progresses, news):
+    learner.says(stalled_s=1.0)
+    progresses.want(KEY, learner.target)
+    wait_for(lambda: news == [KEY])
+    progresses.want(KEY, None)  # its pod is gone, and should come back
+    assert progresses.stalled_s(KEY) >= 1
+    progresses.want(KEY, None, at_rest=True)
+    assert progresses.stalled_s(KEY) is None
+
+
 def test_a_learner_that_falls_silent_is_news_once_and_what_it_said_stays(learner, progresses, news):
     progresses.want(KEY, learner.target)
     wait_for(lambda: len(news) == 1)

@@ -30,6 +30,13 @@ def test_each_rule_across_fields_is_reported_at_its_field(spec, path):
     assert [".".join(map(str, problem.location)) for problem in problems] == [path]
 
 
+@pytest.mark.parametrize("broken", BROKEN_MANIFESTS, ids=[path for _, path in BROKEN_RULES])
+def test_a_spec_that_keeps_the_rule_is_accepted(broken):
+    run, problems = check(manifest(**broken["mended"]))
+    assert run is not None
+    assert problems == []
+
+
 @pytest.mark.parametrize(("spec", "path"), BROKEN_RULES, ids=[path for _, path in BROKEN_RULES])
 def test_a_spec_that_breaks_a_rule_can_not_be_built(spec, path):
     with pytest.raises(ValidationError):

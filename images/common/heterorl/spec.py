@@ -753,7 +753,7 @@ class FailurePolicy(Block):
     learner_restarts: int = Field(3, ge=0, le=1000)
     """Crashes of the learner that are restarted."""
     sampler_restarts: int = Field(10, ge=0, le=100_000)
-    """Crashes of each sampler that are restarted."""
+    """How often each sampler may crash; once all of them have crashed more often, the run fails."""
     min_samplers: int = Field(1, ge=0, le=1024)
     """Samplers that must be alive (when available) for the run to count as healthy."""
 
