@@ -45,8 +45,9 @@ def started(**options: Any) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def needs() -> Callable[[str], dict[str, Path]]:
-    """The programs of a level, `needs("node")`; skips where it cannot run."""
+def needs(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Path]]:
+    """The programs of a level, `needs("node")`, for a test that starts a cluster itself; skips where it cannot run."""
+    monkeypatch.delenv("USE_EXISTING_CLUSTER", raising=False)
 
     def find(level: str) -> dict[str, Path]:
         with or_skip():
@@ -63,8 +64,9 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Cluster]]:
-    """Starts a cluster for one test: `start("kwok")`."""
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Cluster]]:
+    """Starts a cluster for one test: `start("kwok")`; never an existing one."""
+    monkeypatch.delenv("USE_EXISTING_CLUSTER", raising=False)
     with contextlib.ExitStack() as leaving:
         yield lambda level, **options: leaving.enter_context(started(level=level, **options))
 

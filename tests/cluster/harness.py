@@ -147,8 +147,8 @@ class Cluster:
     def _use_existing(self) -> None:
         if "KUBECONFIG" not in os.environ:
             raise Unavailable("USE_EXISTING_CLUSTER is set without KUBECONFIG; set KUBECONFIG to that cluster's file")
-        if self.flags or self.audit:
-            raise Unavailable("this test needs flags of its own, which an existing cluster cannot be given")
+        if self.flags or self.audit or self.level in ("kwok", "node"):
+            raise Unavailable("this test needs a cluster of its own, with other flags or other nodes than this one's")
         self.kubeconfig = Path(os.environ["KUBECONFIG"])
 
     def _start(self) -> None:

@@ -1,6 +1,8 @@
 import re
 from pathlib import Path
 
+import yaml
+
 from heterorl.block import Block, block_in
 from heterorl.crd import crd_yaml
 from heterorl.spec import HeteroRLRun
@@ -38,6 +40,32 @@ def test_every_field_of_the_spec_stands_in_the_reference_under_its_yaml_name():
         section = text.split(f"### {block.__name__}\n")[1].split("\n### ")[0]
         for name, info in block.model_fields.items():
             assert f"| `{info.alias or name}` |" in section
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_every_manifest_in_the_docs_is_valid():
+    shown = [
+        (page.name, document)
+        for page in PAGES
+        for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+        for document in yaml.safe_load_all(block)
+    ]
+    runs = [(page, document) for page, document in shown if document.get("kind") == "HeteroRLRun"]
+    assert len(runs) >= 4
+    for page, document in runs:
+        assert HeteroRLRun.model_validate(document).metadata.name, page
+
+
+def test_links_between_the_pages_lead_to_pages_and_their_headings():
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\(([\w./-]*\.md)?(#[\w-]+)?\)", page.read_text()):
+            found = (page.parent / target).resolve() if target else page
+            assert found.exists(), f"{page.name}: {target}"
+            headings = re.findall(r"^#+ (.+)$", found.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+            assert not anchor or anchor[1:] in slugs, f"{page.name}: {target}{anchor}"
 
 
 def test_links_of_the_reference_lead_to_its_sections():

@@ -21,7 +21,7 @@ _INTRO = """# The manifest
 
 A run is one YAML file. `heterorl validate FILE` checks it; `heterorl run FILE --set algorithm.loss.type=grpo` changes a
 field for one run, with the path below `spec` and list items by their name (`samplers.far.replicas=4`). Every field that
-is not marked **required** may stay away. Relative paths start at the manifest's folder.
+is not marked **required** may stay away. Relative paths start at the manifest's folder; on Kubernetes, at the volume.
 
 ```yaml
 apiVersion: heterorl.dev/v1alpha1
