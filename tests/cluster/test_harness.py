@@ -43,7 +43,7 @@ def traces_of(folder: Path) -> list[str]:
     processes = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
     found = [command[0] for command in processes if any(str(folder) in part for part in command)]
     found += [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(folder) in line]
-    found += [str(path) for path in node.CONTROL_GROUPS.glob(f"*/{folder.name}")]
+    found += [str(path) for at in ("", "*/") for path in node.CONTROL_GROUPS.glob(f"{at}{folder.name}")]  # v2 and v1
     return found + [name for name in psutil.net_if_addrs() if name == node.LINK]
 
 

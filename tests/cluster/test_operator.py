@@ -5,11 +5,13 @@ Where a learner has something to say, `StandIn` says it. `test_story.py` has rea
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
 from operators import (
     CHILDREN,
+    OperatorProcess,
     StandIn,
     apply,
     children_names,
@@ -64,6 +66,9 @@ def test_a_run_is_made_trains_ends_and_is_cleared_away_step_by_step(cluster, nam
             "SamplersAvailable": "True", "Progressing": "True", "Succeeded": "False", "Suspended": "False",
         }  # fmt: skip
         assert set(listed(cluster, namespace, CHILDREN)) == children_names()
+        metadata = get(cluster, namespace, "hrl", "run")["metadata"]
+        assert "finalizers" not in metadata
+        assert list(metadata["annotations"]) == ["kubectl.kubernetes.io/last-applied-configuration"]  # the user's own
         row = cluster.kubectl("get", "-n", namespace, "hrl").splitlines()[1].split()
         assert row[:7] == ["run", "Running", "3", "10", "0.5", "1.5", "1/1"]
 
@@ -162,6 +167,32 @@ def test_the_operator_leaves_at_once_when_it_is_asked_to(running, after_s):
     time.sleep(after_s)
     running.stop()
     assert running.process.returncode == 0
+    lines = [json.loads(line) for line in running.log.read_text().splitlines()]
+    assert [line["process"] for line in lines] == ["operator"] * len(lines)
+    assert lines[-1]["message"] == "stopped"
+
+
+def test_without_the_kind_the_operator_says_what_to_install_and_ends(start):
+    bare = start("apiserver")
+    process = OperatorProcess(bare, "early", ["--log-format", "plain"], bare.kubeconfig)
+    with pytest.raises(RuntimeError, match=r"early ended with 2; .*\n.*does not know the kind HeteroRLRun; install it"):
+        process.start()
+
+
+def test_an_operator_of_two_namespaces_keeps_the_runs_of_both_and_no_others(cluster, namespace):
+    others = [f"{namespace}-{which}" for which in ("two", "three")]
+    for other in others:
+        cluster.kubectl("create", "namespace", other)
+    with operator(cluster, "--namespace", namespace, "--namespace", others[0]):
+        for each in (namespace, *others):
+            apply(cluster, each, run_manifest())
+        for each in (namespace, others[0]):
+            wait_for(lambda each=each: set(listed(cluster, each, CHILDREN)) == children_names(), f"{each}'s objects")
+        patch(cluster, others[0], "run", {"samplers": [{"name": "near", "engine": "transformers", "replicas": 2}]})
+        wait_for(lambda: replicas(cluster, others[0], "run-sampler-near") == 2, "the edit")
+        assert listed(cluster, others[1], CHILDREN) == {}
+    for other in others:
+        cluster.kubectl("delete", "namespace", other, "--wait=false")
 
 
 # ── drift and edits ──────────────────────────────────────────────────────────────────────────────────────────────────
