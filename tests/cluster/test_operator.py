@@ -175,7 +175,7 @@ def test_the_operator_leaves_at_once_when_it_is_asked_to(running, after_s):
 def test_without_the_kind_the_operator_says_what_to_install_and_ends(start):
     bare = start("apiserver")
     process = OperatorProcess(bare, "early", ["--log-format", "plain"], bare.kubeconfig)
-    with pytest.raises(RuntimeError, match=r"early ended with 2; .*\n.*does not know the kind HeteroRLRun; install it"):
+    with pytest.raises(RuntimeError, match=r"(?s)early ended with 2; .*does not know the kind HeteroRLRun; install it"):
         process.start()
 
 
