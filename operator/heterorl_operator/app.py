@@ -132,7 +132,8 @@ class Operator:
             asyncio.run(self._watch())
         except Exception as error:
             self._failure = error
-        _leave()
+        finally:
+            _leave()
 
     async def _watch(self) -> None:
         logging.getLogger(kopf.operator.__module__).setLevel(logging.ERROR)  # it warns that it gets no signals

@@ -92,6 +92,14 @@ class Applier:
                 problems.append(problem)
         return problems
 
+    def delete(self, run: Run, child: Child) -> Problem | None:
+        """Delete an object of the run; the problem if the operator may not."""
+        try:
+            self._api.delete(BY_NAME[child.kind], run.key.namespace, child.name, child.uid)
+        except Forbidden as error:
+            return Problem(child.kind, child.name, forbidden(f"delete {child.kind} {child.name}", error))
+        return None
+
     def check(self, known: Mapping[tuple[str, str], Child]) -> None:
         """ManagedByAnotherOperator if one of a run's objects is another operator's."""
         for child in known.values():
@@ -219,8 +227,13 @@ def _trouble(what: str, error: Invalid | Forbidden | NotFound) -> Trouble:
     if " cannot " not in str(error):  # as the API server says of rights
         way_out = "change what it names, or have the rule changed"
         return Trouble("Refused", f"a rule of the cluster refuses {what}: {error}; {way_out}")
+    return forbidden(f"write {what}", error)
+
+
+def forbidden(doing: str, error: object) -> Trouble:
+    """The operator lacks a right."""
     way_out = "give its service account the chart's Role in this namespace (watch.namespaces)"
-    return Trouble("Forbidden", f"the operator may not write {what}: {error}; {way_out}")
+    return Trouble("Forbidden", f"the operator may not {doing}: {error}; {way_out}")
 
 
 class _NotOurs(Exception):

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from heterorl.availability import next_change, replicas_at
+from heterorl.errors import VOLUME_IN_USE
 from heterorl.manifests import Replicas
 from heterorl.names import Version
 from heterorl.objectnames import evaluation_name, prepare_name
 from heterorl.progress_metrics import Progress
-from heterorl.spec import HeteroRLRun
+from heterorl.spec import HeteroRLRun, RunSpec, SamplerGroup
 from heterorl.status import RunStatus
 from heterorl_operator.kinds import JOB
 from heterorl_operator.moments import seconds
@@ -28,9 +29,6 @@ CLAIM_PATIENCE_S = 10.0
 """How long a claim may wait for its volume before the run says so."""
 
 _LAST_EVALUATION_S = 3600.0  # a finished learner, which keeps the weights for it, waits no longer
-
-VOLUME_IN_USE = "VolumeInUse"
-"""How the preparation begins its last line when the volume holds another run."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +176,7 @@ def _look_again(view: View, clock: Clock, end: End | None) -> float | None:
         if spec.active_deadline_seconds:
             times.append(spec.active_deadline_seconds - elapsed)
         for group in spec.samplers:
-            change = next_change(group, elapsed, seed=spec.seed, time_scale=spec.time_scale)
+            change = _next_change(group, spec, elapsed)
             times.append(None if change is None else change - elapsed)
     return min((max(0.0, time) for time in times if time is not None and time != 0.0), default=None)
 
@@ -202,10 +200,9 @@ def _end(view: View, clock: Clock) -> End | None:
         return End(True, "Trained", f"{progress.step} steps are trained; the model is in output/ on the volume")
     if progress and progress.gave_up:
         reason, message = progress.gave_up
-        return End(
-            False, reason, f"the learner: {message}; put it right and start a new run on the volume with resume: true"
-        )
-    if trouble := _samplers_lost(view) or _preparation_failed(view):
+        way_out = "; put it right and start a new run on the volume with resume: true"
+        return End(False, reason, f"the learner: {message}{'' if reason == VOLUME_IN_USE else way_out}")
+    if trouble := _samplers_lost(view, clock) or _preparation_failed(view):
         return End(False, *trouble)
     deadline = spec.active_deadline_seconds
     if deadline and clock.elapsed_s(view.now) >= deadline:
@@ -247,10 +244,10 @@ def _said_of_volume(view: View) -> Trouble | None:
     return next((Trouble(each.reason, each.message) for each in said), None)
 
 
-def _samplers_lost(view: View) -> Trouble | None:
-    spec = view.run.spec
-    groups = [view.pods_of("sampler", group.name) for group in spec.samplers if group.replicas]
-    pods = [pod for group in groups for pod in group]
+def _samplers_lost(view: View, clock: Clock) -> Trouble | None:
+    spec, elapsed = view.run.spec, clock.elapsed_s(view.now)
+    groups = {group.name: view.pods_of("sampler", group.name) for group in spec.samplers}
+    pods = [pod for of_group in groups.values() for pod in of_group]
     if mistaken := next((pod for pod in pods if has_user_error(pod)), None):
         line = (mistaken.exit_message.strip().splitlines() or ["it left no message"])[-1]
         return Trouble(
@@ -258,8 +255,11 @@ def _samplers_lost(view: View) -> Trouble | None:
             f"sampler pod {mistaken.name}: {line}; put it right and start a new run on the volume with resume: true",
         )
     budget = spec.failure_policy.sampler_restarts
-    # A group without pods may get some: its availability may ask for none now.
-    if groups and all(groups) and all(is_given_up(pod, budget) for pod in pods):
+    still_to_come = any(
+        not groups[group.name] and (_wanted(group, spec, elapsed) or _next_change(group, spec, elapsed) is not None)
+        for group in spec.samplers
+    )
+    if pods and not still_to_come and all(is_given_up(pod, budget) for pod in pods):
         return Trouble(
             "SamplersCrashed",
             f"every sampler crashed more than {budget} times"
@@ -282,10 +282,15 @@ def _replicas(view: View, clock: Clock, end: End | None, *, busy: bool) -> Repli
         return Replicas(spec.learner.replicas if idles and not spec.suspend else 0, nobody)
     if spec.suspend or preparation_trouble(view):
         return Replicas(0, nobody)
-    counts = {
-        group.name: replicas_at(group, elapsed, seed=spec.seed, time_scale=spec.time_scale) for group in spec.samplers
-    }
-    return Replicas(spec.learner.replicas, counts)
+    return Replicas(spec.learner.replicas, {group.name: _wanted(group, spec, elapsed) for group in spec.samplers})
+
+
+def _wanted(group: SamplerGroup, spec: RunSpec, elapsed: float) -> int:
+    return replicas_at(group, elapsed, seed=spec.seed, time_scale=spec.time_scale)
+
+
+def _next_change(group: SamplerGroup, spec: RunSpec, elapsed: float) -> float | None:
+    return next_change(group, elapsed, seed=spec.seed, time_scale=spec.time_scale)
 
 
 def evaluation_jobs(view: View) -> Iterable[tuple[int, Child]]:

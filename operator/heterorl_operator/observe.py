@@ -98,6 +98,8 @@ def transitions(before: RunStatus, after: RunStatus) -> Iterator[tuple[str, str,
         yield "Warning", "LearnerRestarted", f"the learner crashed; restart {restarts[1]}"
 
 
+_TOLD = ("Training", "Stalled", "WaitingForPreparation")
+"""Reasons of the condition Progressing that follow from what a learner told."""
 _WORTH_AN_EVENT = {"Prepared", "LearnerReady", "Succeeded", "Failed", "Suspended"}
 _TROUBLES = {
     "ClaimPending",
@@ -253,10 +255,13 @@ def _progressing(view: View, decision: Decision) -> Judgement:
         return idle
     if view.unreachable:
         return Judgement("Unknown", "Unreachable", f"the learner's pod did not tell its progress: {view.unreachable}")
-    if view.progress is None:
+    told = [each for each in view.before.conditions if each.type == "Progressing" and each.reason in _TOLD]
+    if view.progress is None and not told:
         return Judgement("Unknown", "NotStarted", "the learner has not told its progress yet")
     if not any(pod.phase == "Running" for pod in view.pods_of("learner")):
         return Judgement("False", "LearnerAway", "no pod of the learner runs; the condition LearnerReady says why")
+    if view.progress is None:  # it has not been asked yet since the operator's start
+        return Judgement(told[0].status, told[0].reason, told[0].message)
     limit = view.run.spec.learner.stall_seconds
     if (view.progress.stalled_s or 0.0) > limit:
         return Judgement(
@@ -320,7 +325,7 @@ def _state(
 
 def _learner(view: View) -> LearnerStatus | None:
     progress = view.progress
-    if progress is None:
+    if progress is None or not progress.prepared:  # it knows nothing then: another run's volume, or nobody's yet
         return view.before.learner
     return LearnerStatus(
         step=progress.step,
@@ -352,7 +357,8 @@ def _sampler(view: View, decision: Decision, name: str, before: SamplerStatus | 
 
 
 def _evaluation(view: View, decision: Decision) -> EvaluationStatus | None:
-    progress, before = view.progress, view.before.evaluation or EvaluationStatus()
+    progress = view.progress if view.progress and view.progress.prepared else None
+    before = view.before.evaluation or EvaluationStatus()
     best = progress.evaluation_best if progress else before.best
     last = progress.evaluation_last if progress else before.last
     gap = None if best is None or last is None else best - last

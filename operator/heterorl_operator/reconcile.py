@@ -16,10 +16,10 @@ from heterorl.podbuilder import metrics_port
 from heterorl.podtemplate import Object
 from heterorl.spec import HeteroRLRun
 from heterorl.status import RunStatus
-from heterorl_operator.apply import Applier, ManagedByAnotherOperator, is_of
+from heterorl_operator.apply import Applier, ManagedByAnotherOperator, forbidden, is_of
 from heterorl_operator.client import Api, Forbidden, NotFound
 from heterorl_operator.events import Events
-from heterorl_operator.kinds import BY_NAME, CLAIM, DEPLOYMENT, JOB, RUN, Kind
+from heterorl_operator.kinds import CLAIM, DEPLOYMENT, JOB, RUN, Kind
 from heterorl_operator.life import Decision, View, decide
 from heterorl_operator.observe import Problem, refused, status_of, transitions
 from heterorl_operator.podstate import Trouble
@@ -87,15 +87,15 @@ class Reconciler:
             self._forget(key)  # another run may have had the name
             self._uids[key] = run.uid
         try:
-            self._applier.check(self._store.children(key))  # what is another operator's gets no word either
+            self._applier.check(self._store.children(key))  # no status for another operator's run, not even InvalidSpec
             return self._look(run, is_new)
         except ManagedByAnotherOperator as other:
             self._tell_of(run, other)
             return None
         except Forbidden as error:
-            message = f"the operator may not do all of its work: {error}; give its service account the chart's Role"
-            self._report(run, refused(_status(run), run.generation, Trouble("Forbidden", message), self._clock()))
-            raise Unfinished(message, None) from error
+            trouble = forbidden("do what this run needs", error)
+            self._report(run, refused(_status(run), run.generation, trouble, self._clock()))
+            raise Unfinished(trouble.message, None) from error
 
     def _look(self, run: Run, is_new: bool) -> float | None:
         try:
@@ -163,8 +163,8 @@ class Reconciler:
             undesired = child.owner_uid == run.uid and not child.deleting and (kind, name) not in names
             superseded = name.startswith(f"{view.name}-prepare-") and name != prepare_name(view.run)
             stopped = kind == JOB.name and not child.phase and (superseded or not decision.with_jobs)
-            if undesired and (kind == DEPLOYMENT.name or stopped):
-                self._api.delete(BY_NAME[kind], run.key.namespace, name, child.uid)
+            if undesired and (kind == DEPLOYMENT.name or stopped) and (problem := self._applier.delete(run, child)):
+                problems.append(problem)
         return problems
 
     def _desired(self, run: Run, view: View, decision: Decision) -> list[Object]:
@@ -197,6 +197,7 @@ class Reconciler:
             if is_other:  # a status takes no precondition, so what is said of the wrong run is taken back
                 written = self._api.apply_status(RUN, key.namespace, key.name, {})
         except NotFound:
+            self._store.remove(RUN.name, _remains(run))  # so that nothing is made for it any more
             return False
         self._store.put(RUN.name, written)
         if is_other or written["metadata"]["generation"] != run.generation:
@@ -248,8 +249,12 @@ def _without_impossible(view: View, decision: Decision, problems: Sequence[Probl
 
 
 def _hidden(kind: Kind, words: str) -> Problem:
-    message = f"the operator must not see {kind.plural}: {words}; give its service account the chart's Role"
-    return Problem(kind.name, kind.plural, Trouble("Forbidden", message))
+    return Problem(kind.name, kind.plural, forbidden(f"see {kind.plural}", words))
+
+
+def _remains(run: Run) -> Object:
+    metadata = {"namespace": run.key.namespace, "name": run.key.name, "uid": run.uid}
+    return {"metadata": {**metadata, "resourceVersion": str(run.resource_version)}}
 
 
 def _target(view: View, decision: Decision) -> Target | None:

@@ -27,7 +27,7 @@ QUEUE_DEPTH = Gauge("heterorl_operator_queue_depth", "Runs that wait to be looke
 APPLIES = Counter("heterorl_operator_applies", "Objects written", ["kind"])
 WRITES = Counter("heterorl_operator_writes", "Requests that change something")
 ERRORS = Counter("heterorl_operator_errors", "Answers of the API server that were errors", ["code"])
-SYNCED = Gauge("heterorl_operator_synced", "1 once every run was looked at after the start")
+SYNCED = Gauge("heterorl_operator_synced", "1 once every run was looked at; edits by hand are undone after that")
 STALE = Gauge("heterorl_operator_watch_stale", "1 while the watch of a kind lags behind the API server", ["kind"])
 
 _IDLE = ("Suspended", "Succeeded", "Failed")

@@ -60,6 +60,8 @@ class Result:
     """At rest."""
     synced_s: float
     """From a start to every run looked at."""
+    undone_s: float
+    """From that start to the end of the second looks, which undo what somebody edited meanwhile."""
 
     @property
     def ratio(self) -> float:
@@ -170,6 +172,14 @@ def measure(runs: int, *, rest_s: float = REST_S, say: Callable[[str], None] = p
             synced = lambda: operator.metric("heterorl_operator_synced") == 1.0  # noqa: E731
             wait_for(synced, "the look at every run", LIMIT_S, every_s=0.5)
             synced_s = time.monotonic() - started
+            # Every object but the Jobs is applied; those of the first looks that had changes are among them.
+            wait_for(
+                lambda: operator.metric("heterorl_operator_applies_total") >= runs * (OBJECTS - 1),
+                "the second looks",
+                LIMIT_S,
+                every_s=0.5,
+            )
+            undone_s = time.monotonic() - started
         finally:
             operator.stop()
     return Result(
@@ -181,6 +191,7 @@ def measure(runs: int, *, rest_s: float = REST_S, say: Callable[[str], None] = p
         memory=memory,
         writes_per_minute=writes,
         synced_s=synced_s,
+        undone_s=undone_s,
     )
 
 
@@ -222,6 +233,7 @@ COLUMNS = {
     "memory": lambda r: f"{r.memory / 1e6:.0f} MB",
     "writes a minute": lambda r: f"{r.writes_per_minute:.0f}",
     "restart": lambda r: f"{r.synced_s:.1f} s",
+    "edits undone": lambda r: f"{r.undone_s:.1f} s",
 }
 
 

@@ -145,3 +145,17 @@ def test_attempts_of_another_run_on_the_volume_stay_and_are_not_counted(exchange
     Attempts(other, 0, "pod-b").begin()
     content = json.loads((exchange.root / "attempts-0.json").read_bytes())
     assert [attempt["run"] for attempt in content["attempts"]] == ["demo", "other"]
+
+
+def test_an_end_is_noted_of_the_runs_own_attempt_though_another_run_began_meanwhile(exchange):
+    old = Attempts(exchange, 0, "pod-a")
+    old.begin()
+    other = Exchange(exchange.root, clock=exchange.now)
+    other.create(run("other"))
+    Attempts(other, 0, "pod-b").begin()
+    exchange.create(run("demo"))
+    old.end("crashed", 1)
+    assert counted(exchange) == (0, 0, 1)
+    other.create(run("other"))
+    Attempts(other, 0, "pod-b").end("clean", 0)
+    assert counted(other) == (1, 0, 0)

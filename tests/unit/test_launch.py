@@ -129,6 +129,52 @@ def test_a_pod_waits_for_the_preparation_of_its_own_run(exchange, tmp_path):
     assert codes == [9]
 
 
+SAVING = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: pathlib.Path(sys.argv[1], "saved").touch())
+pathlib.Path(sys.argv[1], "started").touch()
+time.sleep(60)
+"""
+
+
+def test_ranks_of_a_run_whose_volume_was_taken_over_are_killed_and_the_pod_tells_why(exchange, tmp_path):
+    volume = exchange(uid="old").root
+    specs = {}
+    for uid in ("old", "new"):
+        specs[uid] = tmp_path / f"{uid}.json"
+        manifest = exchange(uid=uid, spec={"resume": True}, prepared=False).run.resolved()
+        specs[uid].write_text(json.dumps({**manifest, "metadata": {"name": f"{uid}-run", "uid": uid}}))
+    old, new = (Exchange(volume, spec_file=spec) for spec in specs.values())
+    old.create(old.run)
+    old.mark_prepared({})
+    stop = threading.Event()
+    pod, thread, codes = served(old, SAVING, stop)
+    wait_until((volume / "started").exists)
+    new.occupy()
+    Attempts(new, 0, "pod-b").begin()
+    wait_until(lambda: pod._ranks is None)
+    told = parse_progress(pod.metrics().decode())
+    assert told.gave_up == (
+        "VolumeInUse",
+        "run new-run has taken the volume over (resume: true) and goes on from there",
+    )
+    assert not (volume / "saved").exists()
+    assert ends(new) == [(None, None)]
+    assert ends(old) == [(None, None)]
+    stop.set()
+    thread.join()
+    assert codes == [0]
+
+
+def test_a_run_that_comes_to_a_volume_in_use_has_not_given_up(exchange, tmp_path):
+    volume = exchange(uid="old").root
+    spec = tmp_path / "new.json"
+    spec.write_text(json.dumps({**exchange(uid="old").run.resolved(), "metadata": {"name": "new", "uid": "new"}}))
+    pod = Pod(Exchange(volume, spec_file=spec), python("raise SystemExit(9)", exchange(uid="old")), threading.Event())
+    assert parse_progress(pod.metrics().decode()).gave_up is None
+    assert "waiting until the preparation" in pod.readiness()[1]
+
+
 @pytest.mark.parametrize(
     ("code", "expected", "outcome"),
     [

@@ -212,6 +212,15 @@ def test_a_learner_that_gave_up_fails_the_run_in_its_own_words_and_can_be_read_f
     assert not decision.with_jobs
 
 
+def test_a_run_whose_volume_was_taken_over_is_not_told_to_take_it_back():
+    taken = Progress(
+        gave_up=("VolumeInUse", "run other has taken the volume over (resume: true) and goes on from there")
+    )
+    end = decide(view(before=STARTED_NOW, progress=taken)).end
+    assert end is not None
+    assert (end.succeeded, end.reason, end.message.count("resume: true")) == (False, "VolumeInUse", 1)
+
+
 def test_a_preparation_that_failed_fails_the_run_with_its_last_line():
     decision = decide(view(before=STARTED_NOW, **failed_preparation("loading\nmodel.path is not there\n")))
     assert decision.end is not None
@@ -286,10 +295,16 @@ def test_samplers_end_the_run_by_an_error_of_its_user_or_once_all_are_given_up(p
 def test_a_run_is_not_lost_while_a_group_may_still_come():
     crashed = [sampler("a", restarts=3)]
     windows = {"type": "windows", "windows": [{"startSeconds": 600, "endSeconds": 900, "replicas": 1}]}
-    for far, is_lost in ({"availability": windows}, False), ({"replicas": 0}, True):
-        spec = {"failurePolicy": {"samplerRestarts": 2}, "samplers": [{"name": "near"}, {"name": "far", **far}]}
-        end = decide(view(spec=spec, before=STARTED_NOW, pods=crashed)).end
-        assert bool(end) == is_lost
+    far = {"name": "far", "availability": windows}
+    for group, at, is_lost in (
+        (far, 0, False),
+        (far, 700, False),
+        (far, 900, True),
+        ({"name": "far", "replicas": 0}, 0, True),
+    ):
+        spec = {"failurePolicy": {"samplerRestarts": 2}, "samplers": [{"name": "near"}, group]}
+        end = decide(view(at, spec=spec, before=STARTED_NOW, pods=crashed)).end
+        assert bool(end) == is_lost, (group, at)
 
 
 def test_pods_of_a_group_that_was_removed_end_nothing():

@@ -254,6 +254,9 @@ def test_ready_of_desired_is_over_all_groups_and_never_more_than_desired():
     assert found.samplers_ready == "3/5"
 
 
+TRAINED_SO_FAR = condition("Progressing", "True", "Training")
+
+
 # ── progress ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(
     ("known", "expected"),
@@ -268,6 +271,12 @@ def test_ready_of_desired_is_over_all_groups_and_never_more_than_desired():
         ({"pods": []}, ("False", "LearnerAway")),
         ({"pods": [pod("learner", status={"phase": "Pending"})]}, ("False", "LearnerAway")),
         ({"spec": {"suspend": True}}, ("False", "Suspended")),
+        # The operator was started anew and has not asked yet.
+        ({"progress": None, "before": {**BEFORE, "conditions": [TRAINED_SO_FAR]}}, ("True", "Training")),
+        (
+            {"progress": None, "before": {**BEFORE, "conditions": [TRAINED_SO_FAR]}, "pods": []},
+            ("False", "LearnerAway"),
+        ),
     ],
 )
 def test_progressing(known, expected):

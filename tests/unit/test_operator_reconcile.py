@@ -325,6 +325,7 @@ def test_a_run_that_is_deleted_during_the_look_is_no_error(world):
     world.api.before = deleted_meanwhile
     assert world.look() is None
     assert world.events() == set()
+    assert world.store.run(KEY) is None  # nothing more is made for it, though no watch has told yet
 
 
 # ── troubles ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -365,8 +366,21 @@ def test_a_group_that_may_not_be_deleted_is_told(world):
     for _ in range(2):
         with pytest.raises(Unfinished, match='cannot delete resource "deployments"; give its service account'):
             world.look()
-    assert world.reason("Ready") == "Forbidden"
+    assert world.reason("SamplersAvailable") == world.reason("Ready") == "Forbidden"
     assert ("Deployment", "run-sampler-far") in world.api.objects
+
+
+def test_what_a_run_needs_and_the_operator_may_not_do_is_told(world):
+    def refuse(verb, kind, name):
+        if verb == "get" and kind == "PersistentVolumeClaim":
+            raise Forbidden(403, "Forbidden", 'cannot get resource "persistentvolumeclaims"')
+
+    world.edit(spec_of(exchange={"volume": {"claimName": "mine"}}))
+    world.watch()
+    world.api.before = refuse
+    with pytest.raises(Unfinished, match="give its service account the chart's Role"):
+        world.look()
+    assert world.reason("Ready") == "Forbidden"
 
 
 def test_an_api_server_that_is_away_ends_the_look(world):

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from heterorl.errors import RunFolderError
 from heterorl.exchange import Exchange, Rollout, RolloutName, Slot, Version
 from heterorl.metrics import Metrics
 from heterorl.spec import API_VERSION, KIND, HeteroRLRun
@@ -121,20 +120,3 @@ def test_rollouts_are_kept_from_the_edit_on_that_says_so(exchange: Exchange, eng
     Trainer(exchange, engine, Metrics([watch]), lambda: False).train()
     archived = sorted(path.name for path in (exchange.root / "archive").iterdir())
     assert [name.partition("--s")[2] for name in archived] == ["0000000000.safetensors", "0000000001.safetensors"]
-
-
-def test_a_learner_whose_volume_was_taken_over_ends_and_leaves_it_alone(
-    exchange: Exchange, engine: Engine, tmp_path: Path
-) -> None:
-    def in_a_pod(name: str, **spec: Any) -> Exchange:
-        file = tmp_path / f"{name}.json"
-        file.write_text(json.dumps({**run_of(5, **spec).resolved(), "metadata": {"name": name, "uid": name}}))
-        return Exchange(exchange.root, spec_file=file)
-
-    old, new = in_a_pod("old", resume=True), in_a_pod("new", resume=True)
-    old.occupy()
-    watch = Watch(lambda step: new.occupy() if step == 2 else None)
-    with pytest.raises(RunFolderError, match=r"VolumeInUse: run new has taken .* over"):
-        Trainer(old, engine, Metrics([watch]), lambda: False).train()
-    assert [record["step"] for record in watch.records] == [1, 2]
-    assert new.list_checkpoints() == []

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+from heterorl.errors import VOLUME_IN_USE
 from heterorl.exchange import Exchange
 from heterorl.processes import PREEMPTED, USER_ERROR, describe_exit
 
@@ -64,8 +65,7 @@ class Attempts:
     def end(self, outcome: Outcome, code: int | None = None, message: str = "") -> None:
         """Note how the last attempt ended; what was noted before stands."""
         last = self._last()
-        assert last is not None
-        if last.outcome is None:
+        if last is not None and last.outcome is None:
             self._write(replace(last, ended=self._exchange.now(), outcome=outcome, code=code, message=message))
 
     def asked_for_its_user(self) -> bool:
@@ -78,7 +78,10 @@ class Attempts:
 
     def _write(self, attempt: Attempt, *, add: bool = False) -> None:
         lines = self._exchange.load_attempts().get(self._node, [])
-        self._exchange.save_attempts(self._node, [*(lines if add else lines[:-1]), asdict(attempt)])
+        ours = [at for at, line in enumerate(lines) if line["run"] == attempt.run]
+        at = slice(len(lines), None) if add else slice(ours[-1], ours[-1] + 1)  # the last may be another run's
+        lines[at] = [asdict(attempt)]
+        self._exchange.save_attempts(self._node, lines)
 
 
 def outcome_of(code: int) -> Outcome:
@@ -104,8 +107,16 @@ def outcomes(attempts: Mapping[int, Sequence[Attempt]]) -> dict[str, int]:
     return {"clean": ends["clean"], "signalled": ends["signalled"], "crashed": ends["crashed"]}
 
 
-def gave_up(attempts: Mapping[int, Sequence[Attempt]], budget: int) -> tuple[str, str] | None:
-    """Why the learner is started no more, as (reason, message); None while it is."""
+def gave_up(
+    attempts: Mapping[int, Sequence[Attempt]], budget: int, successor: str | None = None
+) -> tuple[str, str] | None:
+    """Why the learner is started no more, as (reason, message); None while it is.
+
+    `successor`: another run whose volume it is. One that never began to train has only come to a volume in use, which
+    its preparation tells.
+    """
+    if successor and any(attempts.values()):
+        return VOLUME_IN_USE, f"run {successor} has taken the volume over (resume: true) and goes on from there"
     crashed = outcomes(attempts)["crashed"]
     if crashed > budget:
         last = next(a for a in reversed(attempts[0]) if a.outcome == "crashed")

@@ -48,6 +48,10 @@ class RunFolderError(UserError):
     """The run's folder cannot be used."""
 
 
+VOLUME_IN_USE = "VolumeInUse"
+"""How a RunFolderError begins whose volume is another run's."""
+
+
 class ExchangeError(HeteroRLError):
     """The shared volume does not hold what the protocol promises."""
 

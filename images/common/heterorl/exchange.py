@@ -59,7 +59,7 @@ from typing import Any, TypeVar
 import psutil
 
 from heterorl.edits import IMMUTABLE, changes, within
-from heterorl.errors import CorruptFile, ExchangeError, RunFolderError
+from heterorl.errors import VOLUME_IN_USE, CorruptFile, ExchangeError, RunFolderError
 from heterorl.files import STAGING, Files
 from heterorl.livespec import LiveSpec
 from heterorl.names import RolloutName, Slot, Version
@@ -223,14 +223,14 @@ class Exchange:
             name = held.metadata.name
             if not self.spec.resume:
                 raise RunFolderError(
-                    f"VolumeInUse: {self.root} holds run {name}; set spec.resume: true to go on from it, or use another"
-                    " claim"
+                    f"{VOLUME_IN_USE}: {self.root} holds run {name}; set spec.resume: true to go on from it, or use"
+                    " another claim"
                 )
             fixed = [entry for entry in IMMUTABLE if not entry.startswith("exchange.")]
             if changed := [".".join(path) for path, *_ in changes(held, self.run) if within(path, fixed)]:
                 raise RunFolderError(
-                    f"VolumeInUse: {self.root} holds run {name}, which had another {', '.join(changed)}; go on from it"
-                    " with the same, or use another claim"
+                    f"{VOLUME_IN_USE}: {self.root} holds run {name}, which had another {', '.join(changed)}; go on from"
+                    " it with the same, or use another claim"
                 )
         self.create(self.run)
         if (marker := self._read_json(self._marker)) is not None:
@@ -269,7 +269,7 @@ class Exchange:
 
     @property
     def successor(self) -> str | None:
-        """Name of the run that took the volume over from this one; None while it is ours."""
+        """Name of another run whose volume this is by now; None while it is ours, or nobody's."""
         marker = self._read_json(self._marker)
         if marker is None or not self._reads_elsewhere or marker.get("run") == self.run_id:
             return None

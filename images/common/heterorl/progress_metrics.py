@@ -74,7 +74,7 @@ class Progress:
     attempts: Mapping[str, int] = field(default_factory=dict)
     """Ends of the learner: clean, signalled, crashed."""
     gave_up: tuple[str, str] | None = None
-    """Why the learner is started no more: UserError or LearnerCrashed, and a sentence."""
+    """Why the learner is started no more: UserError, LearnerCrashed or VolumeInUse, and a sentence."""
     groups: Mapping[str, GroupProgress] = field(default_factory=dict)
     evaluation_best: float | None = None
     evaluation_last: float | None = None
@@ -97,7 +97,7 @@ class Observer:
         known = Progress(
             steps=spec.learner.steps,
             attempts=outcomes(attempts),
-            gave_up=gave_up(attempts, spec.failure_policy.learner_restarts),
+            gave_up=gave_up(attempts, spec.failure_policy.learner_restarts, exchange.successor),
         )
         if exchange.prepared is None:
             return known  # whatever else is there may be another run's

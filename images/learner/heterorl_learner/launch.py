@@ -29,7 +29,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from heterorl.attempts import Attempts, attempts_of, gave_up, outcome_of
 from heterorl.endpoint import Endpoint, text_page
-from heterorl.errors import HeteroRLError
+from heterorl.errors import VOLUME_IN_USE, HeteroRLError
 from heterorl.evaluations import Pins, due_now
 from heterorl.exchange import Exchange
 from heterorl.logs import setup_logging
@@ -105,11 +105,14 @@ class Pod:
             return f"waiting for the volume: {error}"
 
     def _nothing_to_do(self) -> str | None:
+        budget = self.exchange.spec.failure_policy.learner_restarts
+        why = gave_up(attempts_of(self.exchange), budget, self.exchange.successor)
+        if why and why[0] == VOLUME_IN_USE:
+            return f"idling, because {why[1]}"
         if self.exchange.prepared is None:
             return "waiting until the preparation has put model and data of this run on the volume"
         if self.exchange.trained:
             return "trained; idling until this pod is scaled away"
-        why = gave_up(attempts_of(self.exchange), self.exchange.spec.failure_policy.learner_restarts)
         if why and (why[0] == "LearnerCrashed" or self._attempts.asked_for_its_user()):
             return f"idling, because {why[1]}"
         return None
@@ -132,7 +135,8 @@ class Pod:
         self._ranks = ranks
         code = self._wait_for(ranks)
         self._ranks = self._started = None
-        self._attempts.end(outcome_of(code), code, ranks.last_line)
+        if not self._is_taken_over():
+            self._attempts.end(outcome_of(code), code, ranks.last_line)
         log.log(logging.ERROR if code else logging.INFO, "the learner ended: %s", describe_exit(code))
         return code
 
@@ -140,7 +144,10 @@ class Pod:
         """The ranks' exit code once all are gone, or minus the signal's number; they are told when they are to go."""
         gone_before, kill_at = self._pods_gone(), None
         while (code := ranks.poll()) is None:
-            if kill_at is None and (self._stop.is_set() or self._pods_gone() - gone_before):
+            if self._is_taken_over():
+                # Told to leave they would save, on a volume that is the other run's by now.
+                ranks.signal(signal.SIGKILL)
+            elif kill_at is None and (self._stop.is_set() or self._pods_gone() - gone_before):
                 self._attempts.end("signalled")
                 ranks.signal(signal.SIGTERM)
                 # By then another pod that was told to go is gone, and those that train with it would wait for ever.
@@ -150,6 +157,13 @@ class Pod:
             self._keep_versions()
             time.sleep(_POLL_S)
         return code
+
+    def _is_taken_over(self) -> bool:
+        """Whether another run goes on from our volume: two learners would train each other's rollouts."""
+        try:
+            return self.exchange.successor is not None
+        except OSError:
+            return False  # the volume is out of sight for a moment
 
     def _pods_gone(self) -> set[tuple[int, float]]:
         """Attempts of other pods that were told to go; only the first pod acts on them."""
@@ -165,7 +179,7 @@ class Pod:
     def _keep_versions(self) -> None:
         """Keep what waits for its evaluation from being retired; at the next look if the volume fails for a moment."""
         try:
-            if self._pins is not None:
+            if self._pins is not None and self.exchange.prepared is not None:
                 self._pins.keep(due_now(self.exchange, finished=self.exchange.trained))
         except OSError as error:
             log.warning("versions due for evaluation: %s", error)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from heterorl.errors import CorruptFile, RunFolderError
+from heterorl.errors import CorruptFile
 from heterorl.exchange import Exchange
 from heterorl.metrics import Metrics
 from heterorl.spec import Learner
@@ -58,15 +58,11 @@ class Trainer:
         self.log_completions = completions_log(exchange) if engine.rank == 0 else lambda batch: None
 
     def train(self) -> bool:
-        """Train to the last step or until told to stop; True if the last step was reached.
-
-        RunFolderError when another run has taken the volume over.
-        """
+        """Train to the last step or until told to stop; True if the last step was reached."""
         self._begin()
         while self._goes_on():
             learner = self.learner
             batch = self.feed.take(self.state.step)
-            self._check_volume()
             if batch is None:
                 break
             started = time.monotonic()
@@ -87,14 +83,6 @@ class Trainer:
         """Whether there are steps to train. Rank 0 reads that anew: they may be added to a live run."""
         self.learner = self._agree(self.exchange.spec.learner)
         return self.state.step < self.learner.steps
-
-    def _check_volume(self) -> None:
-        """Two learners on one volume would train each other's rollouts and remove each other's checkpoints."""
-        if other := self._agree(self.exchange.successor):
-            raise RunFolderError(
-                f"VolumeInUse: run {other} has taken {self.exchange.root} over (resume: true) and goes on from there;"
-                " this run ends"
-            )
 
     # ── beginning and end ────────────────────────────────────────────────────────────────────────────────────────────
     def _resume(self) -> State:
