@@ -18,7 +18,7 @@ from heterorl_operator import telemetry
 from heterorl_operator.client import Api, ApiError, Forbidden
 from heterorl_operator.handlers import Watcher
 from heterorl_operator.kinds import LABELLED, RUN, Kind
-from heterorl_operator.store import Mark, Store
+from heterorl_operator.store import Store, remains
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Auditor:
         ghosts = {uid: mark for uid, mark in after.items() if uid in before and uid not in there}
         news = [each for metadata in missed if (each := self._take_in(kind, metadata))]
         for uid, mark in ghosts.items():
-            self._watcher.saw(kind, "DELETED", _remains(uid, mark))
+            self._watcher.saw(kind, "DELETED", remains(uid, mark))
         self._judge(kind, len(news) + len(ghosts))
 
     def _take_in(self, kind: Kind, metadata: Object) -> bool:
@@ -119,8 +119,3 @@ class Auditor:
 
 def _selector(kind: Kind) -> str:
     return "" if kind is RUN else RUN_LABEL
-
-
-def _remains(uid: str, mark: Mark) -> Object:
-    metadata = {"uid": uid, "namespace": mark.run.namespace, "name": mark.name, "labels": {RUN_LABEL: mark.run.name}}
-    return {"metadata": {**metadata, "resourceVersion": str(mark.resource_version)}}

@@ -255,11 +255,12 @@ def _samplers_lost(view: View, clock: Clock) -> Trouble | None:
             f"sampler pod {mistaken.name}: {line}; put it right and start a new run on the volume with resume: true",
         )
     budget = spec.failure_policy.sampler_restarts
-    still_to_come = any(
-        not groups[group.name] and (_wanted(group, spec, elapsed) or _next_change(group, spec, elapsed) is not None)
+    still_to_come = (
+        _wanted(group, spec, elapsed) or _next_change(group, spec, elapsed) is not None
         for group in spec.samplers
+        if not groups[group.name]
     )
-    if pods and not still_to_come and all(is_given_up(pod, budget) for pod in pods):
+    if pods and all(is_given_up(pod, budget) for pod in pods) and not any(still_to_come):
         return Trouble(
             "SamplersCrashed",
             f"every sampler crashed more than {budget} times"

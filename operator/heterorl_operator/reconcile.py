@@ -24,7 +24,7 @@ from heterorl_operator.life import Decision, View, decide
 from heterorl_operator.observe import Problem, refused, status_of, transitions
 from heterorl_operator.podstate import Trouble
 from heterorl_operator.scrape import Progresses, Target
-from heterorl_operator.store import Child, Pod, Run, Store, child_of
+from heterorl_operator.store import Child, Mark, Pod, Run, Store, child_of, remains
 from heterorl_operator.workqueue import Key
 
 log = logging.getLogger(__name__)
@@ -197,7 +197,8 @@ class Reconciler:
             if is_other:  # a status takes no precondition, so what is said of the wrong run is taken back
                 written = self._api.apply_status(RUN, key.namespace, key.name, {})
         except NotFound:
-            self._store.remove(RUN.name, _remains(run))  # so that nothing is made for it any more
+            # So that nothing is made for it any more.
+            self._store.remove(RUN.name, remains(run.uid, Mark(run.resource_version, key, key.name)))
             return False
         self._store.put(RUN.name, written)
         if is_other or written["metadata"]["generation"] != run.generation:
@@ -250,11 +251,6 @@ def _without_impossible(view: View, decision: Decision, problems: Sequence[Probl
 
 def _hidden(kind: Kind, words: str) -> Problem:
     return Problem(kind.name, kind.plural, forbidden(f"see {kind.plural}", words))
-
-
-def _remains(run: Run) -> Object:
-    metadata = {"namespace": run.key.namespace, "name": run.key.name, "uid": run.uid}
-    return {"metadata": {**metadata, "resourceVersion": str(run.resource_version)}}
 
 
 def _target(view: View, decision: Decision) -> Target | None:

@@ -192,6 +192,12 @@ class Store:
         return self._objects.setdefault(key, {}), (kind, name)
 
 
+def remains(uid: str, mark: Mark) -> Object:
+    """What `Store.remove` needs of an object that is gone without a watch's word."""
+    metadata = {"uid": uid, "namespace": mark.run.namespace, "name": mark.name, "labels": {RUN_LABEL: mark.run.name}}
+    return {"metadata": {**metadata, "resourceVersion": str(mark.resource_version)}}
+
+
 def key_of(kind: str, body: Object) -> Key | None:
     """The run an object concerns; None when it carries no run's label."""
     metadata = body["metadata"]
