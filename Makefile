@@ -19,7 +19,7 @@ quickstart: setup
 	$(BIN)/heterorl run examples/quickstart.yaml
 
 test: setup cluster-programs
-	$(BIN)/python -m pytest tests/unit tests/contract tests/system tests/cluster
+	$(BIN)/python -m pytest tests/unit tests/process tests/contract tests/system tests/cluster
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit tests/contract

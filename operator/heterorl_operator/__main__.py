@@ -8,8 +8,8 @@ import os
 from collections.abc import Sequence
 
 from heterorl.errors import UserError
+from heterorl.kubernetes.manifests import Images
 from heterorl.logs import setup_logging
-from heterorl.manifests import Images
 from heterorl_operator.app import Operator, Options
 from heterorl_operator.client import ApiError
 

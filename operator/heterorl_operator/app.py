@@ -17,20 +17,20 @@ import kopf
 from kubernetes.config import ConfigException
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 
-from heterorl.endpoint import Endpoint, text_page
 from heterorl.errors import UserError
-from heterorl.manifests import Images
-from heterorl_operator import telemetry
+from heterorl.kubernetes.manifests import Images
+from heterorl.monitoring.http import Endpoint, text_page
+from heterorl_operator import metrics as telemetry
 from heterorl_operator.apply import MANAGER_PREFIX, Applier
-from heterorl_operator.audit import Auditor
+from heterorl_operator.cache import ObjectCache
 from heterorl_operator.client import Api, ApiError, Forbidden, NotFound, Transient, connect, in_cluster
 from heterorl_operator.events import Events
 from heterorl_operator.handlers import Watcher, registry_for, settings
-from heterorl_operator.kinds import LABELLED, RUN
+from heterorl_operator.learner_poller import ProgressPoller
 from heterorl_operator.reconcile import Reconciler, Unfinished
-from heterorl_operator.scrape import Progresses
-from heterorl_operator.store import Store
-from heterorl_operator.workqueue import Key, WorkQueue
+from heterorl_operator.relist import Relister
+from heterorl_operator.resources import LABELLED, RUN
+from heterorl_operator.workqueue import RunKey, WorkQueue
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +75,12 @@ class Operator:
         except ConfigException as error:
             raise UserError(f"there is no cluster to work on: {error}; set KUBECONFIG, or run in a pod") from error
         self.api = Api(client, options.manager)
-        self.store, self.queue = Store(), WorkQueue()
+        self.store, self.queue = ObjectCache(), WorkQueue()
         self.applier = Applier(self.api, self.store, take_over=options.take_over)
         self.watcher = Watcher(self.store, self.queue, self.applier)
-        self.auditor = Auditor(self.api, self.store, self.watcher, options.namespaces, options.resync_s / 2)
+        self.auditor = Relister(self.api, self.store, self.watcher, options.namespaces, options.resync_s / 2)
         mode = options.progress if options.progress != "auto" else "pod-ip" if in_cluster() else "proxy"
-        self.progresses = Progresses(self.api, mode, options.progress_s, partial(self.queue.add, urgent=False))
+        self.progresses = ProgressPoller(self.api, mode, options.progress_s, partial(self.queue.add, urgent=False))
         events = Events(self.api, options.manager)
         self.reconciler = Reconciler(
             self.api,
@@ -96,7 +96,7 @@ class Operator:
         self._workers = [
             threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(options.workers)
         ]
-        self._unsynced: set[Key] = set()
+        self._unsynced: set[RunKey] = set()
         self._loaded, self._synced = threading.Event(), threading.Event()
         self._failure: Exception | None = None  # what ended the watches
 
@@ -187,7 +187,7 @@ class Operator:
             self._synced.set()
         telemetry.SYNCED.set(self._synced.is_set())
 
-    def _look_at(self, key: Key) -> str:
+    def _look_at(self, key: RunKey) -> str:
         """Reconcile, and see to it that the run is looked at again; the result in one word."""
         try:
             next_s = self.reconciler.reconcile(key)

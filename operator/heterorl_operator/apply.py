@@ -12,15 +12,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from heterorl.objectnames import HASH_ANNOTATION, with_hash
-from heterorl.podtemplate import Object
-from heterorl_operator import telemetry
+from heterorl.kubernetes.merge import Object
+from heterorl.kubernetes.names import HASH_ANNOTATION, with_hash
+from heterorl_operator import metrics as telemetry
+from heterorl_operator.cache import OPERATOR_ANNOTATION, CachedChild, CachedRun, ObjectCache, child_of, mark_of
 from heterorl_operator.client import Api, Conflict, Forbidden, Invalid, NotFound, Transient
-from heterorl_operator.kinds import BY_NAME, CLAIM, JOB, Kind
-from heterorl_operator.observe import Problem
+from heterorl_operator.conditions import ObjectProblem
 from heterorl_operator.podstate import Trouble
-from heterorl_operator.store import OPERATOR_ANNOTATION, Child, Run, Store, child_of, mark_of
-from heterorl_operator.workqueue import Key
+from heterorl_operator.resources import BY_NAME, CLAIM, JOB, ResourceKind
+from heterorl_operator.workqueue import RunKey
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class _Refused:
     """An object that was not acceptable."""
 
     rendered: str
-    problem: Problem
+    problem: ObjectProblem
     at: float
     """Monotonic seconds."""
 
@@ -65,18 +65,23 @@ class Applier:
     """Applies the objects of runs. Safe to use from several threads, one run in one of them."""
 
     def __init__(
-        self, api: Api, store: Store, *, take_over: bool = False, clock: Callable[[], float] = time.monotonic
+        self, api: Api, store: ObjectCache, *, take_over: bool = False, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """`store` is told of what is written, before the watches tell. `take_over`: take another operator's runs."""
         self._store = store
         self._api, self._take_over, self._clock = api, take_over, clock
         self._lock = threading.Lock()
-        self._applied: dict[Key, dict[tuple[str, str], _Applied]] = {}
-        self._refused: dict[Key, dict[tuple[str, str], _Refused]] = {}
+        self._applied: dict[RunKey, dict[tuple[str, str], _Applied]] = {}
+        self._refused: dict[RunKey, dict[tuple[str, str], _Refused]] = {}
 
     def apply(
-        self, run: Run, desired: Iterable[Object], known: Mapping[tuple[str, str], Child], *, trusting: bool = False
-    ) -> list[Problem]:
+        self,
+        run: CachedRun,
+        desired: Iterable[Object],
+        known: Mapping[tuple[str, str], CachedChild],
+        *,
+        trusting: bool = False,
+    ) -> list[ObjectProblem]:
         """Write what needs writing; the problems met. ManagedByAnotherOperator before anything is written.
 
         `trusting`: an object whose annotation says that it was rendered like this is left alone for now, though
@@ -92,20 +97,20 @@ class Applier:
                 problems.append(problem)
         return problems
 
-    def delete(self, run: Run, child: Child) -> Problem | None:
+    def delete(self, run: CachedRun, child: CachedChild) -> ObjectProblem | None:
         """Delete an object of the run; the problem if the operator may not."""
         try:
             self._api.delete(BY_NAME[child.kind], run.key.namespace, child.name, child.uid)
         except Forbidden as error:
-            return Problem(child.kind, child.name, forbidden(f"delete {child.kind} {child.name}", error))
+            return ObjectProblem(child.kind, child.name, forbidden(f"delete {child.kind} {child.name}", error))
         return None
 
-    def check(self, known: Mapping[tuple[str, str], Child]) -> None:
+    def check(self, known: Mapping[tuple[str, str], CachedChild]) -> None:
         """ManagedByAnotherOperator if one of a run's objects is another operator's."""
         for child in known.values():
             self._check_operator(child)
 
-    def forget(self, key: Key, kind: str | None = None, name: str | None = None) -> None:
+    def forget(self, key: RunKey, kind: str | None = None, name: str | None = None) -> None:
         """An object of the run is gone, or the run is."""
         with self._lock:
             for memory in (self._applied, self._refused):
@@ -121,8 +126,8 @@ class Applier:
 
     # ── one object ───────────────────────────────────────────────────────────────────────────────────────────────────
     def _apply_one(
-        self, run: Run, desired: Object, known: Mapping[tuple[str, str], Child], trusting: bool
-    ) -> Problem | None:
+        self, run: CachedRun, desired: Object, known: Mapping[tuple[str, str], CachedChild], trusting: bool
+    ) -> ObjectProblem | None:
         kind, name = BY_NAME[desired["kind"]], desired["metadata"]["name"]
         place, rendered = (kind.name, name), desired["metadata"]["annotations"][HASH_ANNOTATION]
         child = known.get(place)
@@ -143,14 +148,14 @@ class Applier:
             outlived = child is not None and child.owner_uid is None
             answer = self._create(run, desired) if kind is JOB else self._write(kind, desired, force=outlived)
         except _NotOurs as error:
-            return Problem(kind.name, name, error.trouble)
+            return ObjectProblem(kind.name, name, error.trouble)
         except (Invalid, Forbidden, NotFound) as error:
             return self._problem(run.key, place, rendered, error)
         except Transient as error:
             if error.status < 500:
                 raise  # throttled, or away: so it would be with the next object
             trouble = f"the API server could not write {kind.name} {name}: {error}; it is tried again"
-            return Problem(kind.name, name, Trouble("ApiServerError", trouble))
+            return ObjectProblem(kind.name, name, Trouble("ApiServerError", trouble))
         with self._lock:
             version = int(answer["metadata"]["resourceVersion"])
             applied = _Applied(rendered, mark_of(kind.name, answer), version, self._clock())
@@ -160,7 +165,7 @@ class Applier:
         telemetry.APPLIES.labels(kind.name).inc()
         return None
 
-    def _create(self, run: Run, job: Object) -> Object:
+    def _create(self, run: CachedRun, job: Object) -> Object:
         try:
             return self._api.create(JOB, job)
         except Conflict:
@@ -168,7 +173,7 @@ class Applier:
                 raise
             return found  # ours, and only not seen yet
 
-    def _write(self, kind: Kind, desired: Object, *, force: bool) -> Object:
+    def _write(self, kind: ResourceKind, desired: Object, *, force: bool) -> Object:
         try:
             return self._api.apply(kind, desired, force=force or self._take_over)
         except Conflict as error:
@@ -181,34 +186,34 @@ class Applier:
             log.info("%s %s was edited by hand and is set right: %s", kind.name, desired["metadata"]["name"], message)
             return self._api.apply(kind, desired, force=True)
 
-    def _check_operator(self, child: Child) -> None:
+    def _check_operator(self, child: CachedChild) -> None:
         """Whether the object may be ours. A claim that outlived its run, and perhaps its operator, is free."""
         foreign = child.operator is not None and child.operator != self._api.manager
         if foreign and child.operator and child.owner_uid and not self._take_over:
             raise ManagedByAnotherOperator(child.operator)
 
-    def _check_name(self, run: Run, kind: Kind, name: str) -> Object | None:
+    def _check_name(self, run: CachedRun, kind: ResourceKind, name: str) -> Object | None:
         """The object of that name, if there is one and it is the run's."""
         if found := self._api.get(kind, run.key.namespace, name):
             self._check_owner(run, child_of(kind.name, found))
         return found
 
-    def _check_owner(self, run: Run, child: Child) -> None:
+    def _check_owner(self, run: CachedRun, child: CachedChild) -> None:
         self._check_operator(child)
         if not is_of(child, run):
             raise _NotOurs(child, run)
 
-    def _has_drifted(self, child: Child | None, last: _Applied) -> bool:
+    def _has_drifted(self, child: CachedChild | None, last: _Applied) -> bool:
         """Whether somebody changed it since; that the watch has not brought it yet is no sign of that, for a while."""
         if child is None:
             return self._clock() - last.at > _UNSEEN_S
         return child.resource_version > last.resource_version and child.mark != last.mark
 
     def _problem(
-        self, key: Key, place: tuple[str, str], rendered: str, error: Invalid | Forbidden | NotFound
-    ) -> Problem:
+        self, key: RunKey, place: tuple[str, str], rendered: str, error: Invalid | Forbidden | NotFound
+    ) -> ObjectProblem:
         kind, name = place
-        problem = Problem(kind, name, _trouble(f"{kind} {name}", error))
+        problem = ObjectProblem(kind, name, _trouble(f"{kind} {name}", error))
         if isinstance(error, Invalid):
             with self._lock:
                 self._refused.setdefault(key, {})[place] = _Refused(rendered, problem, self._clock())
@@ -239,7 +244,7 @@ def forbidden(doing: str, error: object) -> Trouble:
 class _NotOurs(Exception):
     """The name is taken."""
 
-    def __init__(self, child: Child, run: Run) -> None:
+    def __init__(self, child: CachedChild, run: CachedRun) -> None:
         there = f"there is a {child.kind} {child.name} already, and it belongs to"
         if child.owner_uid and child.run == run.key.name:
             waits = f"{there} an earlier run of this name; the cluster is about to clear it away"
@@ -250,7 +255,7 @@ class _NotOurs(Exception):
         self.trouble = Trouble("NameConflict", f"{there} {whose}; {way_out}")
 
 
-def is_of(child: Child, run: Run) -> bool:
+def is_of(child: CachedChild, run: CachedRun) -> bool:
     """Whether the object is this very run's, and not that of an earlier one of its name or of somebody else."""
     if child.owner_uid is None and child.kind == CLAIM.name:
         return child.run == run.key.name  # a claim that is retained has no owner, so that it outlives its run

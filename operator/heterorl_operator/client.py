@@ -23,9 +23,9 @@ import urllib3
 from kubernetes import config
 from kubernetes.client import ApiClient, Configuration
 
-from heterorl.podtemplate import Object
-from heterorl_operator import telemetry
-from heterorl_operator.kinds import POD, Kind
+from heterorl.kubernetes.merge import Object
+from heterorl_operator import metrics as telemetry
+from heterorl_operator.resources import POD, ResourceKind
 
 _TIMEOUT_S = (5.0, 30.0)  # to connect, to answer
 _PAGE = 100
@@ -93,7 +93,7 @@ class Api:
         self._client, self.manager = client, manager
 
     def list(
-        self, kind: Kind, namespace: str | None, selector: str = "", *, metadata_only: bool = False
+        self, kind: ResourceKind, namespace: str | None, selector: str = "", *, metadata_only: bool = False
     ) -> Iterator[Object]:
         """All objects of a namespace (or of all), page by page; they lack `kind` and `apiVersion`."""
         query = {"limit": str(_PAGE), **({"labelSelector": selector} if selector else {})}
@@ -106,28 +106,28 @@ class Api:
                 return
             query["continue"] = token
 
-    def get(self, kind: Kind, namespace: str, name: str) -> Object | None:
+    def get(self, kind: ResourceKind, namespace: str, name: str) -> Object | None:
         """The object, or None."""
         try:
             return self._request("GET", kind.path(namespace, name))
         except NotFound:
             return None
 
-    def apply(self, kind: Kind, desired: Object, *, force: bool = False) -> Object:
+    def apply(self, kind: ResourceKind, desired: Object, *, force: bool = False) -> Object:
         """Server-side apply; Conflict when another manager holds a field that would change, unless forced."""
         metadata = desired["metadata"]
         return self._apply(kind.path(metadata["namespace"], metadata["name"]), desired, force, self.manager)
 
-    def apply_status(self, kind: Kind, namespace: str, name: str, status: Object) -> Object:
+    def apply_status(self, kind: ResourceKind, namespace: str, name: str, status: Object) -> Object:
         """Server-side apply of the status alone."""
         body = {"apiVersion": kind.api_version, "kind": kind.name, "metadata": {"name": name}, "status": status}
         return self._apply(kind.path(namespace, name, "status"), body, True, _STATUS_MANAGER)
 
-    def create(self, kind: Kind, desired: Object) -> Object:
+    def create(self, kind: ResourceKind, desired: Object) -> Object:
         """Create; Conflict when there is one of that name."""
         return self._request("POST", kind.path(desired["metadata"]["namespace"]), body=desired)
 
-    def delete(self, kind: Kind, namespace: str, name: str, uid: str) -> None:
+    def delete(self, kind: ResourceKind, namespace: str, name: str, uid: str) -> None:
         """Delete that very object, in the background; one that is gone is fine."""
         options = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
         try:
@@ -135,7 +135,7 @@ class Api:
         except (NotFound, Conflict):
             return  # gone, or another object has the name by now
 
-    def merge(self, kind: Kind, namespace: str, name: str, patch: Object) -> Object:
+    def merge(self, kind: ResourceKind, namespace: str, name: str, patch: Object) -> Object:
         """Merge a patch into an object."""
         return self._request("PATCH", kind.path(namespace, name), {}, patch, "application/merge-patch+json")
 

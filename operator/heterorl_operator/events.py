@@ -8,11 +8,11 @@ import threading
 import uuid
 from collections import OrderedDict
 
-from heterorl.podtemplate import Object
+from heterorl.kubernetes.merge import Object
+from heterorl_operator.cache import CachedRun
 from heterorl_operator.client import Api, ApiError, NotFound
-from heterorl_operator.kinds import EVENT, RUN
-from heterorl_operator.moments import moment
-from heterorl_operator.store import Run
+from heterorl_operator.resources import EVENT, RUN
+from heterorl_operator.timestamps import moment
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Events:
         self._counts: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.Lock()
 
-    def post(self, run: Run, kind: str, reason: str, message: str, now: float) -> None:
+    def post(self, run: CachedRun, kind: str, reason: str, message: str, now: float) -> None:
         """Say it once more. `kind` is Normal or Warning."""
         text = f"{self._process}/{run.uid}/{kind}/{reason}/{message}"
         name = f"{run.key.name}.{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -48,7 +48,7 @@ class Events:
                 self._counts.pop(name, None)
             log.debug("%s: no event: %s", run.key, error)
 
-    def _is_counted(self, run: Run, name: str, count: int, now: float) -> bool:
+    def _is_counted(self, run: CachedRun, name: str, count: int, now: float) -> bool:
         """Whether the event was there still; the API server keeps one for an hour."""
         try:
             self._api.merge(EVENT, run.key.namespace, name, {"count": count, "lastTimestamp": moment(now)})
@@ -56,7 +56,7 @@ class Events:
             return False
         return True
 
-    def _event(self, run: Run, name: str, kind: str, reason: str, message: str, now: str) -> Object:
+    def _event(self, run: CachedRun, name: str, kind: str, reason: str, message: str, now: str) -> Object:
         involved = {
             "apiVersion": RUN.api_version,
             "kind": RUN.name,

@@ -12,10 +12,10 @@ from typing import Any
 
 import kopf
 
-from heterorl.objectnames import RUN_LABEL
+from heterorl.kubernetes.names import RUN_LABEL
 from heterorl_operator.apply import Applier
-from heterorl_operator.kinds import LABELLED, RUN, Kind
-from heterorl_operator.store import Store
+from heterorl_operator.cache import ObjectCache
+from heterorl_operator.resources import LABELLED, RUN, ResourceKind
 from heterorl_operator.workqueue import WorkQueue
 
 _TOGETHER_S = 1.0
@@ -25,12 +25,12 @@ _TOGETHER_S = 1.0
 class Watcher:
     """Notes what was seen."""
 
-    def __init__(self, store: Store, queue: WorkQueue, applier: Applier) -> None:
+    def __init__(self, store: ObjectCache, queue: WorkQueue, applier: Applier) -> None:
         self._store, self._queue, self._applier = store, queue, applier
         self.heard = Counter[str]()
         """Events that the watches brought, by kind."""
 
-    def saw(self, kind: Kind, event_type: str | None, body: dict[str, Any]) -> bool:
+    def saw(self, kind: ResourceKind, event_type: str | None, body: dict[str, Any]) -> bool:
         """An object as a watch shows it, `event_type` DELETED for one that is gone; whether that was news."""
         if event_type == "DELETED":
             key = self._store.remove(kind.name, body)
@@ -45,7 +45,7 @@ class Watcher:
         return key is not None
 
 
-def registry_for(watcher: Watcher, kinds: Iterable[Kind]) -> kopf.OperatorRegistry:
+def registry_for(watcher: Watcher, kinds: Iterable[ResourceKind]) -> kopf.OperatorRegistry:
     """Handlers for what is to be watched."""
     registry = kopf.OperatorRegistry()
     kopf.on.login(registry=registry)(_login)
@@ -54,7 +54,7 @@ def registry_for(watcher: Watcher, kinds: Iterable[Kind]) -> kopf.OperatorRegist
     return registry
 
 
-def _register(registry: kopf.OperatorRegistry, watcher: Watcher, kind: Kind) -> None:
+def _register(registry: kopf.OperatorRegistry, watcher: Watcher, kind: ResourceKind) -> None:
     @kopf.on.event(kind.group, kind.version, kind.plural, registry=registry, id=f"saw-{kind.plural}")
     async def saw(event: Any, **_: Any) -> None:  # async, so that it needs no thread
         watcher.heard[kind.name] += 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from heterorl.processes import USER_ERROR
-from heterorl_operator.store import Pod
+from heterorl.exit_codes import USER_ERROR
+from heterorl_operator.cache import CachedPod
 
 _PULL = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
 _CONFIG = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
@@ -21,7 +21,7 @@ class Trouble(NamedTuple):
     message: str
 
 
-def trouble_of(pod: Pod) -> Trouble | None:
+def trouble_of(pod: CachedPod) -> Trouble | None:
     """Why the pod does not run; None when it does, or is merely on its way."""
     if pod.deleting or pod.ready:
         return None
@@ -53,16 +53,16 @@ def trouble_of(pod: Pod) -> Trouble | None:
     return None
 
 
-def has_crashed(pod: Pod) -> bool:
+def has_crashed(pod: CachedPod) -> bool:
     """Whether its container last ended by itself and not well; a pod that was taken away has not."""
     return pod.exit_code is not None and pod.exit_code not in _ASKED_TO_GO
 
 
-def has_user_error(pod: Pod) -> bool:
+def has_user_error(pod: CachedPod) -> bool:
     """Whether it ended with what a restart does not mend."""
     return pod.exit_code == USER_ERROR and not pod.ready
 
 
-def is_given_up(pod: Pod, budget: int) -> bool:
+def is_given_up(pod: CachedPod, budget: int) -> bool:
     """Whether it crashed more often than the budget allows."""
     return has_crashed(pod) and not pod.ready and pod.restarts > budget

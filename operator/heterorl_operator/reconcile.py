@@ -10,22 +10,22 @@ from functools import lru_cache
 
 from pydantic import ValidationError
 
-from heterorl.manifests import Images, desired_state, evaluation_job
-from heterorl.objectnames import claim_name, evaluation_name, learner_name, prepare_name
-from heterorl.podbuilder import metrics_port
-from heterorl.podtemplate import Object
-from heterorl.spec import HeteroRLRun
-from heterorl.status import RunStatus
+from heterorl.kubernetes.manifests import Images, desired_state, evaluation_job
+from heterorl.kubernetes.merge import Object
+from heterorl.kubernetes.names import claim_name, evaluation_name, learner_name, prepare_name
+from heterorl.kubernetes.pods import metrics_port
+from heterorl.spec.run import HeteroRLRun
+from heterorl.spec.status import RunStatus
 from heterorl_operator.apply import Applier, ManagedByAnotherOperator, forbidden, is_of
+from heterorl_operator.cache import CachedChild, CachedPod, CachedRun, Mark, ObjectCache, child_of, remains
 from heterorl_operator.client import Api, Forbidden, NotFound
+from heterorl_operator.conditions import ObjectProblem, refused, status_of, transitions
 from heterorl_operator.events import Events
-from heterorl_operator.kinds import CLAIM, DEPLOYMENT, JOB, RUN, Kind
-from heterorl_operator.life import Decision, View, decide
-from heterorl_operator.observe import Problem, refused, status_of, transitions
+from heterorl_operator.learner_poller import ProgressPoller, Target
+from heterorl_operator.lifecycle import Decision, RunContext, decide
 from heterorl_operator.podstate import Trouble
-from heterorl_operator.scrape import Progresses, Target
-from heterorl_operator.store import Child, Mark, Pod, Run, Store, child_of, remains
-from heterorl_operator.workqueue import Key
+from heterorl_operator.resources import CLAIM, DEPLOYMENT, JOB, RUN, ResourceKind
+from heterorl_operator.workqueue import RunKey
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +49,14 @@ class Reconciler:
     def __init__(
         self,
         api: Api,
-        store: Store,
+        store: ObjectCache,
         applier: Applier,
-        progresses: Progresses,
+        progresses: ProgressPoller,
         events: Events,
         images: Images,
-        hidden: Mapping[Kind, str],
-        look_again: Callable[[Key], None],
-        look_later: Callable[[Key], None],
+        hidden: Mapping[ResourceKind, str],
+        look_again: Callable[[RunKey], None],
+        look_later: Callable[[RunKey], None],
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -70,10 +70,10 @@ class Reconciler:
         self._progresses, self._events, self._images = progresses, events, images
         self._hidden, self._look_again, self._look_later = hidden, look_again, look_later
         self._clock = clock
-        self._uids: dict[Key, str] = {}  # of the runs looked at
-        self._told: dict[Key, str] = {}  # the other operator that a run was found with
+        self._uids: dict[RunKey, str] = {}  # of the runs looked at
+        self._told: dict[RunKey, str] = {}  # the other operator that a run was found with
 
-    def reconcile(self, key: Key) -> float | None:
+    def reconcile(self, key: RunKey) -> float | None:
         """Look at a run; seconds until time alone makes another look worthwhile.
 
         Raises Unfinished, or an ApiError, when it should be tried again.
@@ -97,7 +97,7 @@ class Reconciler:
             self._report(run, refused(_status(run), run.generation, trouble, self._clock()))
             raise Unfinished(trouble.message, None) from error
 
-    def _look(self, run: Run, is_new: bool) -> float | None:
+    def _look(self, run: CachedRun, is_new: bool) -> float | None:
         try:
             manifest = _parsed(run.manifest)
         except ValidationError as error:
@@ -122,18 +122,18 @@ class Reconciler:
             raise Unfinished(passing[0].trouble.message, next_s)
         return next_s
 
-    def _forget(self, key: Key) -> None:
+    def _forget(self, key: RunKey) -> None:
         self._applier.forget(key)
         self._progresses.forget(key)
         self._uids.pop(key, None)
         self._told.pop(key, None)
 
     # ── seeing ───────────────────────────────────────────────────────────────────────────────────────────────────────
-    def _view(self, run: Run, manifest: HeteroRLRun) -> View:
+    def _view(self, run: CachedRun, manifest: HeteroRLRun) -> RunContext:
         # An earlier run of that name may not be cleared away yet: what it left says nothing about this one.
         children = {place: child for place, child in self._store.children(run.key).items() if is_of(child, run)}
         heard = self._progresses.latest(run.key)
-        return View(
+        return RunContext(
             run=manifest,
             uid=run.uid,
             generation=run.generation,
@@ -146,7 +146,9 @@ class Reconciler:
             now=self._clock(),
         )
 
-    def _claim(self, run: Run, manifest: HeteroRLRun, children: dict[tuple[str, str], Child]) -> Child | None:
+    def _claim(
+        self, run: CachedRun, manifest: HeteroRLRun, children: dict[tuple[str, str], CachedChild]
+    ) -> CachedChild | None:
         name = claim_name(manifest)
         if (known := children.get((CLAIM.name, name))) or not manifest.spec.exchange.volume.claim_name:
             return known
@@ -154,7 +156,9 @@ class Reconciler:
         return child_of(CLAIM.name, found) if found else None
 
     # ── doing ────────────────────────────────────────────────────────────────────────────────────────────────────────
-    def _bring_about(self, run: Run, view: View, decision: Decision, *, trusting: bool) -> list[Problem]:
+    def _bring_about(
+        self, run: CachedRun, view: RunContext, decision: Decision, *, trusting: bool
+    ) -> list[ObjectProblem]:
         desired = self._desired(run, view, decision)
         problems = [_hidden(kind, words) for kind, words in self._hidden.items()]
         problems += self._applier.apply(run, desired, self._store.children(run.key), trusting=trusting)
@@ -167,7 +171,7 @@ class Reconciler:
                 problems.append(problem)
         return problems
 
-    def _desired(self, run: Run, view: View, decision: Decision) -> list[Object]:
+    def _desired(self, run: CachedRun, view: RunContext, decision: Decision) -> list[Object]:
         namespace, uid = run.key.namespace, run.uid
         desired = desired_state(
             view.run, images=self._images, namespace=namespace, owner_uid=uid, replicas=decision.replicas
@@ -181,14 +185,14 @@ class Reconciler:
         return desired
 
     # ── telling ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    def _report(self, run: Run, after: RunStatus) -> None:
+    def _report(self, run: CachedRun, after: RunStatus) -> None:
         status = after.model_dump(mode="json", by_alias=True, exclude_none=True)
         if status == run.previous_status or not self._write(run, status):
             return
         for kind, reason, message in transitions(_status(run), after):
             self._events.post(run, kind, reason, message, self._clock())
 
-    def _write(self, run: Run, status: Object) -> bool:
+    def _write(self, run: CachedRun, status: Object) -> bool:
         """Whether the run was there still."""
         key = run.key
         try:
@@ -205,7 +209,7 @@ class Reconciler:
             self._look_again(key)  # what the watch will say of the change counts as old by now
         return not is_other
 
-    def _tell_of(self, run: Run, other: ManagedByAnotherOperator) -> None:
+    def _tell_of(self, run: CachedRun, other: ManagedByAnotherOperator) -> None:
         if self._told.get(run.key) == other.operator:
             return
         self._told[run.key] = other.operator
@@ -216,7 +220,7 @@ class Reconciler:
         )
         self._events.post(run, "Warning", "ManagedByAnotherOperator", message, self._clock())
 
-    def _next_look(self, view: View, decision: Decision) -> float | None:
+    def _next_look(self, view: RunContext, decision: Decision) -> float | None:
         times = [decision.look_again_s]
         if view.run.spec.exchange.volume.claim_name and (view.claim is None or view.claim.phase != "Bound"):
             times.append(_FOREIGN_CLAIM_S)
@@ -228,7 +232,7 @@ def _parsed(manifest: bytes) -> HeteroRLRun:
     return HeteroRLRun.model_validate_json(manifest)
 
 
-def _status(run: Run) -> RunStatus:
+def _status(run: CachedRun) -> RunStatus:
     try:
         return RunStatus.model_validate_json(run.status)
     except ValidationError:
@@ -240,7 +244,7 @@ def _invalid(error: ValidationError) -> Trouble:
     return Trouble("InvalidSpec", f"the manifest cannot be used: {problems}; `heterorl validate FILE` explains it")
 
 
-def _without_impossible(view: View, decision: Decision, problems: Sequence[Problem]) -> Decision:
+def _without_impossible(view: RunContext, decision: Decision, problems: Sequence[ObjectProblem]) -> Decision:
     """An evaluation whose Job is refused for good is given up, so that nobody waits for it."""
     refused = {problem.name for problem in problems if problem.trouble.reason in _LASTING}
     if decision.evaluation is None or evaluation_name(view.name, decision.evaluation.step) not in refused:
@@ -249,14 +253,14 @@ def _without_impossible(view: View, decision: Decision, problems: Sequence[Probl
     return replace(decision, failed_evaluations=failed)
 
 
-def _hidden(kind: Kind, words: str) -> Problem:
-    return Problem(kind.name, kind.plural, forbidden(f"see {kind.plural}", words))
+def _hidden(kind: ResourceKind, words: str) -> ObjectProblem:
+    return ObjectProblem(kind.name, kind.plural, forbidden(f"see {kind.plural}", words))
 
 
-def _target(view: View, decision: Decision) -> Target | None:
+def _target(view: RunContext, decision: Decision) -> Target | None:
     """The learner's first pod, once it has an address."""
     name = f"{learner_name(view.name)}-0"
-    pods: Sequence[Pod] = [pod for pod in view.pods_of("learner") if pod.name == name and pod.ip]
+    pods: Sequence[CachedPod] = [pod for pod in view.pods_of("learner") if pod.name == name and pod.ip]
     if not pods or not decision.replicas.learner or pods[0].phase != "Running":
         return None
     return Target(name, pods[0].uid, pods[0].ip, metrics_port(view.run.spec))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 FIRST_RETRY_S, LAST_RETRY_S = 0.5, 300.0
 
 
-class Key(NamedTuple):
+class RunKey(NamedTuple):
     """A run."""
 
     namespace: str
@@ -30,25 +30,25 @@ class WorkQueue:
     """Safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._urgent: deque[Key] = deque()
-        self._ordinary: deque[Key] = deque()
+        self._urgent: deque[RunKey] = deque()
+        self._ordinary: deque[RunKey] = deque()
         # In one of those two (or both), or to be put there after the work under way: since when, and whether urgent.
-        self._waiting: dict[Key, tuple[float, bool]] = {}
-        self._working: dict[Key, float] = {}  # since when
-        self._later: list[tuple[float, Key, bool]] = []
-        self._due: dict[tuple[Key, bool], float] = {}  # the earliest time in `_later` that counts
-        self._failures: dict[Key, int] = {}
+        self._waiting: dict[RunKey, tuple[float, bool]] = {}
+        self._working: dict[RunKey, float] = {}  # since when
+        self._later: list[tuple[float, RunKey, bool]] = []
+        self._due: dict[tuple[RunKey, bool], float] = {}  # the earliest time in `_later` that counts
+        self._failures: dict[RunKey, int] = {}
         self._changed = threading.Condition()
         self._jitter = random.Random(0)
         self._closed = False
 
-    def add(self, key: Key, *, urgent: bool = True) -> None:
+    def add(self, key: RunKey, *, urgent: bool = True) -> None:
         """Have a look at it as soon as possible, or once nothing urgent waits."""
         with self._changed:
             self._add(key, urgent)
             self._changed.notify()
 
-    def add_after(self, key: Key, delay_s: float, *, urgent: bool = True) -> None:
+    def add_after(self, key: RunKey, delay_s: float, *, urgent: bool = True) -> None:
         """Have a look at it then, or earlier if it is added meanwhile."""
         with self._changed:
             at = time.monotonic() + delay_s
@@ -57,7 +57,7 @@ class WorkQueue:
                 heapq.heappush(self._later, (at, key, urgent))
                 self._changed.notify()
 
-    def retry(self, key: Key, at_least_s: float = 0.0) -> float:
+    def retry(self, key: RunKey, at_least_s: float = 0.0) -> float:
         """Have another look after a delay that doubles with each failure in a row; returns the delay."""
         with self._changed:
             failures = self._failures[key] = self._failures.get(key, 0) + 1
@@ -66,12 +66,12 @@ class WorkQueue:
         self.add_after(key, delay)
         return delay
 
-    def succeeded(self, key: Key) -> None:
+    def succeeded(self, key: RunKey) -> None:
         """The next failure is the first again."""
         with self._changed:
             self._failures.pop(key, None)
 
-    def get(self) -> tuple[Key, float] | None:
+    def get(self) -> tuple[RunKey, float] | None:
         """The next key and the seconds it waited, when there is one; `done` is due afterwards. None once closed."""
         with self._changed:
             while not self._closed:
@@ -88,7 +88,7 @@ class WorkQueue:
                 self._changed.wait(self._later[0][0] - now if self._later else None)
             return None
 
-    def done(self, key: Key) -> None:
+    def done(self, key: RunKey) -> None:
         """The work on it has ended."""
         with self._changed:
             self._working.pop(key, None)
@@ -112,17 +112,17 @@ class WorkQueue:
             now = time.monotonic()
             return now - min(self._working.values(), default=now)
 
-    def _add(self, key: Key, urgent: bool) -> None:
+    def _add(self, key: RunKey, urgent: bool) -> None:
         since, was_urgent = self._waiting.get(key, (time.monotonic(), None))
         if was_urgent is None or (urgent and not was_urgent):
             self._waiting[key] = (since, urgent)
             if key not in self._working:
                 self._line_up(key)
 
-    def _line_up(self, key: Key) -> None:
+    def _line_up(self, key: RunKey) -> None:
         (self._urgent if self._waiting[key][1] else self._ordinary).append(key)
 
-    def _next(self) -> Key | None:
+    def _next(self) -> RunKey | None:
         for line in (self._urgent, self._ordinary):
             while line:
                 key = line.popleft()

@@ -1,4 +1,4 @@
-"""How the operator scales: many runs of three groups on a real API server, with real controllers and kwok's pods.
+"""How the operator scales: many runs of three pools on a real API server, with real controllers and kwok's pods.
 
     python tests/bench/operator_scale.py [--record] [RUNS ...]      [1 100 1000]
 
@@ -25,14 +25,14 @@ from harness import Cluster
 from kubernetes import config
 from operators import OperatorProcess, run_manifest, wait_for
 
-from heterorl.manifests import Images, desired_state
-from heterorl.spec import HeteroRLRun
+from heterorl.kubernetes.manifests import Images, desired_state
+from heterorl.spec.run import HeteroRLRun
 from heterorl_operator.client import Api
-from heterorl_operator.kinds import BY_NAME, DEPLOYMENT, POD, RUN, Kind
+from heterorl_operator.resources import BY_NAME, DEPLOYMENT, POD, RUN, ResourceKind
 
 ROOT = Path(__file__).parents[2]
 NAMESPACE = "bench"
-GROUPS = ("near", "mid", "far")
+POOLS = ("near", "mid", "far")
 OBJECTS = 8  # ConfigMap, claim, Service, Job, StatefulSet, three Deployments
 CONCURRENT = 8
 CHANGES = 50
@@ -71,7 +71,7 @@ class Result:
 
 def manifest(number: int) -> dict[str, Any]:
     """One of the runs."""
-    run = run_manifest(f"run-{number}", groups={group: {} for group in GROUPS})
+    run = run_manifest(f"run-{number}", pools={pool: {} for pool in POOLS})
     run["metadata"]["namespace"] = NAMESPACE
     return run
 
@@ -102,7 +102,7 @@ class Bench:
             lambda number: self.api._request("POST", "/api/v1/persistentvolumes", {}, volume(number)), range(runs)
         )
 
-    def count(self, kind: Kind) -> int:
+    def count(self, kind: ResourceKind) -> int:
         """Objects of a kind, without reading them."""
         page = self.api._request("GET", kind.path(NAMESPACE), {"limit": "1"})
         return len(page["items"]) + int(page["metadata"].get("remainingItemCount") or 0)
@@ -123,7 +123,7 @@ class Bench:
 
     def settle(self, runs: int, operator: OperatorProcess) -> None:
         """Wait until every pod was made and nothing is written any more."""
-        wait_for(lambda: self.count(POD) >= runs * (2 + len(GROUPS)), "the pods", LIMIT_S)
+        wait_for(lambda: self.count(POD) >= runs * (2 + len(POOLS)), "the pods", LIMIT_S)
         quiet_since, before = time.monotonic(), -1.0
         while time.monotonic() - quiet_since < QUIET_S:
             if (now := operator.metric("heterorl_operator_writes_total")) != before:
@@ -200,12 +200,12 @@ def _latencies(bench: Bench, runs: int) -> list[float]:
     found = []
     for change in range(CHANGES):
         name, wanted = f"run-{change * 7919 % runs}", 2 + change % 5
-        samplers = [{"name": group, "engine": "transformers"} for group in GROUPS]
+        samplers = [{"name": pool, "engine": "transformers"} for pool in POOLS]
         samplers[0]["replicas"] = wanted  # type: ignore[assignment]
         started = time.monotonic()
         bench.api.merge(RUN, NAMESPACE, name, {"spec": {"samplers": samplers}})
         while True:
-            seen = bench.api.get(DEPLOYMENT, NAMESPACE, f"{name}-sampler-{GROUPS[0]}")
+            seen = bench.api.get(DEPLOYMENT, NAMESPACE, f"{name}-sampler-{POOLS[0]}")
             if seen and seen["spec"]["replicas"] == wanted:
                 break
             time.sleep(0.002)

@@ -15,8 +15,8 @@ from typing import Any
 
 from harness import Cluster, Server, free_ports
 
-from heterorl.endpoint import Endpoint
-from heterorl.progress_metrics import Progress, to_text
+from heterorl.monitoring.http import Endpoint
+from heterorl.monitoring.run_metrics import RunProgress, to_text
 
 Object = dict[str, Any]
 LIMIT_S = 30.0
@@ -77,7 +77,7 @@ class StandIn:
     """Answers in a learner's place, for pods that only seem to run."""
 
     def __init__(self, **progress: Any) -> None:
-        self.progress = Progress(prepared=True, **progress)
+        self.progress = RunProgress(prepared=True, **progress)
         pages = {"/metrics": lambda: (200, "text/plain", to_text(self.progress, "stand-in"))}
         self._endpoint = Endpoint("127.0.0.1", 0, pages)
         self.port = self._endpoint.port
@@ -100,9 +100,9 @@ class StandIn:
 
 
 # ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def run_manifest(name: str = "run", *, groups: dict[str, Object] | None = None, **spec: Any) -> Object:
-    """A run of the tiny model with one sampler group `near`, or with those given."""
-    samplers = [{"name": group, "engine": "transformers", **more} for group, more in (groups or {"near": {}}).items()]
+def run_manifest(name: str = "run", *, pools: dict[str, Object] | None = None, **spec: Any) -> Object:
+    """A run of the tiny model with one sampler pool `near`, or with those given."""
+    samplers = [{"name": pool, "engine": "transformers", **more} for pool, more in (pools or {"near": {}}).items()]
     return {
         "apiVersion": "heterorl.dev/v1alpha1",
         "kind": "HeteroRLRun",
@@ -197,10 +197,10 @@ def reasons(cluster: Cluster, namespace: str, name: str = "run") -> list[str]:
     return [each["reason"] for each in json.loads(printed)["items"]]
 
 
-def children_names(run: str = "run", groups: tuple[str, ...] = ("near",)) -> set[str]:
+def children_names(run: str = "run", pools: tuple[str, ...] = ("near",)) -> set[str]:
     """What a run has, but for its preparation, whose name holds a hash."""
     names = {f"ConfigMap/{run}-config", f"PersistentVolumeClaim/{run}-volume", f"Service/{run}-learner"}
-    return names | {f"StatefulSet/{run}-learner"} | {f"Deployment/{run}-sampler-{group}" for group in groups}
+    return names | {f"StatefulSet/{run}-learner"} | {f"Deployment/{run}-sampler-{pool}" for pool in pools}
 
 
 CHILDREN = "configmaps,persistentvolumeclaims,services,statefulsets,deployments"

@@ -11,9 +11,9 @@ from kubernetes import client, watch
 from operators import apply, give_volume, operator, patch, reasons, run_manifest, status, wait_for
 from urllib3.exceptions import HTTPError
 
-from heterorl.availability import replicas_at
-from heterorl.spec import HeteroRLRun
-from heterorl_operator.moments import seconds
+from heterorl.heterogeneity.availability import replicas_at
+from heterorl.spec.run import HeteroRLRun
+from heterorl_operator.timestamps import seconds
 
 CLUSTER = {"level": "controllers"}
 pytestmark = pytest.mark.usefixtures("crd")
@@ -24,7 +24,7 @@ WINDOWS = {"type": "windows", "windows": [
     {"startSeconds": 7, "endSeconds": 11, "replicas": 3},
 ]}  # fmt: skip
 CHURN = {"type": "churn", "churn": {"meanUpSeconds": 4, "meanDownSeconds": 3, "seed": 5}}
-GROUPS = {"windows": {"replicas": 3, "availability": WINDOWS}, "churn": {"replicas": 4, "availability": CHURN}}
+POOLS = {"windows": {"replicas": 3, "availability": WINDOWS}, "churn": {"replicas": 4, "availability": CHURN}}
 WATCHED_S = 14.0
 TOLERANCE_S = 1.0
 
@@ -52,23 +52,23 @@ class Recorder:
 
 
 def differences(recorder, run, name, start, begin, end):
-    """Moments at which a group's Deployment asked for what the function gives at no moment within the tolerance."""
+    """Moments at which a pool's Deployment asked for what the function gives at no moment within the tolerance."""
     spec = HeteroRLRun.model_validate(run).spec
     found = []
-    for group in spec.samplers:
+    for pool in spec.samplers:
         for tenth in range(int(begin * 10), int(end * 10)):
             elapsed = tenth / 10
             nearby = [elapsed - TOLERANCE_S + step / 20 for step in range(int(40 * TOLERANCE_S) + 1)]
-            allowed = {replicas_at(group, each, seed=spec.seed) for each in nearby}
-            count = recorder.at(f"{name}-sampler-{group.name}", start + elapsed)
+            allowed = {replicas_at(pool, each, seed=spec.seed) for each in nearby}
+            count = recorder.at(f"{name}-sampler-{pool.name}", start + elapsed)
             if count not in allowed:
-                found.append((group.name, elapsed, count, allowed))
+                found.append((pool.name, elapsed, count, allowed))
     return found
 
 
 def test_replicas_follow_windows_and_churn_to_a_second_and_the_same_seed_gives_the_same_trace(cluster, api, namespace):
     recorder = Recorder(api, namespace)
-    first, second = (run_manifest(name, groups=GROUPS, seed=3) for name in ("first", "second"))
+    first, second = (run_manifest(name, pools=POOLS, seed=3) for name in ("first", "second"))
     with operator(cluster, "--namespace", namespace) as process:
         starts = {}
         for run in (first, second):
@@ -96,19 +96,19 @@ def test_an_edit_of_a_live_run_takes_effect_at_once_and_each_change_is_an_event(
     recorder = Recorder(api, namespace)
     give_volume(cluster, namespace)
     with operator(cluster, "--namespace", namespace):
-        apply(cluster, namespace, run_manifest(groups={"near": {"replicas": 2}}))
+        apply(cluster, namespace, run_manifest(pools={"near": {"replicas": 2}}))
         wait_for(lambda: recorder.at("run-sampler-near", time.time()) == 2, "two replicas")
         start = seconds(wait_for(lambda: status(cluster, namespace).get("startTime"), "the start"))
         now = time.time() - start
         points = [{"atSeconds": now + 3, "replicas": 1}, {"atSeconds": now + 5, "replicas": 0}]
-        group = {"name": "near", "engine": "transformers", "replicas": 2}
-        patch(cluster, namespace, "run", {"samplers": [{**group, "availability": {"type": "trace", "trace": points}}]})
+        pool = {"name": "near", "engine": "transformers", "replicas": 2}
+        patch(cluster, namespace, "run", {"samplers": [{**pool, "availability": {"type": "trace", "trace": points}}]})
         wait_for(lambda: recorder.at("run-sampler-near", time.time()) == 0, "none")
         changes = [(at - start - now, count) for at, count in recorder.changes["run-sampler-near"]]
         assert [count for _, count in changes] == [2, 1, 0]
         assert changes[1][0] == pytest.approx(3, abs=TOLERANCE_S)
         assert changes[2][0] == pytest.approx(5, abs=TOLERANCE_S)
-        patch(cluster, namespace, "run", {"samplers": [{**group, "replicas": 4}]})
+        patch(cluster, namespace, "run", {"samplers": [{**pool, "replicas": 4}]})
         edited = time.time()
         wait_for(lambda: recorder.at("run-sampler-near", time.time()) == 4, "four replicas")
         assert recorder.changes["run-sampler-near"][-1][0] - edited < TOLERANCE_S

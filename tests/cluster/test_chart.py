@@ -19,13 +19,13 @@ import yaml
 from harness import Cluster
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 
-from heterorl.load import load_run
-from heterorl.manifests import Images, desired_state, evaluation_job
+from heterorl.kubernetes.manifests import Images, desired_state, evaluation_job
+from heterorl.monitoring.run_metrics import PoolProgress, RunProgress, to_text
 from heterorl.names import Version
-from heterorl.progress_metrics import GroupProgress, Progress, to_text
-from heterorl_operator.kinds import BY_NAME
-from heterorl_operator.store import Store
-from heterorl_operator.telemetry import RunsCollector
+from heterorl.spec.load import load_run
+from heterorl_operator.cache import ObjectCache
+from heterorl_operator.metrics import RunsCollector
+from heterorl_operator.resources import BY_NAME
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "heterorl"
@@ -432,13 +432,13 @@ def test_test_of_a_release_may_create_runs_and_nothing_else(render):
 # ── monitoring ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def served_metrics() -> set[str]:
     """Names of what the operator and a learner's pod serve."""
-    group = GroupProgress(1, 1, 1, "v00000001-i0001")
+    pool = PoolProgress(1, 1, 1, "v00000001-i0001")
     numbers = dict.fromkeys(["step", "steps", "checkpoint_step", "reward", "lag", "stalled_s"], 1)
     averages = {"evaluation_best": 1.0, "evaluation_last": 1.0}
     attempts = {"crashed": 1}
-    learner = to_text(Progress(**numbers, **averages, attempts=attempts, groups={"near": group}), "run")
+    learner = to_text(RunProgress(**numbers, **averages, attempts=attempts, pools={"near": pool}), "run")
     runs = CollectorRegistry()
-    runs.register(RunsCollector(Store(), lambda _: None))
+    runs.register(RunsCollector(ObjectCache(), lambda _: None))
     text = (generate_latest(REGISTRY) + generate_latest(runs) + learner).decode()
     types = re.findall(r"^# TYPE (heterorl_\w+) (\w+)$", text, re.MULTILINE)
     return {f"{name}_bucket" if kind == "histogram" else name for name, kind in types}
@@ -671,7 +671,7 @@ def test_definition_is_upgraded_and_outlives_the_release_with_its_runs(bare, hel
 # ── helm test ────────────────────────────────────────────────────────────────────────────────────────────────────────
 def smoke(kubeconfig: Path, namespace: str) -> subprocess.CompletedProcess[str]:
     """What the test's pod runs, from here."""
-    command = [sys.executable, "-m", "heterorl_operator.smoke", f"--namespace={namespace}"]
+    command = [sys.executable, "-m", "heterorl_operator.helm_test", f"--namespace={namespace}"]
     environment = {**os.environ, "KUBECONFIG": str(kubeconfig)}
     environment.pop("KUBERNETES_SERVICE_HOST", None)
     return subprocess.run(command, capture_output=True, text=True, env=environment)

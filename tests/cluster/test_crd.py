@@ -12,9 +12,9 @@ import pytest
 import yaml
 from kubernetes.client import ApiClient, ApiException, CustomObjectsApi
 
-from heterorl.crd import crd as crd_as_dict
-from heterorl.load import load_run
-from heterorl.spec import HeteroRLRun
+from heterorl.spec.crd import crd as crd_as_dict
+from heterorl.spec.load import load_run
+from heterorl.spec.run import HeteroRLRun
 
 pytestmark = pytest.mark.usefixtures("crd")
 
@@ -192,7 +192,7 @@ NEVER = [
     ({"algorithm": None}, "groupSize cannot change; start a new run"),  # back to the default, which is 8
     ({"learner": {"strategy": "zero1"}}, "strategy cannot change"),
     ({"learner": {"steps": 999}}, "steps may only grow"),
-    (near(engine="transformers"), "a group's engine cannot change; add a group of another name"),
+    (near(engine="transformers"), "a pool's engine cannot change; add a pool of another name"),
     (volume(claimName="other"), "claimName cannot change; start a new run"),
     (volume(storageClassName="fast"), "storageClassName cannot change; start a new run"),
     (volume(accessModes=["ReadWriteOnce"]), "accessModes cannot change; start a new run"),

@@ -39,8 +39,8 @@ def test_refused_and_failed_writes_are_tried_again_and_nothing_is_made_twice(clu
     give_volume(cluster, namespace)
     proxy.codes = (409, 429, 500, 503)
     with operator(cluster, "--namespace", namespace, kubeconfig=proxy.kubeconfig), StandIn(step=1, steps=2) as learner:
-        apply(cluster, namespace, run_manifest(groups={"near": {}, "far": {}}, **learner.spec(finishGraceSeconds=1)))
-        names = children_names(groups=("near", "far"))
+        apply(cluster, namespace, run_manifest(pools={"near": {}, "far": {}}, **learner.spec(finishGraceSeconds=1)))
+        names = children_names(pools=("near", "far"))
         wait_for(lambda: set(listed(cluster, namespace, CHILDREN)) == names, "all objects", 60)
         wait_for(lambda: status(cluster, namespace).get("state") == "Running", "a status", 60)
         learner.says(finished=True, step=2)
@@ -86,14 +86,14 @@ def test_watches_that_are_cut_and_an_api_server_that_restarts_are_survived(clust
 
 def test_a_watch_that_has_gone_deaf_is_noticed_and_what_it_missed_is_taken_in(cluster, namespace, proxy):
     give_volume(cluster, namespace)
-    group = {"name": "near", "engine": "transformers"}
+    pool = {"name": "near", "engine": "transformers"}
     options = ("--namespace", namespace, "--resync-seconds", "4")  # every kind has its turn twice in that time
     with operator(cluster, *options, kubeconfig=proxy.kubeconfig) as process:
         apply(cluster, namespace, run_manifest())
         wait_for(lambda: condition(cluster, namespace, "Prepared").get("status") == "True", "the preparation")
         proxy.deaf = True
         for count in (2, 3, 4):
-            patch(cluster, namespace, "run", {"samplers": [{**group, "replicas": count}]})
+            patch(cluster, namespace, "run", {"samplers": [{**pool, "replicas": count}]})
             wait_for(lambda n=count: replicas(cluster, namespace, "run-sampler-near") == n, "the edit", 90)
         wait_for(lambda: not process.healthy(), "the alarm", 90)
         proxy.deaf = False
@@ -109,7 +109,7 @@ def test_an_operator_killed_at_ten_moments_brings_the_run_to_the_same_end(cluste
     def life(name, disturb):
         with StandIn(step=0, steps=9) as learner:
             spec = learner.spec(finishGraceSeconds=2)
-            apply(cluster, namespace, run_manifest(name, groups={"near": {"replicas": 2}, "far": {}}, **spec))
+            apply(cluster, namespace, run_manifest(name, pools={"near": {"replicas": 2}, "far": {}}, **spec))
             for step in range(1, 10):
                 learner.says(step=step, finished=step == 9)
                 disturb()

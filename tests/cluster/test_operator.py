@@ -30,8 +30,8 @@ from operators import (
     wait_for_state,
 )
 
+from heterorl.monitoring.run_metrics import PoolProgress
 from heterorl.names import Version
-from heterorl.progress_metrics import GroupProgress
 
 CLUSTER = {"level": "kwok"}
 pytestmark = pytest.mark.usefixtures("crd")
@@ -49,7 +49,7 @@ def image_of_the_learner(objects):
 def test_a_run_is_made_trains_ends_and_is_cleared_away_step_by_step(cluster, namespace, running):
     give_volume(cluster, namespace)
     with StandIn(step=3, steps=10, reward=0.5, lag=1.5, weights_version="v00000003-i0001") as learner:
-        learner.says(groups={"near": GroupProgress(rollouts=7, alive=1, weights_version="v00000002-i0001")})
+        learner.says(pools={"near": PoolProgress(rollouts=7, alive=1, weights_version="v00000002-i0001")})
         spec = learner.spec(steps=10, finishGraceSeconds=4)
         apply(cluster, namespace, run_manifest(**spec, ttlSecondsAfterFinished=8))
         wait_for(lambda: status(cluster, namespace).get("learner", {}).get("step") == 3, "the learner's step")
@@ -59,8 +59,8 @@ def test_a_run_is_made_trains_ends_and_is_cleared_away_step_by_step(cluster, nam
         assert seen["learner"] == {
             "step": 3, "weightsVersion": "v00000003-i0001", "reward": 0.5, "lag": 1.5, "restarts": 0,
         }  # fmt: skip
-        group = {"name": "near", "desired": 1, "ready": 1, "rollouts": 7, "rejected": 0}
-        assert seen["samplers"] == [{**group, "weightsVersion": "v00000002-i0001"}]
+        pool = {"name": "near", "desired": 1, "ready": 1, "rollouts": 7, "rejected": 0}
+        assert seen["samplers"] == [{**pool, "weightsVersion": "v00000002-i0001"}]
         assert {each["type"]: each["status"] for each in seen["conditions"]} == {
             "Ready": "True", "StorageReady": "True", "Prepared": "True", "LearnerReady": "True", "Failed": "False",
             "SamplersAvailable": "True", "Progressing": "True", "Succeeded": "False", "Suspended": "False",
@@ -214,17 +214,15 @@ def test_what_somebody_deletes_or_edits_comes_back(cluster, namespace, running):
     wait_for(lambda: get(cluster, namespace, "cm", "run-config")["data"]["run.json"] != "{}", "its own content")
 
 
-def test_groups_come_and_go_with_the_manifest(cluster, namespace, running):
+def test_pools_come_and_go_with_the_manifest(cluster, namespace, running):
     give_volume(cluster, namespace)
-    apply(cluster, namespace, run_manifest(groups={"near": {}, "far": {"replicas": 2}}))
-    wait_for(lambda: set(listed(cluster, namespace, CHILDREN)) == children_names(groups=("near", "far")), "both groups")
-    apply(cluster, namespace, run_manifest(groups={"near": {"replicas": 3}, "other": {}}))
-    wait_for(
-        lambda: set(listed(cluster, namespace, CHILDREN)) == children_names(groups=("near", "other")), "the change"
-    )
+    apply(cluster, namespace, run_manifest(pools={"near": {}, "far": {"replicas": 2}}))
+    wait_for(lambda: set(listed(cluster, namespace, CHILDREN)) == children_names(pools=("near", "far")), "both pools")
+    apply(cluster, namespace, run_manifest(pools={"near": {"replicas": 3}, "other": {}}))
+    wait_for(lambda: set(listed(cluster, namespace, CHILDREN)) == children_names(pools=("near", "other")), "the change")
     wait_for(lambda: replicas(cluster, namespace, "run-sampler-near") == 3, "three replicas")
-    wait_for(lambda: "GroupAdded" in reasons(cluster, namespace), "the event of a group that is new")
-    assert "GroupRemoved" in reasons(cluster, namespace)
+    wait_for(lambda: "PoolAdded" in reasons(cluster, namespace), "the event of a pool that is new")
+    assert "PoolRemoved" in reasons(cluster, namespace)
 
 
 # ── others ───────────────────────────────────────────────────────────────────────────────────────────────────────────

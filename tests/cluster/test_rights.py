@@ -33,15 +33,15 @@ from operators import (
     wait_for_state,
 )
 
-from heterorl.manifests import Images, desired_state
+from heterorl.kubernetes.manifests import Images, desired_state
 from heterorl.names import Version
-from heterorl.spec import HeteroRLRun
+from heterorl.spec.run import HeteroRLRun
 from heterorl_operator.apply import Applier
-from heterorl_operator.audit import Auditor
+from heterorl_operator.cache import ObjectCache
 from heterorl_operator.client import Api, Forbidden
 from heterorl_operator.handlers import Watcher
-from heterorl_operator.kinds import BY_NAME, JOB, LABELLED, RUN
-from heterorl_operator.store import Store
+from heterorl_operator.relist import Relister
+from heterorl_operator.resources import BY_NAME, JOB, LABELLED, RUN
 from heterorl_operator.workqueue import WorkQueue
 
 CHART = Path(__file__).parents[2] / "charts" / "heterorl"
@@ -139,11 +139,11 @@ def live(cluster: Cluster, namespace: str) -> None:
     learner = {"podTemplate": {"annotations": {"test/ip": "127.0.0.1"}}}  # nobody listens there
     apply(cluster, namespace, run_manifest("short", activeDeadlineSeconds=2, ttlSecondsAfterFinished=1))
     apply(cluster, namespace, run_manifest("waits"))  # for a volume: no node takes its preparation
-    apply(cluster, namespace, run_manifest(groups={"near": {}, "far": {}}, learner=learner))
-    wait_for(lambda: set(of_run(cluster, namespace)) == children_names(groups=("near", "far")), "the objects")
+    apply(cluster, namespace, run_manifest(pools={"near": {}, "far": {}}, learner=learner))
+    wait_for(lambda: set(of_run(cluster, namespace)) == children_names(pools=("near", "far")), "the objects")
     wait_for_reason(cluster, namespace, "Progressing", "Unreachable")
     apply(cluster, namespace, run_manifest(learner=learner))
-    wait_for(lambda: set(of_run(cluster, namespace)) == children_names(), "the end of a group")
+    wait_for(lambda: set(of_run(cluster, namespace)) == children_names(), "the end of a pool")
     patch(cluster, namespace, "run", {"exchange": {"retention": {"volume": "Delete"}}})
     wait_for(lambda: owners(cluster, namespace) == ["run"], "the claim to be the run's")
     cluster.kubectl("scale", "-n", namespace, "deployment/run-sampler-near", "--replicas=5")
@@ -169,10 +169,10 @@ def owners(cluster: Cluster, namespace: str) -> list[str]:
 
 def look_without_watches(kubeconfig: Path, namespaces: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """What the operator does every few minutes, as if all of its watches had gone deaf."""
-    monkeypatch.setattr("heterorl_operator.audit._SETTLE_S", 0.0)
+    monkeypatch.setattr("heterorl_operator.relist._SETTLE_S", 0.0)
     with config.new_client_from_config(str(kubeconfig)) as client:
-        api, store = Api(client, "heterorl-operator/deaf"), Store()
-        auditor = Auditor(api, store, Watcher(store, WorkQueue(), Applier(api, store)), namespaces, every_s=0.1)
+        api, store = Api(client, "heterorl-operator/deaf"), ObjectCache()
+        auditor = Relister(api, store, Watcher(store, WorkQueue(), Applier(api, store)), namespaces, every_s=0.1)
         auditor.start()
         try:
             wait_for(lambda: all(store.seen(kind.name) for kind in (RUN, *LABELLED)), "every kind to be seen")
@@ -252,11 +252,11 @@ def test_pod_security_restricted_admits_the_pods_of_every_role(cluster, namespac
     more = {"data": {"evals": [{"label": "sums", "source": "arithmetic"}]}}
     more["evaluation"] = {"everySteps": 5, "engine": "transformers"}
     with operator(cluster, "--namespace", namespace), StandIn(step=0, evaluations_due=(Version(0, 1),)) as learner:
-        apply(cluster, namespace, run_manifest(groups={"near": {}, "far": {}}, **learner.spec(), **more))
+        apply(cluster, namespace, run_manifest(pools={"near": {}, "far": {}}, **learner.spec(), **more))
         wait_for(lambda: len(roles(cluster, namespace)) == 5, "the pods")
         wait_for_state(cluster, namespace, "Running")
-    of_group = {("sampler", "near"), ("sampler", "far")}
-    assert roles(cluster, namespace) == of_group | {("prepare", ""), ("learner", ""), ("evaluation", "")}
+    of_pool = {("sampler", "near"), ("sampler", "far")}
+    assert roles(cluster, namespace) == of_pool | {("prepare", ""), ("learner", ""), ("evaluation", "")}
     failed = cluster.kubectl("get", "events", "-n", namespace, "--field-selector=reason=FailedCreate", "-o", "name")
     assert failed == ""
     # The API server notes a workload whose pods it would refuse.
@@ -269,6 +269,6 @@ def test_pod_security_restricted_admits_the_pods_of_every_role(cluster, namespac
 
 
 def roles(cluster: Cluster, namespace: str) -> set[tuple[str, str]]:
-    """Role and sampler group of the pods there are."""
+    """Role and sampler pool of the pods there are."""
     labels = [each["metadata"]["labels"] for each in listed(cluster, namespace, "pods").values()]
-    return {(each["heterorl.dev/role"], each.get("heterorl.dev/group", "")) for each in labels}
+    return {(each["heterorl.dev/role"], each.get("heterorl.dev/pool", "")) for each in labels}

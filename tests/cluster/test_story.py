@@ -24,8 +24,8 @@ from operators import (
     wait_for_state,
 )
 
-from heterorl.podbuilder import METRICS_PORT
-from heterorl.progress_metrics import parse_progress
+from heterorl.kubernetes.pods import METRICS_PORT
+from heterorl.monitoring.run_metrics import parse_progress
 from heterorl_operator.client import Api
 
 CLUSTER = {"level": "node"}
@@ -63,11 +63,11 @@ SPEC = {
 
 
 def run_of(name, samplers, **learner):
-    """A run whose sampler groups are given by name and engine."""
+    """A run whose sampler pools are given by name and engine."""
     spec = copy.deepcopy(SPEC)
     spec["learner"] |= learner
     spec["samplers"] = [
-        {"name": group, "engine": engine, "promptsPerBatch": 2, "threads": 1} for group, engine in samplers
+        {"name": pool, "engine": engine, "promptsPerBatch": 2, "threads": 1} for pool, engine in samplers
     ]
     return {
         "apiVersion": "heterorl.dev/v1alpha1", "kind": "HeteroRLRun", "metadata": {"name": name}, "spec": spec,
@@ -136,9 +136,9 @@ def test_helm_install_kubectl_apply_kubectl_logs(site, installed, helm, api):
         "step": STEPS, "weightsVersion": told["learner"]["weightsVersion"], "checkpointStep": STEPS,
         "restarts": 0, "reward": 0, "lag": 0,
     }  # fmt: skip
-    assert {group["name"]: group["rollouts"] > 0 for group in told["samplers"]} == {"near": True, "far": True}
-    for group in ("near", "far"):
-        assert replicas(cluster, site.namespace, f"story-sampler-{group}") == 0
+    assert {pool["name"]: pool["rollouts"] > 0 for pool in told["samplers"]} == {"near": True, "far": True}
+    for pool in ("near", "far"):
+        assert replicas(cluster, site.namespace, f"story-sampler-{pool}") == 0
     log = cluster.kubectl("logs", *where, "story-learner-0")
     assert steps_in(log)[-1] == STEPS  # a line a step, and it can be read after the end
     wait_for(lambda: "best" in status(cluster, site.namespace, "story").get("evaluation", {}), "the evaluation", 90)

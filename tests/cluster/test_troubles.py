@@ -90,7 +90,7 @@ def test_a_quota_that_is_used_up_until_it_is_raised(cluster, namespace, running)
     wait_for_reason(cluster, namespace, "SamplersAvailable", "QuorumReached")
 
 
-def test_a_group_that_nobody_meant_is_said_to_be_new(cluster, namespace, running):
+def test_a_pool_that_nobody_meant_is_said_to_be_new(cluster, namespace, running):
     give_volume(cluster, namespace)
     apply(cluster, namespace, run_manifest())
     wait_for_reason(cluster, namespace, "Prepared", "Prepared")
@@ -98,7 +98,7 @@ def test_a_group_that_nobody_meant_is_said_to_be_new(cluster, namespace, running
     slip |= {"spec": {"samplers": [{"name": "naer", "replicas": 3}]}}
     arguments = ("apply", "-n", namespace, "--server-side", "--field-manager=somebody", "-f", "-")
     cluster.kubectl(*arguments, stdin=json.dumps(slip))
-    wait_for(lambda: "GroupAdded" in reasons(cluster, namespace), "the event")
+    wait_for(lambda: "PoolAdded" in reasons(cluster, namespace), "the event")
     wrong = '[{"op": "replace", "path": "/spec/samplers/7/replicas", "value": 2}]'
     refused = cluster.kubectl("patch", "-n", namespace, "hrl/run", "--type=json", "-p", wrong, check=False)
     assert "The request is invalid" in refused

@@ -2,10 +2,10 @@
 
 import re
 
-from heterorl.block import Block, block_in
-from heterorl.crd import RULES, change_rules, crd, crd_yaml
-from heterorl.edits import IMMUTABLE, LIVE
-from heterorl.spec import HeteroRLRun, RunSpec
+from heterorl.spec.base import Block, block_in
+from heterorl.spec.crd import RULES, change_rules, crd, crd_yaml
+from heterorl.spec.mutability import IMMUTABLE, LIVE
+from heterorl.spec.run import HeteroRLRun, RunSpec
 
 # Keywords of apiextensions/v1 JSONSchemaProps that may stand anywhere, and that this CRD has a use for.
 ALLOWED = {
@@ -117,12 +117,12 @@ def test_columns_name_fields_that_exist():
         "State",
         "Step",
         "Steps",
-        "Reward",
+        "RewardSpec",
         "Lag",
         "Samplers",
         "Age",
     ]
-    assert [c["name"] for c in columns if c.get("priority")] == ["Model", "Loss", "Restarts"]
+    assert [c["name"] for c in columns if c.get("priority")] == ["ModelSpec", "LossSpec", "Restarts"]
     for column in columns:
         if column["type"] != "date":
             assert by_path[column["jsonPath"]]["type"] == column["type"], column
@@ -180,7 +180,7 @@ def test_every_block_with_rules_in_python_has_rules_in_cel():
                 yield from with_rules(inner)
 
     # Data's labels differ by its list-map.
-    assert set(with_rules(HeteroRLRun)) - {"Data"} <= set(RULES)
+    assert set(with_rules(HeteroRLRun)) - {"DataSpec"} <= set(RULES)
 
 
 def test_every_path_that_may_change_live_or_never_is_one_of_the_spec():
@@ -206,7 +206,7 @@ def test_every_field_of_the_spec_is_immutable_guarded_or_live():
         "ttlSecondsAfterFinished",
         "activeDeadlineSeconds",
     ]
-    in_parts = ["samplers", "learner", "exchange"]  # groups come and go; their fields are guarded one by one
+    in_parts = ["samplers", "learner", "exchange"]  # pools come and go; their fields are guarded one by one
     fields = [info.alias or name for name, info in RunSpec.model_fields.items()]
     assert sorted([*never, *whole, *live, *in_parts]) == sorted(fields)
     guarded = "\n".join(rules)

@@ -3,11 +3,11 @@ from pathlib import Path
 
 import yaml
 
-from heterorl.block import Block, block_in
-from heterorl.crd import crd_yaml
-from heterorl.spec import HeteroRLRun
-from heterorl.spec_docs import spec_markdown
-from heterorl.status import RunStatus
+from heterorl.spec.base import Block, block_in
+from heterorl.spec.crd import crd_yaml
+from heterorl.spec.reference import spec_markdown
+from heterorl.spec.run import HeteroRLRun
+from heterorl.spec.status import RunStatus
 
 ROOT = Path(__file__).parents[2]
 

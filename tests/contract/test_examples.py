@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from heterorl.load import load_run, warnings_for
+from heterorl.spec.load import load_run, warnings_for
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(EXAMPLES.rglob("*.yaml"))
@@ -50,7 +50,7 @@ def test_quickstart_on_vllm_differs_in_engine_and_length_only():
 def test_paper_examples_say_what_their_names_say_and_are_else_equal(samplers, lag, template):
     spec = load_run(PAPER[samplers, lag, template]).resolved()["spec"]
     plain = load_run(PAPER[samplers, 32, "think"]).resolved()["spec"]
-    assert sum(group["replicas"] for group in spec["samplers"]) == samplers
+    assert sum(pool["replicas"] for pool in spec["samplers"]) == samplers
     assert spec["algorithm"]["staleness"].pop("maxSteps") == lag
     assert spec["data"].pop("promptTemplate") == template
     plain["algorithm"]["staleness"].pop("maxSteps")
@@ -67,11 +67,11 @@ def test_paper_examples_hold_the_published_numbers():
     generation = spec.generation
     assert (generation.temperature, generation.top_p, generation.top_k) == (0.6, 0.95, 20)
     assert (generation.max_prompt_tokens, generation.max_completion_tokens) == (768, 4096)
-    delay = spec.group("far").delay
+    delay = spec.pool("far").delay
     assert (delay.model, delay.lower, delay.upper, delay.confidence, delay.subtract) == ("hold", 60, 1920, 0.995, 400)
     assert [dataset.label for dataset in spec.data.evals] == ["amc23", "aime24", "aime25", "math500"]
     assert spec.evaluation.every_steps == 128
-    large = load_run(EXAMPLES / "paper/qwen3-8b.yaml").spec.group("far").delay
+    large = load_run(EXAMPLES / "paper/qwen3-8b.yaml").spec.pool("far").delay
     assert (large.lower, large.upper) == (400, 3600)
 
 

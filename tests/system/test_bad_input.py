@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from heterorl.exchange import Exchange
-from heterorl.load import load_run
-from heterorl.runfolder import with_absolute_paths
+from heterorl.exchange.exchange import Exchange
+from heterorl.local.preflight import with_absolute_paths
+from heterorl.spec.load import load_run
 
 MANIFEST: dict[str, Any] = {
     "apiVersion": "heterorl.dev/v1alpha1",

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from heterorl.errors import CorruptFile, HeteroRLError, UserError
-from heterorl_sampler.engine import Completion, Engine, Sampling, build_engine
+from heterorl_sampler.engines.base import Completion, InferenceEngine, Sampling
+from heterorl_sampler.engines.build import build_engine
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,7 +40,7 @@ def tied(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="module")
-def engine(tied, tiny_model_dir) -> Iterator[Engine]:
+def engine(tied, tiny_model_dir) -> Iterator[InferenceEngine]:
     engine = build_engine("vllm", tiny_model_dir(tied=tied), dtype="float32", max_model_len=400)
     yield engine
     engine.close()
@@ -72,7 +73,7 @@ def scores_of(folder: Path, text: list[int]) -> torch.Tensor:
     return logits_of(folder, tuple(text))[:-1].log_softmax(-1).gather(1, torch.tensor(text[1:])[:, None])[:, 0]
 
 
-def score_difference(folder: Path, engine: Engine) -> float:
+def score_difference(folder: Path, engine: InferenceEngine) -> float:
     return max(
         (scores_of(folder, text) - torch.tensor(scores)).abs().max().item()
         for text, scores in zip(TEXTS, engine.score(TEXTS))

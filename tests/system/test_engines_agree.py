@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from heterorl.errors import TrainingError, UserError
-from heterorl.spec import RunSpec
+from heterorl.spec.run import RunSpec
 from heterorl_learner.batching import MicroBatch, Sequence, micro_batch, plan
-from heterorl_learner.engine import Engine, LossFunction, build_engine
+from heterorl_learner.engines.base import LossFunction, TrainingEngine
+from heterorl_learner.engines.build import build_engine
 
 STEPS, STOP = 10, 5
 TOKEN_BUDGET = 64
@@ -77,7 +78,7 @@ def run_spec(strategy: str) -> RunSpec:
 
 
 def train(
-    engine: Engine, steps: range, loss_function: LossFunction, publish: bool = False
+    engine: TrainingEngine, steps: range, loss_function: LossFunction, publish: bool = False
 ) -> tuple[list[float], list[float]]:
     losses, norms = [], []
     for step in steps:

@@ -29,7 +29,7 @@ def test_the_quickstart_doubles_its_reward_within_six_minutes(new_run: Callable[
     steps = lines(run.root / "metrics" / "learner.jsonl")
     trained = Counter()
     for step in steps:
-        trained.update({group: step.get(f"rollouts/by_group/{group}", 0) for group in ("near", "far")})
+        trained.update({pool: step.get(f"rollouts/by_pool/{pool}", 0) for pool in ("near", "far")})
     assert min(trained["near"], trained["far"]) > 0.1 * sum(trained.values())
     assert mean_lag(steps, "far") > mean_lag(steps, "near")
     assert (run.root / "report.png").stat().st_size > 10_000
@@ -37,8 +37,8 @@ def test_the_quickstart_doubles_its_reward_within_six_minutes(new_run: Callable[
     assert loads(run.root / "output")
 
 
-def mean_lag(steps: list[dict[str, Any]], group: str) -> float:
-    lags = [step[f"off_policy/by_group/{group}"] for step in steps if f"off_policy/by_group/{group}" in step]
+def mean_lag(steps: list[dict[str, Any]], pool: str) -> float:
+    lags = [step[f"lag/by_pool/{pool}"] for step in steps if f"lag/by_pool/{pool}" in step]
     return sum(lags) / len(lags)
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from heterorl.answers import AnswerChecker
-from heterorl.data import load_rows
-from heterorl.spec import Columns, Dataset
+from heterorl.data.answers import AnswerChecker
+from heterorl.data.datasets import load_rows
+from heterorl.spec.run import ColumnsSpec, DatasetSpec
 
 pytestmark = pytest.mark.slow
 
@@ -35,8 +35,8 @@ def checker() -> Iterator[AnswerChecker]:
 
 def load(folder: Path, name: str) -> list[dict]:
     pattern = "#### (.+)" if name.startswith("gsm8k") else None
-    columns = Columns(answer_pattern=pattern, strip_suffix=INSTRUCTION)
-    return load_rows(Dataset(source="file", path=name, columns=columns), folder)
+    columns = ColumnsSpec(answer_pattern=pattern, strip_suffix=INSTRUCTION)
+    return load_rows(DatasetSpec(source="file", path=name, columns=columns), folder)
 
 
 @pytest.mark.parametrize("name", NUM_PROBLEMS)

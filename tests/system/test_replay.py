@@ -153,15 +153,15 @@ def test_stopping_at_step_five_and_resuming_changes_nothing(
 
 def test_a_flipped_gradient_would_be_noticed(replay: Replay, reference: Replay) -> None:
     for path in (replay.root / "rollouts").glob("*.safetensors"):
-        flip_advantages(path)
+        flip_rewards(path)
     replay.train("torch", 1)
     assert not agrees(replay, reference)
 
 
-def flip_advantages(path: Path) -> None:
+def flip_rewards(path: Path) -> None:
     from dataclasses import replace
 
-    from heterorl.exchange import Rollout
+    from heterorl.exchange.rollout import Rollout
 
     rollout = Rollout.from_bytes(path.read_bytes())
-    path.write_bytes(replace(rollout, advantages=-rollout.advantages).to_bytes())
+    path.write_bytes(replace(rollout, rewards=-rollout.rewards).to_bytes())

@@ -33,12 +33,12 @@ def cli() -> None:
 @click.option("--runs-dir", type=click.Path(file_okay=False, path_type=Path), default=Path("runs"), show_default=True)
 def run(file: Path, sets: tuple[str, ...], resume: bool, runs_dir: Path) -> None:
     """Train on this machine: learner and samplers as processes, a folder under RUNS-DIR as the shared volume."""
-    from heterorl.load import load_run, warnings_for
+    from heterorl.spec.load import load_run, warnings_for
 
     manifest = load_run(file, sets)
     for warning in warnings_for(manifest):
         _say(f"warning: {warning}")
-    from heterorl.local import run_local
+    from heterorl.local.run import run_local
 
     sys.exit(run_local(file, manifest, runs_dir, resume))
 
@@ -48,7 +48,7 @@ def run(file: Path, sets: tuple[str, ...], resume: bool, runs_dir: Path) -> None
 @_SET
 def validate(files: tuple[Path, ...], sets: tuple[str, ...]) -> None:
     """Check manifests and report every problem at once."""
-    from heterorl.load import load_run, warnings_for
+    from heterorl.spec.load import load_run, warnings_for
 
     problems = []
     for file in files:
@@ -80,9 +80,9 @@ def render(file: Path, sets: tuple[str, ...], namespace: str | None, images: str
     """Print a run's Kubernetes manifests, for use without the operator: heterorl render FILE | kubectl apply -f -"""
     from importlib.metadata import version
 
-    from heterorl.load import load_run, warnings_for
-    from heterorl.manifests import Images
-    from heterorl.render import render
+    from heterorl.kubernetes.manifests import Images
+    from heterorl.kubernetes.render import render
+    from heterorl.spec.load import load_run, warnings_for
 
     manifest, tag = load_run(file, sets), image_tag or version("heterorl")
     text, notes = render(
@@ -97,7 +97,7 @@ def render(file: Path, sets: tuple[str, ...], namespace: str | None, images: str
 @click.option("--check", is_flag=True, help="Only compare; exit 1 if a file is not up to date.")
 def crd(check: bool) -> None:
     """Write crds/heterorlrun.yaml, the CustomResourceDefinition, and the chart's copy of it from the spec."""
-    from heterorl.crd import crd_yaml
+    from heterorl.spec.crd import crd_yaml
 
     for folder in ("crds", "charts/heterorl/files"):
         _generate(Path(folder) / "heterorlrun.yaml", crd_yaml(), "heterorl crd", check)
@@ -107,7 +107,7 @@ def crd(check: bool) -> None:
 @click.option("--check", is_flag=True, help="Only compare; exit 1 if the file is not up to date.")
 def docs(check: bool) -> None:
     """Write docs/spec.md, the reference of every field, from the spec."""
-    from heterorl.spec_docs import spec_markdown
+    from heterorl.spec.reference import spec_markdown
 
     _generate(Path("docs/spec.md"), spec_markdown(), "heterorl docs", check)
 
@@ -130,7 +130,7 @@ def evaluate(arguments: tuple[str, ...]) -> None:
 )
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
     """Draw one or several runs over each other, as PNG and one self-contained HTML page."""
-    from heterorl.report import write_report
+    from heterorl.report.page import write_report
 
     click.echo(f"wrote {write_report(list(runs), out)}")
 

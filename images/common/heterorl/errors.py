@@ -14,6 +14,8 @@ HeteroRLError
 
 from __future__ import annotations
 
+from heterorl.exit_codes import USER_ERROR
+
 
 class HeteroRLError(Exception):
     """Base of all; `exit_code` is what a process that ends with it returns."""
@@ -24,7 +26,7 @@ class HeteroRLError(Exception):
 class UserError(HeteroRLError):
     """What was found, what was expected, what to do."""
 
-    exit_code = 2
+    exit_code = USER_ERROR
 
 
 class SpecError(UserError):

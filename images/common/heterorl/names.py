@@ -35,13 +35,13 @@ class Version:
 
 @dataclass(frozen=True, order=True)
 class Slot:
-    """A sampler's place: its group and index. Identity, seed, prompt cursor and delays belong to the slot."""
+    """A sampler's place: its pool and index. Identity, seed, prompt cursor and delays belong to the slot."""
 
-    group: str
+    pool: str
     index: int
 
     def __str__(self) -> str:
-        return f"{self.group}-{self.index}"
+        return f"{self.pool}-{self.index}"
 
     @classmethod
     def parse(cls, text: str) -> Self:

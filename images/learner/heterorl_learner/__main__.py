@@ -10,9 +10,9 @@ import threading
 from pathlib import Path
 
 from heterorl.entry import exit_code
-from heterorl.exchange import Exchange
+from heterorl.exchange.exchange import Exchange
 from heterorl.logs import setup_logging
-from heterorl.metrics import Metrics
+from heterorl.monitoring.metrics import Metrics
 
 
 def main() -> int:
@@ -31,7 +31,7 @@ def main() -> int:
 
 def learn(exchange: Exchange, rank: int, stop: threading.Event) -> None:
     """Train on the prepared model, leave."""
-    from heterorl_learner.engine import build_engine  # slow to import, and `--help` needs none of it
+    from heterorl_learner.engines.base import build_engine  # slow to import, and `--help` needs none of it
     from heterorl_learner.train import Trainer
 
     spec = exchange.spec

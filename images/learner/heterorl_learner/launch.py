@@ -8,8 +8,9 @@ It starts the pod's ranks as `heterorl run` does and hands SIGTERM on to them. A
 so a pod that has nothing more to do, its devices given back, idles until it is scaled away. All its life it serves
 /ready and /metrics: first the run's progress, read from the volume, then the metrics of the rank that trains.
 
-How the ranks ended is kept on the volume (`heterorl.attempts`): exit code 2 and a used-up budget are given up. A pod
-that is told to go says so there at once. The first pod then has all ranks, which train together, save and leave.
+How the ranks ended is kept on the volume (`heterorl.exchange.crash_budget`): exit code 2 and a used-up budget are given
+up. A pod that is told to go says so there at once. The first pod then has all ranks, which train together,
+save and leave.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from heterorl.attempts import Attempts, attempts_of, gave_up, outcome_of
-from heterorl.endpoint import Endpoint, text_page
 from heterorl.errors import VOLUME_IN_USE, HeteroRLError
-from heterorl.evaluations import Pins, due_now
-from heterorl.exchange import Exchange
+from heterorl.exchange.crash_budget import Attempts, attempts_of, gave_up, outcome_of
+from heterorl.exchange.evaluations import Pins, due_now
+from heterorl.exchange.exchange import Exchange
+from heterorl.exit_codes import describe_exit
+from heterorl.local.processes import ManagedProcess, Rendezvous
 from heterorl.logs import setup_logging
-from heterorl.processes import Process, Rendezvous, describe_exit
-from heterorl.progress_metrics import Observer, to_text
-from heterorl.spec import Learner
+from heterorl.monitoring.http import Endpoint, text_page
+from heterorl.monitoring.run_metrics import RunObserver, to_text
+from heterorl.spec.run import LearnerSpec
 
 log = logging.getLogger("heterorl_learner.launch")
 
@@ -56,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     given = ["--root", str(args.root), *(["--spec", str(args.spec)] if args.spec else [])]
     try:
-        pod = Pod(Exchange(args.root, spec_file=args.spec), [sys.executable, "-m", "heterorl_learner", *given], stop)
+        pod = LearnerPod(
+            Exchange(args.root, spec_file=args.spec), [sys.executable, "-m", "heterorl_learner", *given], stop
+        )
         pages = {"/metrics": lambda: (200, CONTENT_TYPE_LATEST, pod.metrics()), "/ready": text_page(pod.readiness)}
         host = os.environ.get("HETERORL_METRICS_HOST", "127.0.0.1")
         with Endpoint(host, pod.exchange.spec.monitoring.prometheus_port, pages):
@@ -66,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
 
 
-class Pod:
+class LearnerPod:
     """One pod of the learner. Each of its ranks runs `command`; `stop` is set when the pod is told to go."""
 
     def __init__(self, exchange: Exchange, command: Sequence[str], stop: threading.Event) -> None:
@@ -74,8 +78,8 @@ class Pod:
         self._command, self._stop, self._env = command, stop, dict(os.environ)
         self._node = int(self._env.get("NODE_RANK", "0"))
         self._attempts = Attempts(exchange, self._node, self._env.get("POD_UID", ""))
-        self._observer = Observer(exchange)
-        self._ranks: Process | None = None
+        self._observer = RunObserver(exchange)
+        self._ranks: ManagedProcess | None = None
         self._started: float | None = None
         # Only the operator evaluates, and it gives the run its uid: without it versions would be kept for nobody.
         self._pins = Pins(exchange) if self._node == 0 and exchange.run.metadata.uid else None
@@ -131,7 +135,9 @@ class Pod:
         meeting = rendezvous_of(learner, self._env)
         self._attempts.begin()
         self._started = self.exchange.now()
-        ranks = Process(self._command, env, file, ranks=learner.processes_per_replica, rendezvous=meeting, echo=True)
+        ranks = ManagedProcess(
+            self._command, env, file, ranks=learner.processes_per_replica, rendezvous=meeting, echo=True
+        )
         self._ranks = ranks
         code = self._wait_for(ranks)
         self._ranks = self._started = None
@@ -140,7 +146,7 @@ class Pod:
         log.log(logging.ERROR if code else logging.INFO, "the learner ended: %s", describe_exit(code))
         return code
 
-    def _wait_for(self, ranks: Process) -> int:
+    def _wait_for(self, ranks: ManagedProcess) -> int:
         """The ranks' exit code once all are gone, or minus the signal's number; they are told when they are to go."""
         gone_before, kill_at = self._pods_gone(), None
         while (code := ranks.poll()) is None:
@@ -215,14 +221,14 @@ class Pod:
         return self.exchange.metrics_dir / "learner.port"
 
 
-def rendezvous_of(learner: Learner, env: Mapping[str, str]) -> Rendezvous | None:
+def rendezvous_of(learner: LearnerSpec, env: Mapping[str, str]) -> Rendezvous | None:
     """Where this pod's ranks meet those of the others; None when there are no others."""
     if learner.replicas == 1:
         return None
     return Rendezvous(env["MASTER_ADDR"], int(env["MASTER_PORT"]), int(env["NODE_RANK"]), learner.replicas)
 
 
-def threads_of(learner: Learner, env: Mapping[str, str]) -> int:
+def threads_of(learner: LearnerSpec, env: Mapping[str, str]) -> int:
     """Threads of each rank: the spec's, or an even share of the pod's cores, given as OMP_NUM_THREADS."""
     cores = int(env.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     return learner.threads or max(1, cores // learner.processes_per_replica)

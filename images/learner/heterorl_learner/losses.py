@@ -30,12 +30,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from heterorl.spec import Algorithm, Cispo, DeltaL, GepoPlus, Gmpo, Impala, LossType, RatioClip, Topr
+from heterorl.spec.run import (
+    AlgorithmSpec,
+    CispoSpec,
+    DeltaLSpec,
+    GepoPlusSpec,
+    GmpoSpec,
+    ImpalaSpec,
+    LossType,
+    RatioClipSpec,
+    ToprSpec,
+)
 
 MAX_LOG = 20.0
 """Log-ratios are held within ±20 before exp (5e8): further off says nothing more, and float32 stays finite."""
 
-Metrics = dict[str, Tensor]
+LossMetrics = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -152,7 +162,7 @@ def bounded_exp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-MAX_LOG, MAX_LOG).exp()
 
 
-def clipped(log_ratio: Tensor, advantages: Tensor, counted: Tensor, clip: RatioClip) -> Terms:
+def clipped(log_ratio: Tensor, advantages: Tensor, counted: Tensor, clip: RatioClipSpec) -> Terms:
     """PPO's surrogate -min(r A, clip(r, 1-low, 1+high) A) (arXiv 1707.06347); delta bounds the first r as well."""
     ratio = bounded_exp(log_ratio)
     within = ratio.clamp(1 - clip.low, 1 + clip.high)
@@ -171,11 +181,11 @@ def reinforce(weight: Tensor, high: Tensor, logp: Tensor, advantages: Tensor, co
     return Terms(-weight.detach() * advantages * logp, weight, torch.zeros_like(high), high, counted)
 
 
-def _tokens(x: LossInputs, clip: RatioClip) -> Terms:
+def _tokens(x: LossInputs, clip: RatioClipSpec) -> Terms:
     return clipped(x.token_log_ratio, x.token_advantages, x.token_counted, clip)
 
 
-def _sequences(x: LossInputs, log_denominator: Tensor, clip: RatioClip) -> Terms:
+def _sequences(x: LossInputs, log_denominator: Tensor, clip: RatioClipSpec) -> Terms:
     return clipped(x.mean_logp - log_denominator, x.sequence_advantages, x.counted, clip)
 
 
@@ -192,31 +202,31 @@ def k3(log_ratio: Tensor) -> Tensor:
 
 
 # ── token ratio ──────────────────────────────────────────────────────────────────────────────────────────────────────
-def grpo(x: LossInputs, clip: RatioClip, totals: Totals) -> tuple[Tensor, Metrics]:
+def grpo(x: LossInputs, clip: RatioClipSpec, totals: Totals) -> tuple[Tensor, LossMetrics]:
     """GRPO (arXiv 2402.03300): mean_i (1/L_i) sum_t -min(r_t A, clip(r_t) A)."""
     terms = _tokens(x, clip)
     return x.sequence_mean(terms.loss).sum() / totals.sequences, measure(x, terms)
 
 
-def bnpo(x: LossInputs, clip: RatioClip, totals: Totals) -> tuple[Tensor, Metrics]:
+def bnpo(x: LossInputs, clip: RatioClipSpec, totals: Totals) -> tuple[Tensor, LossMetrics]:
     """BNPO (arXiv 2506.02864): sum_i sum_t -min(r_t A, clip(r_t) A) / sum_i L_i, on Beta-normalised advantages."""
     terms = _tokens(x, clip)
     return terms.loss.sum() / totals.tokens, measure(x, terms)
 
 
-def dapo(x: LossInputs, clip: RatioClip, totals: Totals) -> tuple[Tensor, Metrics]:
+def dapo(x: LossInputs, clip: RatioClipSpec, totals: Totals) -> tuple[Tensor, LossMetrics]:
     """DAPO (arXiv 2503.14476): sum_i sum_t -min(r_t A, clip(r_t) A) / sum_i L_i, over all tokens of the step."""
     terms = _tokens(x, clip)
     return terms.loss.sum() / totals.tokens, measure(x, terms)
 
 
-def dr_grpo(x: LossInputs, clip: RatioClip, totals: Totals) -> tuple[Tensor, Metrics]:
+def dr_grpo(x: LossInputs, clip: RatioClipSpec, totals: Totals) -> tuple[Tensor, LossMetrics]:
     """Dr.GRPO (arXiv 2503.20783): (1/M) mean_i sum_t -min(r_t A, clip(r_t) A), free of length bias."""
     terms = _tokens(x, clip)
     return terms.loss.sum() / (totals.sequences * totals.max_length), measure(x, terms)
 
 
-def delta_l(x: LossInputs, params: DeltaL, totals: Totals) -> tuple[Tensor, Metrics]:
+def delta_l(x: LossInputs, params: DeltaLSpec, totals: Totals) -> tuple[Tensor, LossMetrics]:
     """ΔL Normalization (arXiv 2509.07558): sum_i w_i sum_t -min(r_t A, clip(r_t) A), w_i = (1/M) L_i^-α / sum_j L_j^-α.
 
     j runs over the whole step, so the weights do not depend on the split; α = 0 is Dr.GRPO.
@@ -227,13 +237,13 @@ def delta_l(x: LossInputs, params: DeltaL, totals: Totals) -> tuple[Tensor, Metr
 
 
 # ── sequence ratio ───────────────────────────────────────────────────────────────────────────────────────────────────
-def gspo(x: LossInputs, clip: RatioClip, totals: Totals) -> tuple[Tensor, Metrics]:
+def gspo(x: LossInputs, clip: RatioClipSpec, totals: Totals) -> tuple[Tensor, LossMetrics]:
     """GSPO (arXiv 2507.18071): mean_i -min(s_i A, clip(s_i) A), s_i = p_i/q_i = exp(mean_t log r_t)."""
     terms = _sequences(x, x.mean_sampler_logp, clip)
     return terms.loss.sum() / totals.sequences, measure(x, terms)
 
 
-def gmpo(x: LossInputs, params: Gmpo, totals: Totals) -> tuple[Tensor, Metrics]:
+def gmpo(x: LossInputs, params: GmpoSpec, totals: Totals) -> tuple[Tensor, LossMetrics]:
     """GMPO (arXiv 2507.20673): mean_i -A exp(mean_t c_t).
 
     c_t = min(log r_t, high) if A > 0, else max(log r_t, -low): the bound is one-sided and comes before the mean.
@@ -248,7 +258,7 @@ def gmpo(x: LossInputs, params: Gmpo, totals: Totals) -> tuple[Tensor, Metrics]:
 
 
 # ── group expectation ────────────────────────────────────────────────────────────────────────────────────────────────
-def gepo(x: LossInputs, clip: RatioClip, totals: Totals) -> tuple[Tensor, Metrics]:
+def gepo(x: LossInputs, clip: RatioClipSpec, totals: Totals) -> tuple[Tensor, LossMetrics]:
     """GEPO (arXiv 2508.17850): mean_i -min(c_i A, clip(c_i) A), c_i = p_i/E_q, E_q = sum_j q_j² / sum_j q_j.
 
     j runs over the prompt's group. At zero lag c_i is q_i/E_q, not 1: its clip fractions cannot be compared with
@@ -258,7 +268,7 @@ def gepo(x: LossInputs, clip: RatioClip, totals: Totals) -> tuple[Tensor, Metric
     return terms.loss.sum() / totals.sequences, measure(x, terms)
 
 
-def gepo_plus(x: LossInputs, params: GepoPlus, totals: Totals) -> tuple[Tensor, Metrics]:
+def gepo_plus(x: LossInputs, params: GepoPlusSpec, totals: Totals) -> tuple[Tensor, LossMetrics]:
     """GEPO+ (the GEPO authors' variant of arXiv 2508.17850): p_i/q_i where the sequence's KL < threshold, else p_i/E_q.
 
     The KL is the mean k3 over the sequence's tokens.
@@ -268,7 +278,7 @@ def gepo_plus(x: LossInputs, params: GepoPlus, totals: Totals) -> tuple[Tensor, 
     return terms.loss.sum() / totals.sequences, measure(x, terms)
 
 
-def eqp(x: LossInputs, clip: RatioClip, totals: Totals) -> tuple[Tensor, Metrics]:
+def eqp(x: LossInputs, clip: RatioClipSpec, totals: Totals) -> tuple[Tensor, LossMetrics]:
     """EqP (the GEPO authors' variant of arXiv 2508.17850): GEPO with E_q[p] = sum_j q_j p_j / sum_j q_j.
 
     The gradient goes through the denominator as well. The sums run over the group's sequences in this micro-batch,
@@ -284,13 +294,13 @@ def eqp(x: LossInputs, clip: RatioClip, totals: Totals) -> tuple[Tensor, Metrics
 
 
 # ── detached weights ─────────────────────────────────────────────────────────────────────────────────────────────────
-def cispo(x: LossInputs, params: Cispo, totals: Totals) -> tuple[Tensor, Metrics]:
+def cispo(x: LossInputs, params: CispoSpec, totals: Totals) -> tuple[Tensor, LossMetrics]:
     """CISPO (arXiv 2506.13585): sum_i sum_t -sg(min(r_t, cap)) A log p_t / sum_i L_i; no token loses its gradient."""
     terms = _capped_tokens(x, params.cap)
     return terms.loss.sum() / totals.tokens, measure(x, terms)
 
 
-def impala(x: LossInputs, params: Impala, totals: Totals) -> tuple[Tensor, Metrics]:
+def impala(x: LossInputs, params: ImpalaSpec, totals: Totals) -> tuple[Tensor, LossMetrics]:
     """IMPALA (arXiv 1802.01561): sum_i sum_t -sg(min(r_t, rho_bar)) A log p_t / sum_i L_i.
 
     V-trace's truncated weight, with A in place of the critic's difference.
@@ -299,7 +309,7 @@ def impala(x: LossInputs, params: Impala, totals: Totals) -> tuple[Tensor, Metri
     return terms.loss.sum() / totals.tokens, measure(x, terms)
 
 
-def topr(x: LossInputs, params: Topr, totals: Totals) -> tuple[Tensor, Metrics]:
+def topr(x: LossInputs, params: ToprSpec, totals: Totals) -> tuple[Tensor, LossMetrics]:
     """TOPR (arXiv 2503.14286): mean_i -sg(w_i) A sum_t log p_t; w_i = 1 if A >= 0, else min(prod_t r_t, cap)."""
     log_ratio, log_cap = x.sequence_sum(x.token_log_ratio), math.log(params.cap)
     tapered = x.sequence_advantages < 0
@@ -316,7 +326,7 @@ def kl_to_sampler(x: LossInputs, totals: Totals) -> Tensor:
 
 
 @torch.no_grad()
-def measure(x: LossInputs, terms: Terms) -> Metrics:
+def measure(x: LossInputs, terms: Terms) -> LossMetrics:
     """Sums and extremes of one micro-batch, float64 scalars; see the module's docstring."""
     ratio = bounded_exp(x.mean_logp - x.mean_sampler_logp).double()
 
@@ -341,13 +351,13 @@ def measure(x: LossInputs, terms: Terms) -> Metrics:
     }
 
 
-def combine(parts: Sequence[Metrics]) -> Metrics:
+def combine(parts: Sequence[LossMetrics]) -> LossMetrics:
     """Put the metrics of micro-batches, or of ranks, together: each key by its prefix."""
     reduce: dict[str, Callable[[Tensor, int], Tensor]] = {"sum": torch.sum, "min": torch.amin, "max": torch.amax}
     return {key: reduce[key[:3]](torch.stack([part[key] for part in parts]), 0) for key in parts[0]}
 
 
-def summarise(metrics: Metrics) -> dict[str, float]:
+def summarise(metrics: LossMetrics) -> dict[str, float]:
     """The step's metrics by their public names; without a sequence that counts, only `loss` and `kl_to_sampler`.
 
     `weight/*` and `clip_ratio/*` are over the loss's own units: tokens for token ratios, sequences otherwise.
@@ -374,7 +384,7 @@ def summarise(metrics: Metrics) -> dict[str, float]:
     }
 
 
-def policy_loss(algorithm: Algorithm, x: LossInputs, totals: Totals) -> tuple[Tensor, Metrics]:
+def policy_loss(algorithm: AlgorithmSpec, x: LossInputs, totals: Totals) -> tuple[Tensor, LossMetrics]:
     """The run's loss of one micro-batch, penalty included, and its metrics for `combine` and `summarise`."""
     loss, metrics = LOSSES[algorithm.loss.type](x, getattr(algorithm.loss, algorithm.loss.type), totals)
     penalty = algorithm.kl_to_sampler.weight * kl_to_sampler(x, totals)
@@ -382,7 +392,7 @@ def policy_loss(algorithm: Algorithm, x: LossInputs, totals: Totals) -> tuple[Te
     return loss, metrics | {"sum/loss": loss.detach().double(), "sum/kl_to_sampler": penalty.detach().double()}
 
 
-LOSSES: dict[LossType, Callable[[LossInputs, Any, Totals], tuple[Tensor, Metrics]]] = {
+LOSSES: dict[LossType, Callable[[LossInputs, Any, Totals], tuple[Tensor, LossMetrics]]] = {
     "grpo": grpo,
     "bnpo": bnpo,
     "dr_grpo": dr_grpo,

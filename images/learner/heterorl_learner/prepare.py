@@ -30,13 +30,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from heterorl.data import PreparedData, prepare_rows
+from heterorl.data.datasets import PreparedData, prepare_rows
 from heterorl.entry import exit_code
 from heterorl.errors import ModelError
-from heterorl.exchange import Exchange
-from heterorl.files import STAGING, Files
+from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.storage import STAGING, Files
 from heterorl.logs import setup_logging
-from heterorl.spec import Model, RunSpec
+from heterorl.spec.run import ModelSpec, RunSpec
 from heterorl_learner.tiny import MAX_POSITIONS, build_model, build_tokenizer, examples_from, supervise
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def _tokenise(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, base: Path) -> 
 
 
 # ── model ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def find_model(model: Model) -> Path | None:
+def find_model(model: ModelSpec) -> Path | None:
     """The complete Hugging Face folder to start from, downloaded if need be; None for a tiny model."""
     if model.source == "tiny":
         return None
@@ -134,7 +134,7 @@ def _inner_model(folder: Path) -> Path:
     )
 
 
-def _download(model: Model) -> Path:
+def _download(model: ModelSpec) -> Path:
     """The folder of the Hub's model in the local cache, which is filled over the network where it has to be."""
     where = f"model {model.name}" + (f" at revision {model.revision}" if model.revision else "")
     try:

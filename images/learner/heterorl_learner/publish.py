@@ -13,17 +13,18 @@ import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
-from heterorl.delay import horizon
-from heterorl.exchange import CANARY_TOKENS, Canary, Exchange, Version
-from heterorl.spec import RunSpec
+from heterorl.exchange.exchange import CANARY_TOKENS, Canary, Exchange
+from heterorl.heterogeneity.delay import horizon
+from heterorl.names import Version
+from heterorl.spec.run import RunSpec
 from heterorl_learner.batching import MicroBatch, Sequence, micro_batch
-from heterorl_learner.engine import Engine
+from heterorl_learner.engines.base import TrainingEngine
 
 
 class Publisher:
     """Publishes the engine's weights as versions of one learner incarnation. All ranks call `publish` together."""
 
-    def __init__(self, exchange: Exchange, engine: Engine, incarnation: int) -> None:
+    def __init__(self, exchange: Exchange, engine: TrainingEngine, incarnation: int) -> None:
         self._exchange, self._engine, self._incarnation = exchange, engine, incarnation
         self._texts = canary_texts(exchange)
         self._batches = [_as_micro_batch(text) for text in self._texts]
@@ -66,11 +67,11 @@ def versions_to_keep(spec: RunSpec, published: list[tuple[Version, float]], now_
     """The newest few, and all that a transit delay may still make visible: those within its horizon and one before."""
     published = sorted(published)
     kept = {version for version, _ in published[-spec.exchange.retention.weights :]}
-    for group in spec.samplers:
-        reach = horizon(group.delay, spec.time_scale)
+    for pool in spec.samplers:
+        reach = horizon(pool.delay, spec.time_scale)
         newest_step = published[-1][0].step
         ages = [
-            (now_s - at if group.delay.unit == "seconds" else newest_step - version.step, version)
+            (now_s - at if pool.delay.unit == "seconds" else newest_step - version.step, version)
             for version, at in published
         ]
         within = [version for age, version in ages if age < reach]

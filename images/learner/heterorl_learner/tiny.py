@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from heterorl.spec import TinyModel
+from heterorl.spec.run import TinyModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_model(tiny: TinyModel, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def build_model(tiny: TinyModelSpec, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """A freshly initialised model of that shape in float32; the same seed gives the same weights."""
     config = Qwen3Config(
         vocab_size=-(-len(tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
@@ -111,7 +111,7 @@ def examples_from(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizer
 def supervise(
     model: Qwen3ForCausalLM,
     examples: Sequence[Example],
-    tiny: TinyModel,
+    tiny: TinyModelSpec,
 ) -> Supervision:
     """Train on the answers by cross-entropy until the held-out accuracy first passes `tiny.target_accuracy`.
 

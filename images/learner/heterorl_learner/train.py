@@ -20,21 +20,21 @@ from typing import Any
 import torch.distributed as dist
 
 from heterorl.errors import CorruptFile
-from heterorl.exchange import Exchange
-from heterorl.metrics import Metrics
-from heterorl.spec import Learner
-from heterorl_learner.completions import completions_log
-from heterorl_learner.engine import Engine, learning_rate
-from heterorl_learner.export import write_model
-from heterorl_learner.feed import Batch, Feed
+from heterorl.exchange.exchange import Exchange
+from heterorl.monitoring.metrics import Metrics
+from heterorl.spec.run import LearnerSpec
+from heterorl_learner.completion_log import completions_log
+from heterorl_learner.engines.base import TrainingEngine
+from heterorl_learner.hf_export import write_model
 from heterorl_learner.publish import Publisher
-from heterorl_learner.step import num_tokens, rollout_metrics, train_on
+from heterorl_learner.rollout_feed import RolloutFeed, StepBatch
+from heterorl_learner.train_step import learning_rate, num_tokens, rollout_metrics, train_on
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class State:
+class TrainerState:
     """What a checkpoint holds beside the engine's own state."""
 
     step: int = 0
@@ -46,14 +46,14 @@ class State:
 class Trainer:
     """One incarnation of the learner, on one of its ranks."""
 
-    def __init__(self, exchange: Exchange, engine: Engine, metrics: Metrics, stop: Callable[[], bool]) -> None:
+    def __init__(self, exchange: Exchange, engine: TrainingEngine, metrics: Metrics, stop: Callable[[], bool]) -> None:
         self.exchange, self.engine, self.metrics = exchange, engine, metrics
         self.spec = exchange.spec
         self.state = self._resume()
         self.incarnation: int = self._agree(exchange.learner.get("incarnation", 0) + 1)
-        self.feed = Feed(exchange, self.state.step, self.incarnation, stop)
+        self.feed = RolloutFeed(exchange, self.state.step, self.incarnation, stop)
         self.publisher = Publisher(exchange, engine, self.incarnation)
-        self.learner: Learner = self._agree(exchange.spec.learner)
+        self.learner: LearnerSpec = self._agree(exchange.spec.learner)
         self.told: dict[str, float] = {}  # of the last step, for the heartbeat
         self.log_completions = completions_log(exchange) if engine.rank == 0 else lambda batch: None
 
@@ -85,7 +85,7 @@ class Trainer:
         return self.state.step < self.learner.steps
 
     # ── beginning and end ────────────────────────────────────────────────────────────────────────────────────────────
-    def _resume(self) -> State:
+    def _resume(self) -> TrainerState:
         """Load the newest checkpoint that passes its checks; without one, start from the prepared model."""
         found: tuple[Path, dict[str, Any]] | None = None
         if self.engine.rank == 0:
@@ -99,11 +99,11 @@ class Trainer:
                     self.exchange.remove_checkpoint(step)
         found = self._agree(found)
         if found is None:
-            return State()
+            return TrainerState()
         folder, state = found
         self.engine.load(folder)
         log.info("resumed from the checkpoint of step %d", state["step"])
-        return State(**state)
+        return TrainerState(**state)
 
     def _begin(self) -> None:
         if self.engine.rank == 0:
@@ -152,7 +152,7 @@ class Trainer:
         return min(self.exchange.list_checkpoints(), default=0)
 
     # ── telling ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    def _record(self, batch: Batch, metrics: dict[str, float], trained_s: float, publish_s: float) -> None:
+    def _record(self, batch: StepBatch, metrics: dict[str, float], trained_s: float, publish_s: float) -> None:
         tokens = num_tokens(batch.rollouts)
         self.state.num_tokens += tokens
         if self.engine.rank != 0:
@@ -160,7 +160,7 @@ class Trainer:
         record = rollout_metrics(batch) | metrics
         record |= {
             "num_tokens": self.state.num_tokens,
-            "off_policy/dropped": self.feed.dropped,
+            "lag/dropped": self.feed.dropped,
             "step_time": batch.wait_s + trained_s + publish_s,
             "perf/train_s": trained_s,
             "perf/publish_s": publish_s,
@@ -175,8 +175,8 @@ class Trainer:
             self.state.step,
             self.learner.steps,
             record["reward"],
-            record["off_policy/mean"],
-            record["off_policy/max"],
+            record["lag/mean"],
+            record["lag/max"],
             record["loss"],
             record["grad_norm"],
             batch.wait_s,
@@ -195,7 +195,7 @@ class Trainer:
                     "dropped": self.feed.dropped,
                     "finished": finished,
                     "reward": self.told.get("reward"),
-                    "lag": self.told.get("off_policy/mean"),
+                    "lag": self.told.get("lag/mean"),
                 }
             )
 

@@ -1,4 +1,4 @@
-"""`python -m heterorl_sampler --root ROOT --group far [--index 0]`: one sampler, until SIGTERM."""
+"""`python -m heterorl_sampler --root ROOT --pool far [--index 0]`: one sampler, until SIGTERM."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from typing import Any
 
 from heterorl.entry import exit_code
 from heterorl.errors import ExchangeError
-from heterorl.exchange import CANARY_TOKENS, Exchange, Lease, Slot
+from heterorl.exchange.exchange import CANARY_TOKENS, Exchange, Lease
 from heterorl.logs import setup_logging
-from heterorl.metrics import Metrics
+from heterorl.monitoring.metrics import Metrics
+from heterorl.names import Slot
 
 log = logging.getLogger("heterorl_sampler")
 
@@ -26,24 +27,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="heterorl_sampler", description=__doc__)
     parser.add_argument("--root", type=Path, required=True, help="the run's folder on the shared volume")
     parser.add_argument("--spec", type=Path, metavar="FILE", help="the resolved spec [ROOT/run.json]")
-    parser.add_argument("--group", required=True, help="sampler group of the spec")
-    parser.add_argument("--index", type=int, help="slot in the group; absent: the first that is free")
+    parser.add_argument("--pool", required=True, help="sampler pool of the spec")
+    parser.add_argument("--index", type=int, help="slot in the pool; absent: the first that is free")
     args = parser.parse_args()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     exchange = Exchange(args.root, spec_file=args.spec)
-    setup_logging(f"sampler-{args.group}")
-    return exit_code(lambda: serve(exchange, args.group, args.index, stop), args.root)
+    setup_logging(f"sampler-{args.pool}")
+    return exit_code(lambda: serve(exchange, args.pool, args.index, stop), args.root)
 
 
-def serve(exchange: Exchange, group_name: str, index: int | None, stop: threading.Event) -> None:
+def serve(exchange: Exchange, pool_name: str, index: int | None, stop: threading.Event) -> None:
     """Lease a slot and sample in it until `stop`."""
 
     def slots() -> list[Slot]:
-        # The spec's file may lag behind the object that started this pod: a new group or replica may not be in it yet.
-        found = [slot for slot in exchange.spec.slots if slot.group == group_name]
-        return found if index is None else [Slot(group_name, index)]
+        # The spec's file may lag behind the object that started this pod: a new pool or replica may not be in it yet.
+        found = [slot for slot in exchange.spec.slots if slot.pool == pool_name]
+        return found if index is None else [Slot(pool_name, index)]
 
     while exchange.prepared is None or not slots():  # with `heterorl render` nobody orders the pods
         if stop.wait(exchange.spec.exchange.poll_seconds):
@@ -60,24 +61,24 @@ def sample(exchange: Exchange, lease: Lease, status: dict[str, Any], stop: threa
     """Start the leased slot's engine and sample until `stop`, keeping `status` up to date."""
     from transformers import AutoTokenizer  # slow to import, and `--help` needs none of it
 
-    from heterorl_sampler.engine import build_engine
+    from heterorl_sampler.engines.build import build_engine
     from heterorl_sampler.rewards import build_rewards
     from heterorl_sampler.sample import Sampler
 
     spec = exchange.spec
-    group = spec.group(lease.slot.group)
+    pool = spec.pool(lease.slot.pool)
     if spec.generation.truncated_law:
         log.warning("topP, topK, minP or a repetition penalty truncate the law: importance ratios are biased")
     rows = [json.loads(line) for line in exchange.data_file("train").read_text().splitlines()]
     engine = build_engine(
-        group.engine,
+        pool.engine,
         exchange.model_dir,
         dtype=spec.model.dtype,
         max_model_len=max(CANARY_TOKENS, spec.generation.max_prompt_tokens + spec.generation.max_completion_tokens),
-        gpus=group.gpus,
-        tensor_parallel=group.tensor_parallel,
-        gpu_memory_utilization=group.gpu_memory_utilization,
-        kv_cache_bytes=group.kv_cache_bytes,
+        gpus=pool.gpus,
+        tensor_parallel=pool.tensor_parallel,
+        gpu_memory_utilization=pool.gpu_memory_utilization,
+        kv_cache_bytes=pool.kv_cache_bytes,
     )
     with (
         tempfile.TemporaryDirectory(prefix="heterorl-weights-") as scratch,

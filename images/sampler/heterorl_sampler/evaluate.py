@@ -21,22 +21,24 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from heterorl.answers import AnswerChecker
-from heterorl.data import Row, prepare_rows
+from heterorl.data.answers import AnswerChecker
+from heterorl.data.datasets import Row, prepare_rows
 from heterorl.errors import CanaryMismatch, ExchangeError, HeteroRLError, ModelError, UserError
-from heterorl.exchange import Exchange, Version
+from heterorl.exchange.exchange import Exchange
 from heterorl.logs import setup_logging
-from heterorl.metrics import Metrics
+from heterorl.monitoring.metrics import Metrics
+from heterorl.names import Version
 from heterorl.seeds import derive_seed
-from heterorl.spec import Columns, Dataset
-from heterorl_sampler.engine import Completion, Dtype, Engine, Sampling, build_engine, context_length
+from heterorl.spec.run import ColumnsSpec, DatasetSpec
+from heterorl_sampler.engines.base import Completion, Dtype, InferenceEngine, Sampling, context_length
+from heterorl_sampler.engines.build import build_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("heterorl_sampler.evaluate")
 
-Result = dict[str, float]
+EvalResult = dict[str, float]
 
 
 # ── the measure ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -63,12 +65,12 @@ class Measure:
 
 
 def evaluate(
-    engine: Engine,
+    engine: InferenceEngine,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     checker: AnswerChecker,
     measure: Measure,
-) -> Result:
+) -> EvalResult:
     """Means over the problems: `mean` (mean@k), `pass@K`, completion lengths, the truncated share, counts.
 
     `rows` are prepared ones, with `prompt_ids` and `answer`.
@@ -131,7 +133,7 @@ def evaluate_version(exchange: Exchange, version: Version) -> dict[str, Any]:
         batch_prompts=evaluation.batch_prompts,
         seed=spec.seed + evaluation.seed,
     )
-    sets: dict[str, Result] = {}
+    sets: dict[str, EvalResult] = {}
     with (
         _served(exchange, version, generation.max_prompt_tokens + measure.sampling.max_tokens) as engine,
         AnswerChecker(boxed_only=spec.data.prompt_template != "raw") as checker,
@@ -152,7 +154,7 @@ def evaluate_version(exchange: Exchange, version: Version) -> dict[str, Any]:
 
 
 @contextmanager
-def _served(exchange: Exchange, version: Version, max_model_len: int) -> Iterator[Engine]:
+def _served(exchange: Exchange, version: Version, max_model_len: int) -> Iterator[InferenceEngine]:
     """An engine on a local copy of the starting model's folder with this version's weights, checked by the canary."""
     spec = exchange.spec
     with tempfile.TemporaryDirectory(prefix="heterorl-evaluate-") as scratch:
@@ -185,7 +187,7 @@ def _served(exchange: Exchange, version: Version, max_model_len: int) -> Iterato
 
 
 # ── heterorl eval ────────────────────────────────────────────────────────────────────────────────────────────────────
-def evaluate_folder(args: argparse.Namespace) -> dict[str, Result]:
+def evaluate_folder(args: argparse.Namespace) -> dict[str, EvalResult]:
     """Evaluate a model folder on files; results by the file's path."""
     model_dir: Path = args.model
     if not model_dir.is_dir():
@@ -194,7 +196,7 @@ def evaluate_folder(args: argparse.Namespace) -> dict[str, Result]:
     room = context_length(model_dir) - args.max_tokens
     if room < 1:
         raise UserError(f"--max-tokens {args.max_tokens} leaves no room for a prompt in the context of {model_dir}")
-    columns = Columns(
+    columns = ColumnsSpec(
         prompt=args.prompt_column,
         answer=args.answer_column,
         answer_pattern=args.answer_pattern,
@@ -202,7 +204,7 @@ def evaluate_folder(args: argparse.Namespace) -> dict[str, Result]:
     )
     prepared = {
         str(path): prepare_rows(
-            Dataset(source="file", path=str(path), columns=columns, limit=args.limit),
+            DatasetSpec(source="file", path=str(path), columns=columns, limit=args.limit),
             Path(),
             tokenizer,
             args.template,
@@ -239,7 +241,7 @@ def _own_dtype(model_dir: Path) -> Dtype:
     return "float32" if "float32" in (config.get("dtype"), config.get("torch_dtype")) else "bfloat16"
 
 
-def _print_table(results: dict[str, Result]) -> None:
+def _print_table(results: dict[str, EvalResult]) -> None:
     from rich.console import Console
     from rich.table import Table
 

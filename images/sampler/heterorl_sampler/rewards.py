@@ -1,6 +1,6 @@
 r"""Rewards: plain functions from the completions of one prompt to one number each, in one dict.
 
-A new reward is one function `(group, params) -> list[float]`, one line in `REWARDS`, one name in `heterorl.spec`.
+A new reward is one function `(group, params) -> list[float]`, one line in `REWARDS`, one name in `heterorl.spec.run`.
 L is a completion's length in tokens, M the reward's `maxLength`, and "correct" is what `accuracy` says.
 `docs/rewards.md` has the table.
 """
@@ -19,16 +19,16 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from heterorl.answers import AnswerChecker, extract_boxed
+from heterorl.data.answers import AnswerChecker, extract_boxed
 from heterorl.errors import UserError
-from heterorl.spec import Reward, RunSpec
+from heterorl.spec.run import RewardSpec, RunSpec
 
 Row = dict[str, Any]
 Floats = npt.NDArray[np.float32]
 
 
 @dataclass
-class Group:
+class CompletionGroup:
     """What a reward sees: G completions of one prompt, with the row they answer."""
 
     texts: list[str]
@@ -46,22 +46,22 @@ class Group:
         return [self.checker.check(self.row["answer"], text) for text in self.texts]
 
 
-RewardFunction = Callable[[Group, Reward], list[float]]
+RewardFunction = Callable[[CompletionGroup, RewardSpec], list[float]]
 
 
 # ── of the answer ────────────────────────────────────────────────────────────────────────────────────────────────────
-def accuracy(group: Group, params: Reward) -> list[float]:
+def accuracy(group: CompletionGroup, params: RewardSpec) -> list[float]:
     """1 where the answer equals the reference, otherwise 0."""
     return [float(correct) for correct in group.correct]
 
 
-def boxed(group: Group, params: Reward) -> list[float]:
+def boxed(group: CompletionGroup, params: RewardSpec) -> list[float]:
     r"""1 where the completion holds a `\boxed{...}` that is not empty, otherwise 0."""
     return [float(bool(extract_boxed(text))) for text in group.texts]
 
 
 # ── of the form ──────────────────────────────────────────────────────────────────────────────────────────────────────
-def format_(group: Group, params: Reward) -> list[float]:
+def format_(group: CompletionGroup, params: RewardSpec) -> list[float]:
     """1 for `<think>...</think>` and then an answer: each tag once, nothing before, something after; otherwise 0."""
 
     def well_formed(text: str) -> bool:
@@ -72,7 +72,7 @@ def format_(group: Group, params: Reward) -> list[float]:
     return [float(well_formed(text)) for text in group.texts]
 
 
-def tag_count(group: Group, params: Reward) -> list[float]:
+def tag_count(group: CompletionGroup, params: RewardSpec) -> list[float]:
     """1/2 for exactly one `<think>`, 1/2 for exactly one `</think>`: a step on the way to `format`."""
     return [0.5 * (text.count("<think>") == 1) + 0.5 * (text.count("</think>") == 1) for text in group.texts]
 
@@ -83,13 +83,13 @@ _STEP = re.compile(
 )
 
 
-def reasoning_steps(group: Group, params: Reward) -> list[float]:
+def reasoning_steps(group: CompletionGroup, params: RewardSpec) -> list[float]:
     """min(1, steps / 3): lines that begin with "Step 2", "2." or a bullet, and words such as "First," or "Finally,"."""
     return [min(1.0, len(_STEP.findall(text)) / 3) for text in group.texts]
 
 
 # ── of the length ────────────────────────────────────────────────────────────────────────────────────────────────────
-def length(group: Group, params: Reward) -> list[float]:
+def length(group: CompletionGroup, params: RewardSpec) -> list[float]:
     """With d = 1/2 - min(L, M)/M: d where correct, min(0, d) where wrong, so that only short and right is praised.
 
     Kimi k1.5 (arXiv 2501.12599) with the bounds 0 and M in place of the group's shortest and longest.
@@ -102,7 +102,7 @@ def length(group: Group, params: Reward) -> list[float]:
     return [value(n, correct) for n, correct in zip(group.lengths, group.correct)]
 
 
-def cosine(group: Group, params: Reward) -> list[float]:
+def cosine(group: CompletionGroup, params: RewardSpec) -> list[float]:
     """A half cosine of L, ending at M: correct from 1 down to 0.5, wrong from -1 up to -0.5 (arXiv 2502.03373).
 
     Short is better when right; when wrong, thinking longer is. The end values are those in common use, not the paper's.
@@ -117,7 +117,7 @@ def cosine(group: Group, params: Reward) -> list[float]:
 
 
 # ── of the text ──────────────────────────────────────────────────────────────────────────────────────────────────────
-def repetition(group: Group, params: Reward) -> list[float]:
+def repetition(group: CompletionGroup, params: RewardSpec) -> list[float]:
     """Penalty `maxPenalty` x (1 - distinct / all n-grams of words); 0 below n words (arXiv 2502.03373)."""
 
     def value(text: str) -> float:
@@ -132,7 +132,7 @@ _NO_LANGUAGE = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[A-Za-z]+|</?thi
 _LETTERS = {"en": re.compile("[A-Za-zÀ-ɏ]"), "zh": re.compile("[㐀-䶿一-鿿]")}
 
 
-def language(group: Group, params: Reward) -> list[float]:
+def language(group: CompletionGroup, params: RewardSpec) -> list[float]:
     """Share of the letters outside formulas that are of the language's script; 1 for a text without letters.
 
     DeepSeek-R1's language consistency (arXiv 2501.12948), counted in letters, which needs no word breaker.
@@ -147,7 +147,7 @@ def language(group: Group, params: Reward) -> list[float]:
 
 
 # ── the user's ───────────────────────────────────────────────────────────────────────────────────────────────────────
-def custom(group: Group, params: Reward) -> list[float]:
+def custom(group: CompletionGroup, params: RewardSpec) -> list[float]:
     """What the function at `path` returns for `(prompts=, completions=, **columns)`, every one a list of G.
 
     `answer` is the reference answer; the other columns are the row's own. Raises `UserError` when the function fails.
@@ -196,7 +196,7 @@ REWARDS: dict[str, RewardFunction] = {
 class Rewards:
     """The run's rewards, ready to score groups; close it, or use it as a context manager."""
 
-    def __init__(self, rewards: list[Reward], *, boxed_only: bool) -> None:
+    def __init__(self, rewards: list[RewardSpec], *, boxed_only: bool) -> None:
         for params in rewards:
             if params.name == "custom":
                 _imported(params.path)
@@ -211,7 +211,7 @@ class Rewards:
 
         `lengths` are in tokens. Raises `UserError` when a custom reward does not give one finite number a completion.
         """
-        group = Group(texts, list(lengths), list(truncated), row, self._checker)
+        group = CompletionGroup(texts, list(lengths), list(truncated), row, self._checker)
         terms = {
             name: _checked(name, REWARDS[params.name](group, params), len(texts), row)
             for name, params in self._rewards.items()
@@ -237,7 +237,7 @@ def build_rewards(spec: RunSpec) -> Rewards:
     return Rewards(spec.rewards, boxed_only=spec.data.prompt_template != "raw")
 
 
-def _term_names(rewards: list[Reward]) -> list[str]:
+def _term_names(rewards: list[RewardSpec]) -> list[str]:
     """One name a reward: its own, for a custom one its function's; a second one of that name gets `_2`."""
     names: list[str] = []
     for params in rewards:

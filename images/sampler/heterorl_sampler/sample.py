@@ -1,6 +1,6 @@
 """The sampler's loop.
 
-    advance the weights ── wait if the queue is full ── generate ── reward, advantages ── publish ──┐
+    advance the weights ── wait if the queue is full ── generate ── reward ── publish ──────────────┐
           ▲                                                                                         │
           └─────────────────────────────────────────────────────────────────────────────────────────┘
 
@@ -15,22 +15,23 @@ import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from heterorl.advantages import group_advantages, resolve_scale
-from heterorl.delay import Adoption
-from heterorl.exchange import Exchange, Lease, Rollout, RolloutName, Version
-from heterorl.metrics import Metrics
+from heterorl.exchange.exchange import Exchange, Lease
+from heterorl.exchange.rollout import Rollout
+from heterorl.heterogeneity.delay import Adoption
+from heterorl.monitoring.metrics import Metrics
+from heterorl.names import RolloutName, Version
 from heterorl.seeds import derive_seed
-from heterorl.spec import RunSpec, SamplerGroup
-from heterorl_sampler.engine import Completion, Engine, Sampling
-from heterorl_sampler.follow import Follower, Swap
-from heterorl_sampler.order import PromptOrder
-from heterorl_sampler.pacing import batch_size, pending, reason_to_wait
+from heterorl.spec.run import RunSpec, SamplerPoolSpec
+from heterorl_sampler.backpressure import batch_size, pending, reason_to_wait
+from heterorl_sampler.engines.base import Completion, InferenceEngine, Sampling
+from heterorl_sampler.prompt_order import PromptOrder
 from heterorl_sampler.rewards import Rewards
+from heterorl_sampler.weight_sync import Swap, WeightSync
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Sampler:
         exchange: Exchange,
         lease: Lease,
         status: dict[str, Any],
-        engine: Engine,
+        engine: InferenceEngine,
         tokenizer: PreTrainedTokenizerBase,
         rows: list[dict[str, Any]],
         rewards: Rewards,
@@ -64,25 +65,23 @@ class Sampler:
     ) -> None:
         self.exchange, self.lease, self.engine, self.metrics, self.stop = exchange, lease, engine, metrics, stop
         self.spec: RunSpec = exchange.spec
-        self.group: SamplerGroup = self.spec.group(lease.slot.group)
+        self.pool: SamplerPoolSpec = self.spec.pool(lease.slot.pool)
         self._tokenizer, self._rewards = tokenizer, rewards
         state = exchange.load_slot(lease.slot)
         known = [name.seq + 1 for name in exchange.list_rollouts() if name.slot == lease.slot]
         self.next_seq: int = max([state.get("next_seq", 0), *known])
         self.adoption = Adoption(
-            self.group.delay,
+            self.pool.delay,
             slot=str(lease.slot),
             seed=self.spec.seed,
             time_scale=self.spec.time_scale,
             state=state.get("adoption"),
         )
-        self.follower = Follower(exchange, engine, self.adoption, scratch)
+        self.follower = WeightSync(exchange, engine, self.adoption, scratch)
         share = self.spec.slots.index(lease.slot) if lease.slot in self.spec.slots else lease.slot.index
         self._order = PromptOrder(
             rows, seed=self.spec.seed + self.spec.data.shuffle_seed, share=share, shares=len(self.spec.slots)
         )
-        scale = resolve_scale(self.spec.algorithm.loss.type, self.spec.algorithm.advantage.scale)
-        self._scale: Literal["none", "group"] = "group" if scale == "group" else "none"  # the rest needs a whole step
         self._waits = Waits()
         self.swaps = 0
         self.status = status  # shown by the heartbeat
@@ -104,12 +103,12 @@ class Sampler:
             self.follower.close()
 
     def _follow_edits(self) -> None:
-        """Take over what may change in a live run. A group that is being removed goes on as it was."""
+        """Take over what may change in a live run. A pool that is being removed goes on as it was."""
         self.spec = self.exchange.spec
-        for group in self.spec.samplers:
-            if group.name == self.group.name and group != self.group:
-                self.adoption.change(group.delay)
-                self.group = group
+        for pool in self.spec.samplers:
+            if pool.name == self.pool.name and pool != self.pool:
+                self.adoption.change(pool.delay)
+                self.pool = pool
 
     # ── waiting and swapping ─────────────────────────────────────────────────────────────────────────────────────────
     def _reason_to_wait(self) -> str | None:
@@ -149,7 +148,7 @@ class Sampler:
         assert version is not None
         self.status["state"] = "generating"
         first = self.next_seq
-        count = batch_size(self.spec, self.group.prompts_per_batch, self._queue)
+        count = batch_size(self.spec, self.pool.prompts_per_batch, self._queue)
         rows = [self._order.row(seq) for seq in range(first, first + count)]
         started = time.monotonic()
         groups = self.engine.generate(
@@ -197,7 +196,6 @@ class Sampler:
             logp=np.fromiter((p for c in group for p in c.logp), np.float32, tokens),
             versions=np.full(tokens, version.step, np.int32),
             rewards=rewards,
-            advantages=group_advantages(rewards, self._scale),
             truncated=truncated,
             reward_terms=terms,
             meta={"row_id": row["id"], "lease_epoch": self.lease.epoch},

@@ -1,0 +1,64 @@
+"""A process's spec, which follows the edits of its file."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from heterorl.errors import HeteroRLError, RunFolderError
+from heterorl.exchange.storage import Files
+from heterorl.heterogeneity.delay import inline_traces
+from heterorl.spec.mutability import changes, is_refused_live, take_over
+from heterorl.spec.run import HeteroRLRun
+
+log = logging.getLogger(__name__)
+
+
+class LiveSpec:
+    """The manifest in a file, read again whenever the file is another one.
+
+    Whoever started with a value and keeps it goes on with it; whoever asks again sees the edit. Only what may change in
+    a live run changes here (`heterorl.spec.mutability`), so that no process ever works with half of an edit: nobody
+    guards a ConfigMap that is edited by hand. A file that cannot be read leaves everything as it was.
+    """
+
+    def __init__(self, file: Path, root: Path, files: Files) -> None:
+        self._file, self._root, self._files = file, root, files
+        self._seen: tuple[int, ...] | None = None
+        self._run: HeteroRLRun | None = None
+
+    def read(self) -> HeteroRLRun:
+        """The manifest now; traces of delays are read in, from a file on the volume where they are not yet."""
+        try:
+            seen = self._files.identity(self._file)
+        except OSError:
+            seen = None  # on a shared volume it may be out of sight for a moment
+        if self._run is None:
+            self._run = self._load()
+        elif seen is not None and seen != self._seen:
+            self._run = self._edited(self._run)
+        self._seen = seen or self._seen
+        return self._run
+
+    def _load(self) -> HeteroRLRun:
+        try:
+            content = self._files.read(self._file)
+        except FileNotFoundError:
+            raise RunFolderError(
+                f"{self._root} is no run folder: {self._file} is missing; start with `heterorl run`"
+            ) from None
+        return inline_traces(HeteroRLRun.model_validate_json(content), self._root)
+
+    def _edited(self, held: HeteroRLRun) -> HeteroRLRun:
+        try:
+            found = self._load()
+            run = take_over(held, found)
+        except (HeteroRLError, ValueError, OSError) as error:
+            log.error("%s was edited and cannot be used (%s); going on as before", self._file, error)
+            return held
+        differing = list(changes(held, found))
+        for refused, message in ((False, "follows an edit of"), (True, "keeps, until it starts again, its")):
+            paths = [".".join(path) for path, was, is_ in differing if is_refused_live(path, was, is_) == refused]
+            if paths:
+                log.log(logging.WARNING if refused else logging.INFO, "this process %s %s", message, ", ".join(paths))
+        return run

@@ -1,0 +1,117 @@
+"""The contents of a rollout file: one prompt, its group of completions, flat from end to end.
+
+The file is safetensors with a JSON header; no pickle, no padding. A digest over names, types, shapes and bytes of all
+arrays and over the header is part of the header, because a file on a far volume may be cut or changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from heterorl.errors import CorruptFile
+
+PROTOCOL = 1
+_TERM = "reward/"
+_DTYPES = {
+    "prompt_ids": np.int32,
+    "completion_ids": np.int32,
+    "lengths": np.int32,
+    "logp": np.float32,
+    "versions": np.int32,
+    "rewards": np.float32,
+    "truncated": np.bool_,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """One prompt's group: G completions with T tokens in all, P prompt tokens."""
+
+    prompt_ids: NDArray[np.int32]
+    """[P] prompt tokens."""
+    completion_ids: NDArray[np.int32]
+    """[T] completion tokens, one completion after the other."""
+    lengths: NDArray[np.int32]
+    """[G] tokens of each completion; they sum to T."""
+    logp: NDArray[np.float32]
+    """[T] behaviour log-probabilities from the engine, of the law that was sampled from."""
+    versions: NDArray[np.int32]
+    """[T] step of the weights that made each token."""
+    rewards: NDArray[np.float32]
+    """[G] weighted sum of the reward terms."""
+    truncated: NDArray[np.bool_]
+    """[G] whether the completion hit the length limit."""
+    reward_terms: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """[G] each, by the reward's name, before weighting."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """JSON: row_id, lease_epoch and the like."""
+
+    def to_bytes(self) -> bytes:
+        """The file's contents."""
+        arrays: dict[str, NDArray[Any]] = {
+            name: np.ascontiguousarray(getattr(self, name), dtype) for name, dtype in _DTYPES.items()
+        }
+        arrays |= {_TERM + name: np.ascontiguousarray(term, np.float32) for name, term in self.reward_terms.items()}
+        header = {"protocol": str(PROTOCOL), "meta": json.dumps(self.meta, sort_keys=True)}
+        return save_safetensors(arrays, {**header, "sha256": _digest(arrays, header)})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Rollout:
+        """Read and check; raises CorruptFile, whatever the bytes are."""
+        try:
+            header_size = int.from_bytes(data[:8], "little")
+            header = json.loads(data[8 : 8 + header_size])["__metadata__"]
+            arrays = load_safetensors(data)
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise CorruptFile(f"not a rollout file: {error}") from error
+        if header.get("protocol") != str(PROTOCOL):
+            raise CorruptFile(f"protocol {header.get('protocol')!r}; this version reads {PROTOCOL}")
+        claimed = header.pop("sha256", None)
+        if claimed != _digest(arrays, header):
+            raise CorruptFile("the digest does not fit the contents")
+        terms = {name.removeprefix(_TERM): array for name, array in arrays.items() if name.startswith(_TERM)}
+        try:
+            rollout = cls(
+                **{name: arrays[name] for name in _DTYPES}, reward_terms=terms, meta=json.loads(header["meta"])
+            )
+        except (KeyError, ValueError) as error:
+            raise CorruptFile(f"an array is missing: {error}") from error
+        rollout.check()
+        return rollout
+
+    def check(self) -> None:
+        """Shapes, types and values that every later step relies on; raises CorruptFile."""
+        for name, dtype in _DTYPES.items():
+            array = getattr(self, name)
+            if array.dtype != dtype or array.ndim != 1:
+                raise CorruptFile(f"{name} is {array.dtype}{list(array.shape)}; expected one axis of {np.dtype(dtype)}")
+        group, tokens = len(self.lengths), len(self.completion_ids)
+        if group == 0 or int(self.lengths.min()) < 1 or int(self.lengths.astype(np.int64).sum()) != tokens:
+            raise CorruptFile(f"lengths {self.lengths.tolist()[:8]} do not add up to {tokens} completion tokens")
+        sizes = {"logp": tokens, "versions": tokens, "rewards": group, "truncated": group}
+        for name, size in sizes.items():
+            if len(getattr(self, name)) != size:
+                raise CorruptFile(f"{name} has {len(getattr(self, name))} values; expected {size}")
+        if len(self.prompt_ids) == 0:
+            raise CorruptFile("the prompt is empty")
+        for name in ("logp", "rewards"):
+            if not np.isfinite(getattr(self, name)).all():
+                raise CorruptFile(f"{name} holds values that are not finite")
+
+
+def _digest(arrays: dict[str, NDArray[Any]], header: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name}:{array.dtype}:{array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

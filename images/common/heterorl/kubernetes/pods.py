@@ -1,0 +1,162 @@
+"""The pod of a role: one container with a read-only root, without privileges, with the volume and the spec mounted.
+
+Every pod passes Pod Security `restricted` and has no token for the API server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+from heterorl.kubernetes.merge import Object, merge_into_pod
+from heterorl.kubernetes.names import RUN_LABEL, PodRole, claim_name, config_name, labels
+from heterorl.spec.pod_template import PodTemplateSpec
+from heterorl.spec.run import HeteroRLRun, RunSpec, SecretKeySpec
+
+VOLUME = "/volume"
+"""Where every pod sees the shared volume, which is the run's folder."""
+SPEC_FILE = "/etc/heterorl/run.json"
+"""Where every pod finds the spec."""
+METRICS_PORT = 9400
+"""Port of /metrics where the spec leaves it open: pods do not share one, so it need not be any free one."""
+
+_HOME = "/home/heterorl"
+_USER_ID = 1000
+_GPU = "nvidia.com/gpu"
+_SERVING: tuple[PodRole, ...] = ("learner", "sampler", "evaluation")
+
+_POD_SECURITY: Object = {
+    "runAsNonRoot": True,
+    "runAsUser": _USER_ID,
+    "runAsGroup": _USER_ID,
+    "fsGroup": _USER_ID,
+    "fsGroupChangePolicy": "OnRootMismatch",  # a volume of many files is not walked at every start
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+_CONTAINER_SECURITY: Object = {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "readOnlyRootFilesystem": True,
+}
+_MOUNTS: tuple[Object, ...] = (
+    {"name": "exchange", "mountPath": VOLUME},
+    {"name": "spec", "mountPath": str(PurePosixPath(SPEC_FILE).parent), "readOnly": True},
+    {"name": "tmp", "mountPath": "/tmp"},
+    {"name": "home", "mountPath": _HOME},
+    {"name": "shm", "mountPath": "/dev/shm"},  # the runtime's own 64 MiB are too few for ranks on one node
+)
+SERVING: Object = {"tcpSocket": {"port": "metrics"}}
+"""Readiness of a pod that serves /metrics once its engine is built: a bare connection, which the kernel accepts even
+while Python is busy."""
+_ENV: tuple[Object, ...] = (
+    {"name": "HOME", "value": _HOME},  # caches of the Hub, Triton and vLLM lie below it
+    {"name": "USER", "value": "heterorl"},  # Inductor asks for a name, and the image may have none for the uid
+    {"name": "PYTHONUNBUFFERED", "value": "1"},
+    {"name": "TOKENIZERS_PARALLELISM", "value": "false"},
+    {"name": "TQDM_DISABLE", "value": "1"},  # progress bars make no sense in a log
+    {"name": "HETERORL_METRICS_HOST", "value": "0.0.0.0"},
+)
+
+
+def build_pod(
+    run: HeteroRLRun,
+    role: PodRole,
+    image: str,
+    module: str,
+    given: PodTemplateSpec,
+    *,
+    arguments: Sequence[str] = (),
+    env: Sequence[Object] = (),
+    pool: str | None = None,
+    gpus: int = 0,
+    threads: int = 0,
+    readiness: Object | None = None,
+    pull_policy: str | None = None,
+    pull_secrets: Sequence[str] = (),
+) -> Object:
+    """A pod template (`metadata`, `spec`) that runs a module of ours in a container named after the role.
+
+    `given` is the manifest's podTemplate. `threads` 0 is the container's CPU limit, or the node's cores without one.
+    `readiness` is how the kubelet asks whether the pod is ready. Nothing kills a pod for waiting: the preparation of a
+    large model may take hours.
+    """
+    container = {
+        "name": role,
+        "image": image,
+        "imagePullPolicy": pull_policy,
+        "command": ["python", "-m", module, "--root", VOLUME, "--spec", SPEC_FILE, *arguments],
+        "env": [*_ENV, _threads_env(threads), *_device_env(gpus), *env],
+        "ports": [{"name": "metrics", "containerPort": metrics_port(run.spec)}] if role in _SERVING else [],
+        "resources": {"limits": {_GPU: str(gpus)}} if gpus else {},
+        "readinessProbe": readiness and {**readiness, "periodSeconds": 10},
+        "terminationMessagePolicy": "FallbackToLogsOnError",  # the last lines of its log say why a container failed
+        "securityContext": _CONTAINER_SECURITY,
+        "volumeMounts": list(_MOUNTS),
+    }
+    spec = {
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "imagePullSecrets": [{"name": secret} for secret in pull_secrets],
+        "affinity": {} if "ReadWriteMany" in run.spec.exchange.volume.access_modes else _one_node(run.metadata.name),
+        "securityContext": _POD_SECURITY,
+        "containers": [_without_empty(container)],
+        "volumes": _volumes(run),
+    }
+    metadata = {"labels": labels(run.metadata.name, role, pool)}
+    return merge_into_pod({"metadata": metadata, "spec": _without_empty(spec)}, given)
+
+
+def without_devices(pod: Object) -> Object:
+    """The pod without extended resources, as nvidia.com/gpu, which the manifest may ask for by hand."""
+    main, *others = pod["spec"]["containers"]
+    resources = {
+        kind: {name: amount for name, amount in amounts.items() if "/" not in name}
+        for kind, amounts in main.get("resources", {}).items()
+    }
+    main = _without_empty({**main, "resources": _without_empty(resources)})
+    return {**pod, "spec": {**pod["spec"], "containers": [main, *others]}}
+
+
+def metrics_port(spec: RunSpec) -> int:
+    """Port of /metrics in the run's pods."""
+    return spec.monitoring.prometheus_port or METRICS_PORT
+
+
+def secret_env(name: str, secret: SecretKeySpec | None) -> list[Object]:
+    """An environment variable from a Secret, if one is named."""
+    if secret is None:
+        return []
+    return [{"name": name, "valueFrom": {"secretKeyRef": {"name": secret.name, "key": secret.key}}}]
+
+
+def _volumes(run: HeteroRLRun) -> list[Object]:
+    return [
+        {"name": "exchange", "persistentVolumeClaim": {"claimName": claim_name(run)}},
+        # As a folder, never by subPath: only so do edits reach running pods.
+        {"name": "spec", "configMap": {"name": config_name(run.metadata.name)}},
+        {"name": "tmp", "emptyDir": {}},
+        {"name": "home", "emptyDir": {}},
+        {"name": "shm", "emptyDir": {"medium": "Memory"}},
+    ]
+
+
+def _one_node(run: str) -> Object:
+    """Affinity of all of a run's pods to one node, for a volume that only one node can mount."""
+    term = {"labelSelector": {"matchLabels": {RUN_LABEL: run}}, "topologyKey": "kubernetes.io/hostname"}
+    return {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
+
+
+def _threads_env(threads: int) -> Object:
+    if threads:
+        return {"name": "OMP_NUM_THREADS", "value": str(threads)}
+    limit = {"resource": "limits.cpu", "divisor": "1"}
+    return {"name": "OMP_NUM_THREADS", "valueFrom": {"resourceFieldRef": limit}}
+
+
+def _device_env(gpus: int) -> list[Object]:
+    # Where the device plugin handed out none, images made for GPUs may see all of the node's.
+    return [] if gpus else [{"name": "CUDA_VISIBLE_DEVICES", "value": ""}]
+
+
+def _without_empty(fields: Object) -> Object:
+    return {key: value for key, value in fields.items() if value not in (None, {}, [])}

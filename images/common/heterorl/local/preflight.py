@@ -1,0 +1,222 @@
+"""The local run's folder and machine: everything that is checked before the first process starts.
+
+`claim` is the one way in. It refuses what cannot work (folder in use, another spec, no space, no GPU, no vLLM) before
+anything is written, and holds the folder's lock until the run and every process it started are gone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from heterorl.entry import no_space_is_a_user_error
+from heterorl.errors import DataError, RunFolderError, UserError
+from heterorl.exchange.exchange import Exchange
+from heterorl.heterogeneity.delay import inline_traces
+from heterorl.spec.mutability import LIVE, changes, is_refused_live, within
+from heterorl.spec.run import HeteroRLRun, RunSpec
+
+_FLOOR_BYTES = 100_000_000  # rollouts, logs and metrics of a small run
+_CHECKPOINT_BYTES_PER_PARAMETER = 16  # fp32 weights and two moments, and the weights in the run's dtype
+
+
+@contextmanager
+def claim(manifest: Path, run: HeteroRLRun, runs_dir: Path, *, resume: bool) -> Iterator[tuple[Exchange, int]]:
+    """The run's folder, ready for its processes, and the descriptor of its lock, to be handed on to them.
+
+    Raises RunFolderError, DataError or UserError before anything is written. A fresh run that ends before its
+    preparation is complete leaves no folder behind.
+    """
+    base = manifest.resolve().parent
+    run = with_absolute_paths(run, base, must_exist=not resume)
+    root = runs_dir.resolve() / run.metadata.name
+    check_engines(run.spec)
+    check_gpus(run.spec, gpu_devices())
+    check_folder(root, run, resume=resume)
+    check_space(root, run.spec)
+    with no_space_is_a_user_error(root):
+        root.mkdir(parents=True, exist_ok=True)
+        exchange = Exchange(root)
+        lock = _lock(exchange.lock_file)
+        try:
+            exchange.create(run)
+            yield exchange, lock
+        finally:
+            if not resume and exchange.prepared is None:
+                shutil.rmtree(root)
+            os.close(lock)
+
+
+# ── the folder ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def check_folder(root: Path, run: HeteroRLRun, *, resume: bool) -> None:
+    """Refuse a folder that is in use, used by another spec, or not there; writes nothing."""
+    exchange = Exchange(root)
+    if exchange.lock_file.exists():
+        os.close(_lock(exchange.lock_file))
+    name = run.metadata.name
+    if not resume:
+        if root.exists() and any(root.iterdir()):
+            raise RunFolderError(
+                f"{root} holds an earlier run; go on with it by --resume, choose another name by"
+                f" --set name={name}-2, or delete the folder"
+            )
+        return
+    if not root.exists():
+        raise RunFolderError(f"{root} does not exist, so there is nothing to resume; run without --resume")
+    changes = differences(exchange.run, run)
+    if changes:
+        raise RunFolderError(
+            f"{root} was started with another spec: {'; '.join(changes)}; undo these changes, or start a run of its own"
+            f" by --set name={name}-2 without --resume"
+        )
+
+
+def differences(old: HeteroRLRun, new: HeteroRLRun) -> list[str]:
+    """Fields that differ and may not, as `learner.batch.groups: 32 before, 16 now`. Sampler groups may come and go."""
+    found = []
+    for path, was, is_ in changes(old, new):
+        if is_refused_live(path, was, is_):
+            hint = " (it may only grow)" if within(path, LIVE) else ""
+            found.append(f"{'.'.join(path)}: {was} before, {is_} now{hint}")
+    return found
+
+
+def _lock(path: Path) -> int:
+    """Take the lock, or say who has it. Held by the descriptor and its copies, so never left behind by a crash."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 32, 0).decode().strip() or "unknown"
+        os.close(descriptor)
+        raise RunFolderError(
+            f"{path.parent} is in use by another run (pid {holder}); wait for it, stop it with `kill {holder}`,"
+            " or choose another name by --set name=..."
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+def with_absolute_paths(run: HeteroRLRun, base: Path, *, must_exist: bool) -> HeteroRLRun:
+    """The run with model and data paths made absolute, relative to the manifest's folder `base`, and traces read in."""
+    tree = inline_traces(run, base).resolved()
+    spec = tree["spec"]
+    places = [("model.path", spec["model"]), ("data.train.path", spec["data"]["train"])]
+    places += [(f"data.evals.{i}.path", dataset) for i, dataset in enumerate(spec["data"]["evals"])]
+    for field, block in places:
+        if block["path"] is None:
+            continue
+        path = Path(os.path.abspath(base / Path(block["path"]).expanduser()))
+        if must_exist and not path.exists():
+            raise DataError(
+                f"{field}: {path} does not exist; a relative path is read from the manifest's folder {base}"
+            )
+        block["path"] = str(path)
+    return HeteroRLRun.model_validate(tree)
+
+
+# ── disk space ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def check_space(root: Path, spec: RunSpec) -> None:
+    """Refuse to start when the disk cannot hold what the run keeps."""
+    place = next(folder for folder in (root, *root.parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    used = sum(path.lstat().st_size for path in root.rglob("*")) if root.exists() else 0
+    needed = max(estimated_bytes(spec) - used, _FLOOR_BYTES)
+    if free < needed:
+        raise RunFolderError(
+            f"{place} has {_size(free)} free; this run needs about {_size(needed)} for"
+            f" {spec.exchange.retention.weights} weights versions and {spec.learner.checkpoint.keep} checkpoints; free"
+            " some space, choose another disk with --runs-dir, or lower learner.checkpoint.keep"
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def estimated_bytes(spec: RunSpec) -> int:
+    """Bytes the run's folder will take, roughly; a model on the Hub counts as nothing, as its size is not known."""
+    width = 2 if spec.model.dtype == "bfloat16" else 4
+    match spec.model.source:
+        case "tiny":
+            tiny = spec.model.tiny
+            parameters = 12 * tiny.hidden_size**2 * tiny.num_layers + 512 * tiny.hidden_size
+        case "path":
+            files = Path(spec.model.path or ".").glob("*.safetensors")
+            parameters = sum(path.stat().st_size for path in files) // width
+        case "hub":
+            parameters = 0
+    copies = 1 + spec.exchange.retention.weights + 1 + 1  # the start, versions, one being written, the output
+    checkpoints = (spec.learner.checkpoint.keep + 1) * _CHECKPOINT_BYTES_PER_PARAMETER
+    return parameters * (copies * width + checkpoints) + _FLOOR_BYTES
+
+
+# ── engines and devices ──────────────────────────────────────────────────────────────────────────────────────────────
+def check_engines(spec: RunSpec) -> None:
+    """Refuse `engine: vllm` where vLLM is not installed."""
+    fields = [f"samplers.{pool.name}.engine" for pool in spec.samplers if pool.engine == "vllm"]
+    if spec.evaluation.every_steps and spec.evaluation.engine == "vllm":
+        fields.append("evaluation.engine")
+    if fields and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            f"{', '.join(fields)}: vllm is asked for and not installed; pip install 'heterorl[sampler]' (GPU) or"
+            " 'heterorl[sampler-cpu]', or write engine: transformers"
+        )
+
+
+def gpu_devices() -> list[str]:
+    """Ids of the NVIDIA GPUs that processes started here may use, without importing torch."""
+    found = _listed_gpus()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not found:
+        return found
+    return [device.strip() for device in visible.split(",") if device.strip() not in ("", "-1")]
+
+
+def _listed_gpus() -> list[str]:
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
+        count = sum(line.startswith("GPU ") for line in listing.stdout.splitlines()) if listing.returncode == 0 else 0
+    except (OSError, subprocess.TimeoutExpired):
+        folder = Path("/proc/driver/nvidia/gpus")
+        count = len(list(folder.iterdir())) if folder.is_dir() else 0
+    return [str(index) for index in range(count)]
+
+
+def gpu_demands(spec: RunSpec) -> dict[str, int]:
+    """GPUs by process: learner, every slot as `far-0`, evaluate."""
+    demands = {"learner": spec.learner.gpus * spec.learner.replicas}
+    demands |= {str(slot): spec.pool(slot.pool).gpus for slot in spec.slots}
+    demands["evaluate"] = spec.evaluation.gpus if spec.evaluation.every_steps else 0
+    return demands
+
+
+def check_gpus(spec: RunSpec, devices: list[str]) -> None:
+    """Refuse to start with fewer GPUs than the processes need."""
+    demands = gpu_demands(spec)
+    needed = max(demands.values()) if spec.local.share_gpus else sum(demands.values())
+    if needed <= len(devices):
+        return
+    asked = ", ".join(f"{name} {count}" for name, count in demands.items() if count)
+    ways = "write gpus: 0 to run on the CPU"
+    if devices and not spec.local.share_gpus and max(demands.values()) <= len(devices):
+        ways += ", or local.shareGpus: true to let processes share devices"
+    many = "1 GPU is" if needed == 1 else f"{needed} GPUs are"
+    raise UserError(f"{many} asked for ({asked}) and {len(devices)} found by nvidia-smi; {ways}")
+
+
+def assign_gpus(spec: RunSpec, devices: list[str]) -> dict[str, list[str]]:
+    """Devices by process: each its own, or round robin when they are shared."""
+    assigned: dict[str, list[str]] = {}
+    cursor = 0
+    for name, count in gpu_demands(spec).items():
+        assigned[name] = [devices[(cursor + i) % len(devices)] for i in range(count)]
+        cursor += count
+    return assigned

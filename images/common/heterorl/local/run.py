@@ -1,0 +1,82 @@
+"""`heterorl run`: a whole run on this machine, from the manifest to the report.
+
+claim the folder ── prepare ── learner + samplers + evaluations ── samplers stop ── last evaluation ── report
+                                    │         ▲
+                                    └─────────┘ restarted within the failure policy's budgets
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from heterorl.entry import no_space_is_a_user_error
+from heterorl.exchange.exchange import Exchange
+from heterorl.exit_codes import USER_ERROR
+from heterorl.local.live_view import open_view
+from heterorl.local.preflight import claim
+from heterorl.local.processes import shown
+from heterorl.local.supervisor import Programs, Runner, Verdict, count_interrupts
+from heterorl.report import summary
+from heterorl.spec.run import HeteroRLRun
+
+
+def run_local(manifest: Path, run: HeteroRLRun, runs_dir: Path, resume: bool, programs: Programs | None = None) -> int:
+    """Run a manifest on this machine and return the exit code: 0 done, 1 failed, 2 the user's error, 130 interrupted.
+
+    Raises UserError (RunFolderError, DataError) before anything is written when the run cannot start.
+    """
+    with (
+        no_space_is_a_user_error(runs_dir / run.metadata.name),
+        claim(manifest, run, runs_dir, resume=resume) as (exchange, lock),
+        count_interrupts() as interrupts,
+    ):
+        runner = Runner(exchange, programs or Programs(), interrupts, lock)
+        verdict = runner.prepare()
+        if verdict is None:
+            with open_view(exchange) as view:
+                try:
+                    verdict = runner.supervise(view)
+                finally:
+                    runner.kill_all()
+        _conclude(exchange, verdict, resumable=exchange.prepared is not None)
+        return verdict.exit_code
+
+
+def _conclude(exchange: Exchange, verdict: Verdict, *, resumable: bool) -> None:
+    """Write summary and report, say where things are and what to do next."""
+    if not resumable:
+        if verdict.exit_code != USER_ERROR:  # then its message is the last line already
+            print(f"{verdict.status}: {verdict.reason}")
+        return
+    result = summary.write_summary(exchange.root)
+    report = _draw_report(exchange) if result["reward_last_tenth"] is not None else None
+    print(summary.in_words(result))
+    for label, path in (("model", exchange.output_dir), ("summary", exchange.summary_file), ("report", report)):
+        if path is not None and path.exists():
+            print(f"  {label:<8} {shown(path)}")
+    print(f"  {'logs':<8} {shown(exchange.logs_dir)}")
+    if verdict.status != "succeeded":
+        print(f"{verdict.status}: {verdict.reason}")
+        print(f"go on with: {_resume_command(exchange)}")
+
+
+def _resume_command(exchange: Exchange) -> str:
+    """The resolved manifest is named, because the user's own was perhaps changed by --set."""
+    command = ["heterorl", "run", shown(exchange.run_file), "--resume"]
+    if exchange.root.parent != Path("runs").resolve():
+        command += ["--runs-dir", shown(exchange.root.parent)]
+    return shlex.join(command)
+
+
+def _draw_report(exchange: Exchange) -> Path | None:
+    try:
+        from heterorl.report.page import write_report
+
+        return write_report([exchange.root])
+    except ModuleNotFoundError as error:
+        reason = f"{error.name} is not installed; pip install 'heterorl[plot]'"
+    except Exception as error:  # a picture that fails must not fail a run that trained for days
+        reason = f"{type(error).__name__}: {error}"
+    print(f"no report drawn: {reason}; then `heterorl report {shown(exchange.root)}`")
+    return None

@@ -1,0 +1,309 @@
+"""Looks after a run's processes on this machine: starts, restarts, evaluates, stops.
+
+One loop goes around a few times a second; it trains nothing and waits for nobody. The runner knows how far the run is
+only from what the processes write into the run's folder, as the operator would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from heterorl.exchange.exchange import Exchange
+from heterorl.exit_codes import USER_ERROR, describe_exit
+from heterorl.heterogeneity.availability import replicas_at
+from heterorl.local.evaluations import Evaluations
+from heterorl.local.live_view import ProcessState, RunDisplay, RunView
+from heterorl.local.preflight import assign_gpus, gpu_devices
+from heterorl.local.processes import ManagedProcess, ProcessRole, RoleOutcome, shown, tail
+from heterorl.names import Slot, Version
+
+TICK_S = 0.2
+GRACE_S = 120.0
+"""Time between SIGTERM and SIGKILL: a learner may be in the middle of a long step, and saves a checkpoint after it."""
+INTERRUPTED = 130
+_SAVE_EVERY_S = 2.0
+_EVALUATION_RESTARTS = 1
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The command of each process; `--root ROOT` and what else it needs is appended."""
+
+    prepare: Sequence[str] = (sys.executable, "-m", "heterorl_learner.prepare")
+    learner: Sequence[str] = (sys.executable, "-m", "heterorl_learner")
+    sampler: Sequence[str] = (sys.executable, "-m", "heterorl_sampler")
+    evaluate: Sequence[str] = (sys.executable, "-m", "heterorl_sampler.evaluate")
+
+
+@dataclass
+class RunnerState:
+    """What outlives the runner, in the run's folder: how it went, for how long, what was restarted."""
+
+    status: str = "preparing"
+    """preparing, running, succeeded, stopped or failed."""
+    reason: str = ""
+    prepare_s: float = 0.0
+    elapsed_s: float = 0.0
+    """Time since the samplers were first allowed to start, without the time between stop and resume."""
+    restarts: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, exchange: Exchange) -> RunnerState:
+        """The state an earlier runner left, or a fresh one."""
+        if not exchange.runner_file.exists():
+            return cls()
+        return cls(**json.loads(exchange.runner_file.read_bytes()))
+
+    def save(self, exchange: Exchange) -> None:
+        """Put it on the disk."""
+        exchange.files.replace(exchange.runner_file, json.dumps(asdict(self)).encode())
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the run ended."""
+
+    status: str
+    exit_code: int
+    reason: str = ""
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM, counted: the first asks everybody to stop, the second kills."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._arrived = threading.Event()
+
+    def arrived(self, *_: object) -> None:
+        """Signal handler."""
+        self.count += 1
+        self._arrived.set()
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, but not through a signal."""
+        self._arrived.wait(seconds)
+        self._arrived.clear()
+
+
+@contextmanager
+def count_interrupts() -> Iterator[Interrupts]:
+    """Count SIGINT and SIGTERM instead of dying of them."""
+    interrupts = Interrupts()
+    previous = {number: signal.signal(number, interrupts.arrived) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupts
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Runner:
+    """Looks after one run's processes. `prepare`, then `supervise`."""
+
+    def __init__(self, exchange: Exchange, programs: Programs, interrupts: Interrupts, lock: int) -> None:
+        self.exchange, self.programs, self.interrupts = exchange, programs, interrupts
+        self.spec = exchange.spec
+        self.state = RunnerState.load(exchange)
+        self._lock = lock
+        self._gpus = assign_gpus(self.spec, gpu_devices())
+        self._fair_threads = max(1, cores() // (self.spec.learner.world_size + len(self.spec.slots)))
+        learner, budget = self.spec.learner, self.spec.failure_policy.learner_restarts
+        self.learner = self._role("learner", programs.learner, budget, learner.threads, ranks=learner.world_size)
+        self.samplers = {slot: self._sampler(slot) for slot in self.spec.slots}
+        self.evaluations = Evaluations(exchange, self._evaluator)
+        self._saved_at = 0.0
+
+    def prepare(self) -> Verdict | None:
+        """Put model and data onto the volume, its output shown; a verdict if the run ends here."""
+        if self.exchange.prepared is not None:
+            return None
+        role = self._role("prepare", self.programs.prepare, 0, cores())
+        role.wanted, started = True, time.monotonic()
+        printed = role.log.stat().st_size if role.log.exists() else 0
+        while True:
+            outcome = role.tick()
+            printed = _print_from(role.log, printed)
+            if outcome is not None:
+                break
+            role.wanted = not self.interrupts.count
+            if self.interrupts.count > 1:
+                role.kill()
+                break
+            self.interrupts.wait(TICK_S)
+        self.state.prepare_s += time.monotonic() - started
+        if self.interrupts.count:
+            return Verdict("stopped", INTERRUPTED, "interrupted during the preparation")
+        if role.exit_code == 0 and self.exchange.prepared is not None:
+            return None
+        return Verdict("failed", USER_ERROR if role.exit_code == USER_ERROR else 1, "the preparation failed")
+
+    def supervise(self, view: RunDisplay) -> Verdict:
+        """Keep the run going until it is done, fails, or is interrupted; then stop everybody."""
+        verdict = None
+        self.state.status, self.state.reason = "running", ""
+        last = time.monotonic()
+        while True:
+            now = time.monotonic()
+            self.state.elapsed_s += now - last
+            last = now
+            verdict = self._step(view, verdict)
+            self._publish(view, verdict, now)
+            if verdict and not self._busy(verdict):
+                break
+            self.interrupts.wait(TICK_S)
+        self.state.status, self.state.reason = verdict.status, verdict.reason
+        self.state.save(self.exchange)
+        return verdict
+
+    def kill_all(self) -> None:
+        """Leave nothing running, whatever happened."""
+        for role in self._roles():
+            role.kill()
+
+    def _busy(self, verdict: Verdict) -> bool:
+        if any(role.running for role in self._roles()):
+            return True
+        return verdict.status == "succeeded" and self.evaluations.busy()
+
+    # ── one look around ──────────────────────────────────────────────────────────────────────────────────────────────
+    def _step(self, view: RunDisplay, verdict: Verdict | None) -> Verdict | None:
+        if self.interrupts.count > 1:
+            self.kill_all()
+        if self.interrupts.count and (verdict is None or verdict.status == "succeeded"):
+            verdict = Verdict("stopped", INTERRUPTED, "interrupted")
+            view.say("stopping: everybody finishes what is begun and saves it; Ctrl-C again kills at once")
+        deadline = self.spec.active_deadline_seconds
+        if verdict is None and deadline and self.state.elapsed_s > deadline:
+            verdict = Verdict("failed", 1, f"activeDeadlineSeconds {deadline} passed; raise it and go on with --resume")
+        if verdict is None and self._trained():
+            verdict = Verdict("succeeded", 0)
+        self.learner.wanted = verdict is None
+        self._want_samplers(going_on=verdict is None)
+        if verdict is None or verdict.status == "succeeded":
+            self.evaluations.want(finished=verdict is not None)
+        else:
+            self.evaluations.stop()
+        for role in self._roles():
+            outcome = role.tick()
+            if outcome is not None:
+                verdict = self._ended(role, outcome, view) or verdict
+        return verdict
+
+    def _trained(self) -> bool:
+        """Whether the last step is trained and the learner, which writes the output after it, has left."""
+        return self.exchange.trained and not self.learner.running
+
+    def _want_samplers(self, *, going_on: bool) -> None:
+        for pool in self.spec.samplers:
+            elapsed, seed, scale = self.state.elapsed_s, self.spec.seed, self.spec.time_scale
+            count = replicas_at(pool, elapsed, seed=seed, time_scale=scale) if going_on else 0
+            for index in range(pool.replicas):
+                self.samplers[Slot(pool.name, index)].wanted = index < count
+
+    def _ended(self, role: ProcessRole, outcome: RoleOutcome, view: RunDisplay) -> Verdict | None:
+        """React to the end of a process; a verdict if the run ends with it."""
+        how = f"{role.name}: {describe_exit(role.exit_code)}"
+        last_lines = f"the last lines of {shown(role.log)}:\n{tail(role.log)}"
+        if outcome is RoleOutcome.USER_ERROR:
+            view.say(f"{how}; {last_lines}")
+            return Verdict("failed", USER_ERROR, f"{role.name} ended with an error that a restart does not mend")
+        if outcome is RoleOutcome.CRASHED:
+            self.state.restarts[role.name] = self.state.restarts.get(role.name, 0) + 1
+            view.say(f"{how}; restart {role.crashes} of {role.budget}, see {shown(role.log)}")
+        if outcome is RoleOutcome.GAVE_UP:
+            view.say(f"{how}; its budget of {role.budget} restarts is used up; {last_lines}")
+        if role is self.evaluations.role:
+            if message := self.evaluations.ended(outcome):
+                view.say(message)
+            return None
+        if outcome is RoleOutcome.GAVE_UP and role is self.learner:
+            return Verdict("failed", 1, f"the learner crashed {role.crashes} times")
+        if outcome is RoleOutcome.GAVE_UP and all(sampler.given_up for sampler in self.samplers.values()):
+            return Verdict("failed", 1, "every sampler crashed too often")
+        if outcome is RoleOutcome.CLEAN and not self._trained():
+            view.say(f"{role.name} left before the run's end and is started again")
+        return None
+
+    def _publish(self, view: RunDisplay, verdict: Verdict | None, now: float) -> None:
+        def seen(role: ProcessRole) -> ProcessState:
+            ended = None if verdict is None else "done" if verdict.status == "succeeded" else "stopped"
+            return ProcessState(ended or role.state if role.state == "away" else role.state, role.crashes)
+
+        slots = {slot: seen(role) for slot, role in self.samplers.items()}
+        view.show(RunView(seen(self.learner), slots, self.evaluations.version, self.state.elapsed_s))
+        if now - self._saved_at >= _SAVE_EVERY_S:
+            self.state.save(self.exchange)
+            self._saved_at = now
+
+    # ── processes ────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _roles(self) -> list[ProcessRole]:
+        return [self.learner, *self.samplers.values(), *([self.evaluations.role] if self.evaluations.role else [])]
+
+    def _sampler(self, slot: Slot) -> ProcessRole:
+        arguments = ["--pool", slot.pool, "--index", str(slot.index)]
+        threads, budget = self.spec.pool(slot.pool).threads, self.spec.failure_policy.sampler_restarts
+        return self._role(str(slot), [*self.programs.sampler, *arguments], budget, threads, log=f"sampler-{slot}")
+
+    def _evaluator(self, version: Version) -> ProcessRole:
+        return self._role("evaluate", [*self.programs.evaluate, "--version", str(version)], _EVALUATION_RESTARTS)
+
+    def _role(
+        self,
+        name: str,
+        program: Sequence[str],
+        budget: int,
+        threads: int = 0,
+        *,
+        ranks: int = 1,
+        log: str | None = None,
+    ) -> ProcessRole:
+        log_file = self.exchange.logs_dir / f"{log or name}.log"
+        command = [*program, "--root", str(self.exchange.root)]
+        env = process_env(threads or self._fair_threads, self._gpus.get(name, []))
+
+        def start() -> ManagedProcess:
+            return ManagedProcess(command, env, log_file, ranks=ranks, keep_open=(self._lock,))
+
+        return ProcessRole(name, start, log_file, budget, grace_s=GRACE_S)
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def process_env(threads: int, gpus: Sequence[str]) -> dict[str, str]:
+    """Environment of a child: its share of threads (spinning OpenMP threads slow each other down), its devices."""
+    numbers = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+    defaults = {
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",  # progress bars make no sense in a log
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    }
+    if not gpus:
+        defaults["DS_ACCELERATOR"] = "cpu"  # otherwise DeepSpeed warns that it looked for one
+    fixed = {**dict.fromkeys(numbers, str(threads)), "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+    return {**defaults, **os.environ, **fixed}
+
+
+def _print_from(log: Path, offset: int) -> int:
+    """Show what was added to a log; returns the new offset."""
+    if not log.exists():
+        return offset
+    with open(log, "rb") as file:
+        file.seek(offset)
+        added = file.read()
+    sys.stdout.write(added.decode(errors="replace"))
+    sys.stdout.flush()
+    return offset + len(added)

@@ -1,0 +1,159 @@
+"""How far a run is, read from its folder as it grows: what the live view shows."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from heterorl.exchange.exchange import Exchange
+from heterorl.names import Slot, Version
+
+_RECENT = 20
+"""Learner steps that "now" is averaged over."""
+
+
+class Tail:
+    """New whole lines of a growing file of JSON objects; a torn last line is left for the next look."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """What was added since the last call; nothing while the file is absent."""
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(self._offset)
+                added = file.read()
+        except FileNotFoundError:
+            return []
+        whole = added[: added.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+@dataclass
+class SlotProgress:
+    """One sampler, from its own lines and its heartbeat."""
+
+    activity: str = ""
+    """What it says it does: starting, generating, waiting: queue, ..."""
+    version: int | None = None
+    """Step of the weights it serves."""
+    rollouts: int = 0
+    """Pools published."""
+    tokens_per_s: float = 0.0
+    """Of its last batch."""
+    waited_s: float = 0.0
+    """Waited for weights or for room in the queue, in all."""
+    swaps: int = 0
+    rejected: int = 0
+    """Versions it refused."""
+    canary: float | None = None
+    """Largest log-probability difference of its last swap."""
+
+
+@dataclass
+class LiveProgress:
+    """The run at one moment."""
+
+    step: int = 0
+    steps: int = 0
+    newest: Version | None = None
+    rewards: dict[int, float] = field(default_factory=dict)
+    """Mean reward by step."""
+    lag_mean: float | None = None
+    lag_max: float = 0.0
+    """Largest lag of the whole run; `lag_mean` is of the recent steps."""
+    learner_tokens_per_s: float = 0.0
+    waiting: float = 0.0
+    """Share of the recent steps' time that the learner waited for rollouts."""
+    dropped: int = 0
+    eta_s: float | None = None
+    evals: dict[Version, dict[str, Any]] = field(default_factory=dict)
+    slots: dict[Slot, SlotProgress] = field(default_factory=dict)
+
+    @property
+    def reward(self) -> float | None:
+        """Mean reward of the recent steps."""
+        recent = [self.rewards[step] for step in sorted(self.rewards)[-_RECENT:]]
+        return sum(recent) / len(recent) if recent else None
+
+
+class ProgressReader:
+    """Keeps a `Progress` up to date; every call reads only what is new."""
+
+    def __init__(self, exchange: Exchange, clock: Callable[[], float] = time.monotonic) -> None:
+        self._exchange, self._clock = exchange, clock
+        slots = exchange.spec.slots
+        self._learner = Tail(exchange.metrics_dir / "learner.jsonl")
+        self._samplers = {slot: Tail(exchange.metrics_dir / f"sampler-{slot}.jsonl") for slot in slots}
+        self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)
+        self._pace: deque[tuple[float, int]] = deque(maxlen=60)
+        self.progress = LiveProgress(steps=exchange.spec.learner.steps, slots={slot: SlotProgress() for slot in slots})
+
+    def read(self) -> LiveProgress:
+        """The run as it is now."""
+        now = self.progress
+        for record in self._learner.read():
+            if "event" not in record and "step" in record:
+                self._take_step(record)
+        for slot, tail in self._samplers.items():
+            for record in tail.read():
+                _take_sampler(now.slots[slot], record)
+        for slot, beat in self._exchange.heartbeats().items():
+            if slot in now.slots:
+                now.slots[slot].activity = beat.get("state", "")
+                now.slots[slot].version = beat.get("version_step", now.slots[slot].version)
+                now.slots[slot].rejected = beat.get("rejected", 0)
+        now.step = self._exchange.learner.get("step", now.step)
+        now.newest = max(self._exchange.list_versions(), default=None)
+        now.evals = self._exchange.read_evals()
+        now.eta_s = self._eta()
+        return now
+
+    def _take_step(self, record: dict[str, Any]) -> None:
+        now, step = self.progress, record["step"]
+        # A learner that resumed from a checkpoint repeats steps: its lines replace the earlier ones.
+        for repeated in [s for s in now.rewards if s >= step]:
+            del now.rewards[repeated]
+        while self._recent and self._recent[-1]["step"] >= step:
+            self._recent.pop()
+        self._recent.append(record)
+        if record.get("reward") is not None:
+            now.rewards[step] = record["reward"]
+        now.lag_mean = _mean(self._recent, "lag/mean")
+        now.lag_max = max(now.lag_max, record.get("lag/max") or 0.0)
+        now.dropped = record.get("lag/dropped") or 0
+        now.learner_tokens_per_s = _mean(self._recent, "perf/tokens_per_s") or 0.0
+        total = _mean(self._recent, "step_time")
+        now.waiting = (_mean(self._recent, "perf/rollout_wait_s") or 0.0) / total if total else 0.0
+
+    def _eta(self) -> float | None:
+        """Seconds to go at the pace of the last minute or so; None before there is one."""
+        step, steps = self.progress.step, self.progress.steps
+        if not self._pace or self._clock() - self._pace[-1][0] >= 1.0:
+            self._pace.append((self._clock(), step))
+        (then, before), (now, after) = self._pace[0], self._pace[-1]
+        return (steps - step) * (now - then) / (after - before) if after > before else None
+
+
+def _take_sampler(slot: SlotProgress, record: dict[str, Any]) -> None:
+    slot.version = record.get("version_step", slot.version)
+    if record.get("event") == "swap":
+        slot.swaps += 1
+        slot.canary = record.get("canary_max_abs_diff")
+    elif "event" not in record:
+        slot.rollouts += record.get("groups", 0)
+        slot.tokens_per_s = record.get("tokens_per_s") or 0.0
+        slot.waited_s += (record.get("rollout/backpressure_s") or 0.0) + (record.get("rollout/weights_wait_s") or 0.0)
+
+
+def _mean(records: deque[dict[str, Any]], key: str) -> float | None:
+    values = [record[key] for record in records if record.get(key) is not None]
+    return sum(values) / len(values) if values else None

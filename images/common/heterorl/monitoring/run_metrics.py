@@ -1,0 +1,242 @@
+"""A run's progress as its learner's first pod tells it to the operator: read from the volume, sent as metrics.
+
+    Exchange ──observe──▶ Progress ──to_text──▶ /metrics ──parse_progress──▶ Progress
+
+Both sides are here, because the launcher writes what the operator reads. All metrics are gauges named `heterorl_run_*`
+with the label `run`; what is not known is absent. `docs/kubernetes.md` lists them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from heterorl.exchange.crash_budget import attempts_of, gave_up, outcomes
+from heterorl.exchange.evaluations import due_now
+from heterorl.exchange.exchange import Exchange
+from heterorl.names import Slot, Version
+
+_PREFIX = "heterorl_run_"
+_NUMBERS = {
+    "step": "step",
+    "steps": "steps",
+    "checkpoint_step": "checkpoint_step",
+    "reward": "reward",
+    "lag": "lag",
+    "stalled_seconds": "stalled_s",
+    "evaluation_best": "evaluation_best",
+    "evaluation_last": "evaluation_last",
+}
+"""Metrics that are one number, and the field they tell."""
+
+
+@dataclass(frozen=True)
+class PoolProgress:
+    """One sampler pool."""
+
+    rollouts: int = 0
+    """Groups of completions written."""
+    rejected: int = 0
+    """Weights versions refused."""
+    alive: int = 0
+    """Slots whose heartbeat moves."""
+    weights_version: str | None = None
+    """The oldest that a live slot serves."""
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """The run at one moment; None is not known yet."""
+
+    step: int | None = None
+    """Steps trained."""
+    steps: int | None = None
+    """Steps asked for."""
+    checkpoint_step: int | None = None
+    reward: float | None = None
+    """Mean reward of the last step."""
+    lag: float | None = None
+    """Mean lag of the last step's rollouts, in steps."""
+    prepared: bool = False
+    """Model and data are on the volume, for this run."""
+    finished: bool = False
+    """The last step is trained and the output written."""
+    stalled_s: float | None = None
+    """Seconds since the last step, while the ranks run."""
+    weights_version: str | None = None
+    """The newest that is published."""
+    attempts: Mapping[str, int] = field(default_factory=dict)
+    """Ends of the learner: clean, signalled, crashed."""
+    gave_up: tuple[str, str] | None = None
+    """Why the learner is started no more: UserError, LearnerCrashed or VolumeInUse, and a sentence."""
+    pools: Mapping[str, PoolProgress] = field(default_factory=dict)
+    evaluation_best: float | None = None
+    evaluation_last: float | None = None
+    evaluations_due: tuple[Version, ...] = ()
+    """Versions without a result, oldest first."""
+
+
+# ── from the volume ──────────────────────────────────────────────────────────────────────────────────────────────────
+class RunObserver:
+    """Looks at one run's volume. It remembers heartbeats, as only one that is seen to move shows a live sampler."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._moved: dict[Slot, tuple[tuple[int, int], float]] = {}
+
+    def observe(self, *, training_since: float | None = None) -> RunProgress:
+        """The run now. `training_since`: when this pod's ranks were started; None while none run."""
+        exchange, spec = self._exchange, self._exchange.spec
+        attempts = attempts_of(exchange)
+        known = RunProgress(
+            steps=spec.learner.steps,
+            attempts=outcomes(attempts),
+            gave_up=gave_up(attempts, spec.failure_policy.learner_restarts, exchange.successor),
+        )
+        if exchange.prepared is None:
+            return known  # whatever else is there may be another run's
+        learner, versions, evals = exchange.learner, exchange.list_versions(), exchange.read_evals()
+        finished = exchange.trained
+        averages = [result["average"] for result in evals.values()]
+        return replace(
+            known,
+            step=learner.get("step"),
+            checkpoint_step=learner.get("checkpoint_step"),
+            reward=learner.get("reward"),
+            lag=learner.get("lag"),
+            prepared=True,
+            finished=finished,
+            stalled_s=None
+            if training_since is None or finished
+            else max(0.0, exchange.now() - max(training_since, learner.get("time", 0.0))),
+            weights_version=str(versions[-1]) if versions else None,
+            pools=self._pools(),
+            evaluation_best=max(averages, default=None),
+            evaluation_last=averages[-1] if averages else None,
+            evaluations_due=tuple(due_now(exchange, finished=finished)),
+        )
+
+    def _pools(self) -> dict[str, PoolProgress]:
+        beats: dict[str, dict[Slot, dict[str, Any]]] = {pool.name: {} for pool in self._exchange.spec.samplers}
+        for slot, beat in self._exchange.heartbeats().items():
+            beats.get(slot.pool, {})[slot] = beat
+        return {name: self._pool(of_pool) for name, of_pool in beats.items()}
+
+    def _pool(self, beats: Mapping[Slot, Mapping[str, Any]]) -> PoolProgress:
+        alive = [beat for slot, beat in beats.items() if self._is_alive(slot, beat)]
+        return PoolProgress(
+            rollouts=sum(beat.get("rollouts", 0) for beat in beats.values()),
+            rejected=sum(beat.get("rejected", 0) for beat in beats.values()),
+            alive=len(alive),
+            weights_version=min((beat["version"] for beat in alive if "version" in beat), default=None),
+        )
+
+    def _is_alive(self, slot: Slot, beat: Mapping[str, Any]) -> bool:
+        mark, now = (beat["epoch"], beat["beats"]), self._exchange.now()
+        if self._moved.get(slot, (None, 0.0))[0] != mark:
+            self._moved[slot] = (mark, now)
+        return not beat["released"] and now - self._moved[slot][1] < self._exchange.spec.exchange.lease_seconds
+
+
+# ── to and from metrics ──────────────────────────────────────────────────────────────────────────────────────────────
+def to_text(progress: RunProgress, run: str) -> bytes:
+    """The progress of the run of that name in Prometheus' text format."""
+    registry = CollectorRegistry()
+    registry.register(_Gauges(progress, run))
+    return generate_latest(registry)
+
+
+class _Gauges:
+    """A collector of one progress."""
+
+    def __init__(self, progress: RunProgress, run: str) -> None:
+        self._progress, self._run = progress, run
+
+    def collect(self) -> Iterator[Metric]:
+        metrics: dict[str, GaugeMetricFamily] = {}
+        for name, labels, value in _values_of(self._progress):
+            if value is not None:
+                metric = metrics.setdefault(name, _gauge(name, labels))
+                metric.add_metric([self._run, *labels.values()], float(value))
+        yield from metrics.values()
+
+
+def _gauge(name: str, labels: Iterable[str]) -> GaugeMetricFamily:
+    return GaugeMetricFamily(_PREFIX + name, f"The run's {name.replace('_', ' ')}", labels=["run", *labels])
+
+
+def _values_of(progress: RunProgress) -> Iterator[tuple[str, dict[str, str], float | None]]:
+    yield "prepared", {}, progress.prepared
+    yield "finished", {}, progress.finished
+    yield from ((name, {}, getattr(progress, attribute)) for name, attribute in _NUMBERS.items())
+    if progress.weights_version is not None:
+        yield "weights_info", {"version": progress.weights_version}, 1
+    for outcome, count in progress.attempts.items():
+        yield "attempts", {"outcome": outcome}, count
+    if progress.gave_up is not None:
+        yield "gave_up", dict(zip(("reason", "message"), progress.gave_up)), 1
+    for name, pool in progress.pools.items():
+        for what in ("rollouts", "rejected", "alive"):
+            yield f"sampler_{what}", {"pool": name}, getattr(pool, what)
+        if pool.weights_version is not None:
+            yield "sampler_weights_info", {"pool": name, "version": pool.weights_version}, 1
+    for version in progress.evaluations_due:
+        yield "evaluation_due", {"version": str(version)}, 1
+
+
+def parse_progress(text: str) -> RunProgress:
+    """The progress in a learner's /metrics; ValueError when it is not one's."""
+    found = _samples_in(text)
+    if "prepared" not in found:
+        raise ValueError(f"these are not the metrics of a learner's pod: {_PREFIX}prepared is missing")
+
+    def number(name: str) -> float | None:
+        return next((value for _, value in found.get(name, ()) if math.isfinite(value)), None)
+
+    def whole(name: str) -> int | None:
+        value = number(name)
+        return None if value is None else int(value)
+
+    def by_pool(what: str) -> dict[str, int]:
+        return {labels["pool"]: int(value) for labels, value in found.get(f"sampler_{what}", ())}
+
+    rejected, alive = by_pool("rejected"), by_pool("alive")
+    serving = {labels["pool"]: labels["version"] for labels, _ in found.get("sampler_weights_info", ())}
+    return RunProgress(
+        step=whole("step"),
+        steps=whole("steps"),
+        checkpoint_step=whole("checkpoint_step"),
+        reward=number("reward"),
+        lag=number("lag"),
+        prepared=bool(number("prepared")),
+        finished=bool(number("finished")),
+        stalled_s=number("stalled_seconds"),
+        weights_version=next((labels["version"] for labels, _ in found.get("weights_info", ())), None),
+        attempts={labels["outcome"]: int(value) for labels, value in found.get("attempts", ())},
+        gave_up=next(((labels["reason"], labels["message"]) for labels, _ in found.get("gave_up", ())), None),
+        pools={
+            name: PoolProgress(rollouts, rejected.get(name, 0), alive.get(name, 0), serving.get(name))
+            for name, rollouts in by_pool("rollouts").items()
+        },
+        evaluation_best=number("evaluation_best"),
+        evaluation_last=number("evaluation_last"),
+        evaluations_due=tuple(
+            sorted(Version.parse(labels["version"]) for labels, _ in found.get("evaluation_due", ()))
+        ),
+    )
+
+
+def _samples_in(text: str) -> dict[str, list[tuple[dict[str, str], float]]]:
+    """Labels and values of our metrics by their name; those of the rank, which follow them, are not looked at."""
+    ours = "".join(f"{line}\n" for line in text.split("\n") if line.startswith(_PREFIX))
+    found: dict[str, list[tuple[dict[str, str], float]]] = {}
+    for metric in text_string_to_metric_families(ours):
+        for sample in metric.samples:
+            found.setdefault(sample.name.removeprefix(_PREFIX), []).append((sample.labels, sample.value))
+    return found

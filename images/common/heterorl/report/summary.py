@@ -1,0 +1,146 @@
+"""What a run came to: `summary.json`, with a ledger that accounts for every rollout a sampler published.
+
+    published = trained + dropped + pending + quarantined + lost
+
+"Trained" and "dropped" are what the journal of the surviving lineage says. A rollout is trained twice when it stands in
+the journal more than once, and lost when it was published and is found nowhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from heterorl.exchange.exchange import Exchange
+from heterorl.monitoring.metrics import Record, read_metrics
+from heterorl.names import Slot
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Where every published rollout is."""
+
+    published: frozenset[str]
+    trained: Counter[str]
+    dropped: frozenset[str]
+    pending: frozenset[str]
+    quarantined: frozenset[str]
+
+    @property
+    def trained_twice(self) -> set[str]:
+        """Rollouts trained more than once on the way to the surviving weights."""
+        return {name for name, count in self.trained.items() if count > 1}
+
+    @property
+    def lost(self) -> set[str]:
+        """Rollouts that were published and are found nowhere."""
+        return set(self.published) - set(self.trained) - self.dropped - self.pending - self.quarantined
+
+
+def read_ledger(exchange: Exchange, samplers: dict[Slot, list[Record]]) -> Ledger:
+    """The ledger of a run's folder; `samplers` are the slots' metrics."""
+    # What lies in the folder is listed before the journal is read: a rollout may go from there to here, never back.
+    pending = frozenset(map(str, exchange.list_rollouts()))
+    quarantined = frozenset(map(str, exchange.list_quarantined()))
+    journal = exchange.read_journal()
+    return Ledger(
+        published=frozenset(name for records in samplers.values() for r in records for name in r.get("names", [])),
+        trained=Counter(name for entry in journal for name in entry.names),
+        dropped=frozenset(name for entry in journal for name in entry.dropped),
+        pending=pending,
+        quarantined=quarantined,
+    )
+
+
+def summarise(root: Path) -> dict[str, Any]:
+    """The summary of a run's folder, at any moment of the run."""
+    exchange = Exchange(root)
+    runner = json.loads(exchange.runner_file.read_bytes()) if exchange.runner_file.exists() else {}
+    learner = [r for r in read_metrics(exchange.metrics_dir / "learner.jsonl") if "event" not in r and "step" in r]
+    samplers = {slot: read_metrics(path) for slot, path in _sampler_files(exchange.metrics_dir)}
+    swaps = {slot: [r for r in records if r.get("event") == "swap"] for slot, records in samplers.items()}
+    ledger = read_ledger(exchange, samplers)
+    rewards = _column(learner, "reward")
+    tenth = math.ceil(len(rewards) / 10)
+    return {
+        "name": exchange.run.metadata.name,
+        "status": runner.get("status", "unknown"),
+        "reason": runner.get("reason", ""),
+        "steps": exchange.learner.get("step", 0),
+        "steps_wanted": exchange.spec.learner.steps,
+        "wall_s": round(runner.get("prepare_s", 0.0) + runner.get("elapsed_s", 0.0), 1),
+        "prepare_s": round(runner.get("prepare_s", 0.0), 1),
+        "reward_first_tenth": _mean(rewards[:tenth]),
+        "reward_last_tenth": _mean(rewards[-tenth:]),
+        "lag_mean": _mean(_column(learner, "lag/mean")),
+        "lag_max": max(_column(learner, "lag/max"), default=None),
+        "rollouts": {str(slot): _published(records) for slot, records in samplers.items()},
+        "rollouts_published": len(ledger.published),
+        "rollouts_trained": len(ledger.trained),
+        "rollouts_trained_twice": len(ledger.trained_twice),
+        "rollouts_dropped": len(ledger.dropped),
+        "rollouts_pending": len(ledger.pending - set(ledger.trained) - ledger.dropped),
+        "rollouts_quarantined": len(ledger.quarantined),
+        "rollouts_lost": len(ledger.lost),
+        "swaps": {str(slot): len(events) for slot, events in swaps.items()},
+        "canary_max_abs_diff": max(
+            (value for events in swaps.values() for value in _column(events, "canary_max_abs_diff")), default=None
+        ),
+        "restarts": runner.get("restarts", {}),
+        "evaluations": _evaluations(exchange),
+    }
+
+
+def write_summary(root: Path) -> dict[str, Any]:
+    """Write `summary.json` and return what it holds."""
+    exchange, result = Exchange(root), summarise(root)
+    exchange.files.replace(exchange.summary_file, (json.dumps(result, indent=2) + "\n").encode())
+    return result
+
+
+def in_words(result: dict[str, Any]) -> str:
+    """The summary in a line or two, for the terminal."""
+    minutes, seconds = divmod(round(result["wall_s"]), 60)
+    lines = [f"{result['name']}: {result['steps']} of {result['steps_wanted']} steps in {minutes} min {seconds} s"]
+    if result["reward_first_tenth"] is not None:
+        lines[0] += f", reward {result['reward_first_tenth']:.3f} → {result['reward_last_tenth']:.3f}"
+    if result["lag_mean"] is not None:
+        lines[0] += f", lag {result['lag_mean']:.1f} (max {result['lag_max']:.0f})"
+    for label, scores in result["evaluations"].items():
+        lines.append(f"  {label}: best {scores['best']:.3f}, last {scores['last']:.3f}, gap {scores['gap']:.3f}")
+    return "\n".join(lines)
+
+
+def _evaluations(exchange: Exchange) -> dict[str, dict[str, float]]:
+    """Best, last and gap of each evaluation set's mean@k, and of their average, as in the paper's table."""
+    scores: dict[str, list[float]] = {}
+    for result in exchange.read_evals().values():
+        for label, values in result["sets"].items():
+            scores.setdefault(label, []).append(values["mean"])
+        if len(result["sets"]) > 1:
+            scores.setdefault("average", []).append(result["average"])
+    return {
+        label: {"best": max(found), "last": found[-1], "gap": max(found) - found[-1]} for label, found in scores.items()
+    }
+
+
+def _sampler_files(folder: Path) -> list[tuple[Slot, Path]]:
+    return [(Slot.parse(path.stem.removeprefix("sampler-")), path) for path in sorted(folder.glob("sampler-*.jsonl"))]
+
+
+def _published(records: Iterable[Record]) -> int:
+    return sum(len(record.get("names", [])) for record in records)
+
+
+def _column(records: Iterable[Record], key: str) -> list[float]:
+    return [record[key] for record in records if record.get(key) is not None]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None

@@ -1,0 +1,80 @@
+"""What every block of the manifest is made of: bounded types, strictness, and rules across fields."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, model_validator
+from pydantic.alias_generators import to_camel
+
+RUN_NAME = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
+POOL_NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
+QUANTITY = r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|Pi|k|M|G|T|P)?$"
+PATTERNS = {
+    RUN_NAME: "lower-case letters, digits and '-', beginning with a letter and not ending with '-'",
+    POOL_NAME: "lower-case letters and digits, joined by single '-'",
+    QUANTITY: "a quantity as 100Gi",
+}
+"""What a pattern asks for, in words."""
+
+RULES_LATER = "rules later"
+"""Validation context: leave the rules across fields to the caller (`spec.validation`), who reports them all."""
+
+# Every string and list has a bound: the API server refuses rules over unbounded ones as too costly.
+Text = Annotated[str, StringConstraints(max_length=4096)]
+ShortText = Annotated[str, StringConstraints(max_length=253)]
+Path_ = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+RunName = Annotated[str, StringConstraints(pattern=RUN_NAME, max_length=40)]
+PoolName = Annotated[str, StringConstraints(pattern=POOL_NAME, max_length=20)]
+Quantity = Annotated[str, StringConstraints(pattern=QUANTITY, max_length=32)]
+LabelKey = Annotated[str, StringConstraints(min_length=1, max_length=317)]
+StringMap = Annotated[dict[LabelKey, Annotated[str, StringConstraints(max_length=1024)]], Field(max_length=32)]
+FreeForm = dict[str, Any]
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+BrokenRule = tuple[str, str]
+
+
+class Block(BaseModel):
+    """One mapping of the manifest: unknown keys are refused, and nothing is coerced: "3" is no number."""
+
+    model_config = ConfigDict(
+        strict=True,
+        alias_generator=to_camel,
+        validate_by_name=True,
+        validate_by_alias=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        frozen=True,
+        allow_inf_nan=False,
+    )
+
+    def broken_rules(self) -> Iterable[BrokenRule]:
+        """What is wrong across this block's fields: (path of the field below it, what to write instead)."""
+        return ()
+
+    @model_validator(mode="after")
+    def _obey_rules(self, info: ValidationInfo) -> Self:
+        if info.context != RULES_LATER:
+            problems = [f"{path}: {message}" for path, message in self.broken_rules()]
+            if problems:
+                raise ValueError("; ".join(problems))
+        return self
+
+
+def block_in(annotation: Any) -> type[Block] | None:
+    """The block that a field's annotation names, alone or in a list; None for plain values."""
+    if isinstance(annotation, type) and issubclass(annotation, Block):
+        return annotation
+    return next((found for argument in get_args(annotation) if (found := block_in(argument))), None)
+
+
+def list_map(key: str) -> dict[str, Any]:
+    """Kubernetes' list-map, for a field's `json_schema_extra`: items are told apart by a key that no two may share."""
+    return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
+
+
+def duplicates(path: str, names: list[str]) -> Iterable[BrokenRule]:
+    """A problem if a name stands more than once in the list at that path."""
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        yield path, f"{', '.join(repeated)} stands more than once; every item needs its own"

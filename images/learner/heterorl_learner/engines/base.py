@@ -1,0 +1,137 @@
+"""The training engine: forward, backward, optimizer, weights, over one or many ranks.
+
+The trainer calls, on every rank alike: `forward_backward` with that rank's micro-batches of the step (as many on each
+rank), then `step`. The loss function's values are shares: their sum over micro-batches and ranks is the step's loss,
+whatever the engine does underneath (DDP and ZeRO average over ranks, so the share is scaled first).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from heterorl.errors import TrainingError
+from heterorl.spec.run import LearnerSpec, RunSpec
+from heterorl_learner.batching import MicroBatch
+from heterorl_learner.engines.model import token_logps
+
+LossFunction = Callable[[MicroBatch, Tensor], Tensor]
+"""(micro-batch, log-probabilities [T]) -> its share of the step's loss, a scalar."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class TrainingEngine(ABC):
+    """What the trainer sees; one subclass for plain torch, one for DeepSpeed."""
+
+    policy: nn.Module
+    """A `Policy` as wrapped by the engine; called, never looked into."""
+
+    def __init__(self, spec: RunSpec, device: torch.device) -> None:
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.device = device
+        self.dtype = DTYPES[spec.model.dtype]
+        self._loss = 0.0
+
+    # ── a step ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    def forward_backward(self, batches: Sequence[MicroBatch], temperature: float, loss_function: LossFunction) -> float:
+        """Adds the gradient of this rank's share of the step's loss, and returns the share.
+
+        Once a step, with equally many micro-batches on every rank; those without sequences never reach the loss.
+        """
+        self._loss = 0.0
+        for number, batch in enumerate(batch.to(self.device) for batch in batches):
+            is_last = number == len(batches) - 1
+            with self._accumulating(is_last):
+                logp = self._logps(batch, temperature)
+                loss = loss_function(batch, logp) if len(logp) else logp.sum()
+                self._backward(loss)
+            self._loss += loss.item()
+        return self._loss
+
+    def score(self, batch: MicroBatch, temperature: float) -> Tensor:
+        """Log-probabilities of the completion tokens without a gradient: float32 [T]. Every rank calls it."""
+        with torch.no_grad():
+            return self._logps(batch.to(self.device), temperature)
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> float:
+        """Clips, updates, clears the gradient; returns its norm over all parameters and ranks, before clipping.
+
+        Raises TrainingError on every rank, weights unchanged, when a rank's loss or the gradient is not finite.
+        """
+
+    # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    @abstractmethod
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The model's tensors by their Hugging Face names, on the CPU in the spec's dtype; tied ones once.
+
+        Every rank calls it, rank 0 gets the tensors (copies), the others an empty dict.
+        """
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes weights and optimizer state into an existing folder. Every rank calls it; on return all is written."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Goes on from what `save` wrote with the same strategy and number of ranks. Every rank calls it."""
+
+    def close(self) -> None:
+        """Leaves the process group, all ranks together: gloo may abort a rank whose peer went first."""
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+    # ── for the subclasses ───────────────────────────────────────────────────────────────────────────────────────────
+    def _logps(self, batch: MicroBatch, temperature: float) -> Tensor:
+        return token_logps(self.policy, batch, temperature)
+
+    def _accumulating(self, is_last: bool) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    @abstractmethod
+    def _backward(self, loss: Tensor) -> None: ...
+
+    def _refuse_non_finite(self, name: str, value: float) -> None:
+        """Every rank learns of every rank's value, so that all stop or none."""
+        found = torch.tensor([value], dtype=torch.float64)
+        everyone = [torch.zeros_like(found) for _ in range(self.world_size)]
+        if self.world_size > 1:
+            dist.all_gather(everyone, found)
+        else:
+            everyone = [found]
+        bad = [f"rank {rank}: {name} {v.item():g}" for rank, v in enumerate(everyone) if not v.isfinite()]
+        if bad:
+            raise TrainingError(
+                f"loss and gradient must be finite, found {', '.join(bad)}. The weights were not changed: resume from"
+                " the last checkpoint with a lower learner.optimizer.learningRate or a smaller maxGradNorm"
+            )
+
+
+def build_optimizer(policy: nn.Module, learner: LearnerSpec) -> torch.optim.AdamW:
+    """AdamW; weight decay acts on matrices only, not on norms and biases."""
+    options = learner.optimizer
+    matrices = [p for p in policy.parameters() if p.ndim >= 2]
+    vectors = [p for p in policy.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    beta1, beta2 = options.betas
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(beta1, beta2), eps=options.eps)
+
+
+def unique_tensors(policy: nn.Module) -> dict[str, Tensor]:
+    """The wrapped model's tensors by their Hugging Face names; of tied ones only the first name."""
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in policy.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name.removeprefix("model.")] = tensor
+    return tensors

@@ -1,0 +1,107 @@
+"""DeepSpeed ZeRO: optimizer state (1), gradients (2) and weights (3) divided among the ranks, on GPUs or CPUs."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from heterorl.errors import UserError
+from heterorl.spec.run import RunSpec
+from heterorl_learner.engines.base import TrainingEngine, build_optimizer, unique_tensors
+from heterorl_learner.engines.model import Policy, choose_attention, load_policy
+
+CHECKPOINT_TAG = "deepspeed"
+BUCKET_ELEMENTS = 200_000_000
+
+
+class DeepSpeedEngine(TrainingEngine):
+    """Weights in the spec's dtype, with float32 master weights and gradient sums beside bfloat16 ones."""
+
+    _zero: Any
+    """`policy` again, by DeepSpeed's own interface, which is untyped."""
+
+    def __init__(self, folder: Path, spec: RunSpec, device: torch.device) -> None:
+        super().__init__(spec, device)
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # None of DeepSpeed's own kernels is used; declared unavailable, none is compiled, which takes over a minute.
+        deepspeed.ops.__compatible_ops__ = {}
+        attention = choose_attention(spec.model.attn_implementation, self.dtype)
+        self._bare = load_policy(folder, self.dtype, attention, spec.learner.gradient_checkpointing).to(device)
+        engine, *_ = deepspeed.initialize(
+            model=self._bare,
+            optimizer=build_optimizer(self._bare, spec.learner),
+            config=zero_config(spec, self._bare),
+            dist_init_required=False,
+        )
+        self.policy, self._zero = engine, engine
+        self._partitioned = spec.learner.strategy == "zero3"
+
+    def step(self, learning_rate: float) -> float:
+        self._refuse_non_finite("loss", self._loss)
+        for group in self._zero.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._zero.step()
+        norm = float(self._zero.get_global_grad_norm())
+        if not self._zero.was_step_applied():  # DeepSpeed leaves the step out where the norm is not finite
+            self._refuse_non_finite("gradient norm", float("nan"))
+        return norm
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        tensors = {}
+        for name, tensor in unique_tensors(self._bare).items():
+            # One gather at a time, never nested: leaving an inner one would take the outer one's weights away.
+            with deepspeed.zero.GatheredParameters([tensor], enabled=self._partitioned):
+                if self.rank == 0:
+                    tensors[name] = tensor.detach().to("cpu", self.dtype, copy=True)
+        return tensors
+
+    def save(self, folder: Path) -> None:
+        self._zero.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False)
+        dist.barrier()
+
+    def load(self, folder: Path) -> None:
+        saved = len(list((folder / CHECKPOINT_TAG).glob("*_optim_states.pt")))
+        if saved != self.world_size:
+            raise UserError(
+                f"{folder} holds the optimizer state of {saved} ranks, but this learner has {self.world_size};"
+                f" ZeRO divides it by rank: set learner.replicas and processesPerReplica so that they make {saved}"
+            )
+        self._zero.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+
+    def _accumulating(self, is_last: bool) -> AbstractContextManager[object]:
+        self._zero.set_gradient_accumulation_boundary(is_last)
+        return nullcontext()
+
+    def _backward(self, loss: Tensor) -> None:
+        self._zero.backward(loss * self.world_size)  # DeepSpeed averages over ranks; the shares are to be summed
+
+
+def zero_config(spec: RunSpec, policy: Policy) -> dict[str, Any]:
+    """DeepSpeed's configuration of a run.
+
+    How many micro-batches make a step varies, so the engine tells DeepSpeed which is the last (see `_accumulating`) and
+    the number of accumulation steps stays 1, which also keeps DeepSpeed from dividing the loss by it.
+    """
+    num_parameters = sum(p.numel() for p in policy.parameters())
+    bucket = min(num_parameters, BUCKET_ELEMENTS)
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": spec.learner.optimizer.max_grad_norm,
+        "bf16": {"enabled": spec.model.dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": int(spec.learner.strategy.removeprefix("zero")),
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            # Norms stay whole on every rank, matrices are divided.
+            "stage3_param_persistence_threshold": 10 * policy.model.config.hidden_size,
+        },
+    }

@@ -1,0 +1,171 @@
+"""From the volume to a step's batch: selection, journal, replay after a crash.
+
+Rank 0 selects, checks every file and writes the journal; the others are told the names and read the same files, so each
+computes the whole step's plan and totals by itself and nothing else has to be sent.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from heterorl.errors import CorruptFile
+from heterorl.exchange.exchange import Exchange, JournalEntry
+from heterorl.exchange.rollout import Rollout
+from heterorl.names import RolloutName
+from heterorl_learner.selection import select_rollouts
+
+log = logging.getLogger(__name__)
+
+VISIBILITY_S = 60.0
+"""How long another rank waits for a file that rank 0 has already read (attribute caches of network file systems)."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The rollouts of one step, the same on every rank."""
+
+    step: int
+    names: list[RolloutName]
+    rollouts: list[Rollout]
+    wait_s: float
+    """Seconds spent waiting for them."""
+
+
+class RolloutFeed:
+    """Gives the batches of one learner incarnation in order. All ranks call `take` together."""
+
+    def __init__(self, exchange: Exchange, step: int, incarnation: int, stop: Callable[[], bool]) -> None:
+        """`step`: updates already in the weights; journalled steps from there on are replayed first."""
+        self._exchange, self._incarnation, self._stop = exchange, incarnation, stop
+        self._spec = exchange.spec
+        self._is_first = not dist.is_initialized() or dist.get_rank() == 0
+        self.dropped = 0
+        self.taken: dict[str, int] = {}
+        self._entries: deque[JournalEntry] = deque()
+        self._known: set[RolloutName] = set()
+        if self._is_first:
+            journal = exchange.read_journal()
+            exchange.rewrite_journal(journal)  # cuts a torn last line
+            for entry in journal:
+                self._note(entry)
+            self._replay = {entry.step: entry for entry in journal if entry.step >= step}
+
+    def take(self, step: int) -> StepBatch | None:
+        """The batch of the step after `step` updates, waiting for it if need be; None when told to stop first."""
+        started = time.monotonic()
+        found = self._find(step) if self._is_first else None
+        if not dist.is_initialized():
+            return self._batch(step, found, started)
+        message: list[list[str] | None] = [None if found is None else [str(name) for name in found]]
+        dist.broadcast_object_list(message)
+        if not self._is_first and message[0] is not None:
+            found = self._read_all([RolloutName.parse(name) for name in message[0]])
+        return self._batch(step, found, started)
+
+    def retire(self, step: int) -> None:
+        """Delete, or archive, what was trained or dropped before `step`, because a durable checkpoint covers it."""
+        names: list[RolloutName] = []
+        while self._entries and self._entries[0].step < step:
+            entry = self._entries.popleft()
+            names += map(RolloutName.parse, [*entry.names, *entry.dropped])
+        self._exchange.retire_rollouts(names, archive=self._exchange.spec.exchange.retention.keep_rollouts)
+        self._known.difference_update(names)
+
+    # ── rank 0 ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _find(self, step: int) -> dict[RolloutName, Rollout] | None:
+        if self._stop():
+            return None  # also in the midst of a replay, which the next incarnation goes on with
+        if step in self._replay and (replayed := self._replayed(step)):
+            return replayed
+        warn_at = time.monotonic() + self._spec.learner.stall_seconds
+        while not self._stop():
+            if found := self._select(step):
+                return found
+            self._exchange.sleep(self._spec.exchange.poll_seconds)
+            if time.monotonic() >= warn_at:
+                log.warning(
+                    "no admissible rollouts for %.0f s; are the samplers alive?", self._spec.learner.stall_seconds
+                )
+                warn_at = time.monotonic() + self._spec.learner.stall_seconds
+        return None
+
+    def _select(self, step: int) -> dict[RolloutName, Rollout] | None:
+        selection = select_rollouts(
+            (name for name in self._exchange.list_rollouts() if name not in self._known),
+            step=step,
+            groups=self._spec.learner.batch.groups,
+            max_steps=self._spec.max_lag,
+            last=RolloutName.parse(self._entries[-1].names[-1]).slot if self._entries else None,
+        )
+        if selection is None:
+            return None
+        rollouts = {}
+        for name in selection.names:
+            try:
+                rollouts[name] = self._read(name)
+            except FileNotFoundError:
+                return None  # listed but not there yet, or moved away: look again
+            except CorruptFile as error:
+                log.error("rollout %s goes to quarantine: %s", name, error)
+                self._exchange.quarantine_rollout(name, str(error))
+                return None
+        names, dropped = ([str(name) for name in part] for part in (selection.names, selection.dropped))
+        entry = JournalEntry(step, self._incarnation, names, dropped)
+        self._exchange.append_journal(entry)
+        self._note(entry)
+        return rollouts
+
+    def _replayed(self, step: int) -> dict[RolloutName, Rollout] | None:
+        names = [RolloutName.parse(name) for name in self._replay[step].names]
+        try:
+            return {name: self._read(name) for name in names}
+        except (FileNotFoundError, CorruptFile) as error:
+            log.error("step %d cannot be replayed (%s); this and later steps are selected afresh", step, error)
+        journal = [entry for entry in self._exchange.read_journal() if entry.step < step]
+        self._exchange.rewrite_journal(journal)
+        self._replay, self._known, self._entries, self.taken, self.dropped = {}, set(), deque(), {}, 0
+        for entry in journal:
+            self._note(entry)
+        return None
+
+    def _read(self, name: RolloutName) -> Rollout:
+        rollout = self._exchange.read_rollout(name)
+        if len(rollout.lengths) != self._spec.algorithm.group_size:
+            raise CorruptFile(f"{len(rollout.lengths)} completions; groupSize is {self._spec.algorithm.group_size}")
+        if int(rollout.versions.min()) != name.version.step:
+            raise CorruptFile(
+                f"made by weights of step {rollout.versions.min()}, not {name.version.step} as it is named"
+            )
+        return rollout
+
+    def _note(self, entry: JournalEntry) -> None:
+        self._entries.append(entry)
+        self.dropped += len(entry.dropped)
+        for name in map(RolloutName.parse, [*entry.names, *entry.dropped]):
+            self._known.add(name)
+            self.taken[str(name.slot)] = max(name.seq, self.taken.get(str(name.slot), -1))
+
+    # ── the others ───────────────────────────────────────────────────────────────────────────────────────────────────
+    def _read_all(self, names: list[RolloutName]) -> dict[RolloutName, Rollout]:
+        give_up = time.monotonic() + VISIBILITY_S
+        rollouts = {}
+        for name in names:
+            while name not in rollouts:
+                try:
+                    rollouts[name] = self._exchange.read_rollout(name)
+                except FileNotFoundError:
+                    if time.monotonic() >= give_up:
+                        raise
+                    self._exchange.sleep(0.1)
+        return rollouts
+
+    def _batch(self, step: int, found: dict[RolloutName, Rollout] | None, started: float) -> StepBatch | None:
+        if found is None:
+            return None
+        return StepBatch(step, list(found), list(found.values()), time.monotonic() - started)

@@ -1,0 +1,202 @@
+"""The vLLM engine, in this process, on GPUs or on the CPU build; the same code serves both.
+
+Weights are swapped by vLLM's `reload_weights`, which is silently wrong for tied embeddings: a tied model is therefore
+served untied, from a folder of links with `tie_word_embeddings: false` and the head as a tensor of its own. Only paths
+are handed to vLLM, so that its workers may be other processes. A swap happens between calls of `generate`, when no
+request runs; the prefix cache is dropped after it, since old prefixes would poison everything that follows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+# Read when vLLM is imported. One process: the sampler owns the loop, and starts in a third of the time. Without a GPU
+# torch's compiler would only gather log-probabilities, for seconds and with a C++ compiler at hand.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings are many, and the canary judges the result
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "0" if torch.cuda.is_available() else "1")
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.torch import save_file
+from vllm import CompletionOutput, EngineArgs, LLMEngine, RequestOutput, SamplingParams
+from vllm.inputs import tokens_input
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+
+from heterorl.errors import HeteroRLError, UserError
+from heterorl.exchange.exchange import CANARY_TOKENS
+from heterorl_sampler.engines.base import (
+    Completion,
+    Dtype,
+    Sampling,
+    context_length,
+    end_token_ids,
+    never,
+    require_same_tensors,
+    tensor_shapes,
+    weight_files,
+)
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+class VLLMEngine:
+    """A vLLM model in this process (with its workers, when tensor parallel)."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        dtype: Dtype,
+        max_model_len: int,
+        gpus: int = 0,
+        tensor_parallel: int = 1,
+        gpu_memory_utilization: float = 0.9,
+        kv_cache_bytes: int = 256 * 2**20,
+    ) -> None:
+        _require_device(gpus)
+        self._ends = end_token_ids(model_dir)
+        self._shapes = _served_shapes(weight_files(model_dir))
+        self._views = tempfile.TemporaryDirectory(prefix="heterorl-vllm-")
+        self._view_numbers = itertools.count()
+        # Eager and with a given cache size, vLLM skips its warm-up on a CPU. Prompts are read whole there: after a part
+        # of one, vLLM winds a seeded request's generator back, which a generator on the CPU cannot do.
+        on_cpu = {"enforce_eager": True, "kv_cache_memory_bytes": kv_cache_bytes, "enable_chunked_prefill": False}
+        args = EngineArgs(
+            str(self._make_view(model_dir)),
+            skip_tokenizer_init=True,
+            dtype=dtype,
+            max_model_len=min(max(max_model_len, CANARY_TOKENS + 1), context_length(model_dir)),
+            tensor_parallel_size=tensor_parallel,
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            **({"gpu_memory_utilization": gpu_memory_utilization} if gpus else on_cpu),
+        )
+        try:
+            self._engine = LLMEngine.from_engine_args(args)
+        except ValueError as error:
+            raise UserError(f"vLLM does not start on {model_dir}: {' '.join(str(error).split())}") from error
+        self._request_numbers = itertools.count()
+
+    def generate(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, stop: Callable[[], bool] = never
+    ) -> list[list[Completion] | None]:
+        """`n` completions of each prompt, one request a prompt."""
+        # vLLM gives completion j of a request the seed + j; spread prompts so that those never meet.
+        seeds = np.random.SeedSequence(seed).generate_state(len(prompts), np.uint64) >> np.uint64(2)
+        params = [
+            SamplingParams(
+                n=n,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                min_p=sampling.min_p,
+                repetition_penalty=sampling.repetition_penalty,
+                max_tokens=sampling.max_tokens,
+                seed=int(prompt_seed),
+                stop_token_ids=self._ends,
+                logprobs=0,  # the sampled token's alone
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            for prompt_seed in seeds
+        ]
+        requests = self._run(prompts, params, stop)
+        return [[_completion(output) for output in request.outputs] if request else None for request in requests]
+
+    def score(self, token_ids: list[list[int]]) -> list[list[float]]:
+        """Log-probabilities at temperature 1 of tokens 1 and later; vLLM's prompt log-probabilities know no other."""
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        scores = []
+        for text, request in zip(token_ids, self._run(token_ids, [params] * len(token_ids), never)):
+            assert request is not None
+            assert request.prompt_logprobs is not None
+            scores.append([entry[token].logprob for token, entry in zip(text[1:], request.prompt_logprobs[1:])])
+        return scores
+
+    def _run(
+        self, prompts: list[list[int]], params: list[SamplingParams], stop: Callable[[], bool]
+    ) -> list[RequestOutput | None]:
+        """Finished requests in the order of the prompts; None for those that `stop` cut short."""
+        names = [str(next(self._request_numbers)) for _ in prompts]
+        for name, prompt, param in zip(names, prompts, params):
+            self._engine.add_request(name, tokens_input(prompt), param)
+        finished: dict[str, RequestOutput] = {}
+        while len(finished) < len(names) and not stop():
+            for output in self._engine.step():
+                if isinstance(output, RequestOutput) and output.finished:
+                    finished[output.request_id] = output
+        self._engine.abort_request([name for name in names if name not in finished])
+        return [finished.get(name) for name in names]
+
+    def load_weights(self, folder: Path) -> None:
+        """Reload from the folder's files in place, then drop the prefix cache."""
+        require_same_tensors(_served_shapes(weight_files(folder)), self._shapes)
+        view = self._make_view(folder)
+        try:
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(view)})
+        finally:
+            shutil.rmtree(view)
+        if not self._engine.reset_prefix_cache():
+            raise HeteroRLError("vLLM kept its prefix cache after a swap, so a request was still running")
+
+    def _make_view(self, folder: Path) -> Path:
+        """A local folder of links to the weights, with a head of its own and a config that says so."""
+        view = Path(self._views.name) / str(next(self._view_numbers))
+        view.mkdir()
+        files = weight_files(folder)
+        for path in files:
+            (view / path.name).symlink_to(path.resolve())
+        shapes = tensor_shapes(files)
+        if HEAD not in shapes:
+            with safe_open(_holder_of(EMBEDDING, files), "pt") as tensors:
+                save_file({HEAD: tensors.get_tensor(EMBEDDING)}, view / "head.safetensors")
+        if (folder / "config.json").is_file():
+            config = json.loads((folder / "config.json").read_text())
+            (view / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+        return view
+
+    def close(self) -> None:
+        """Stop vLLM and remove the serving folders."""
+        self._engine.engine_core.shutdown()
+        del self._engine
+        self._views.cleanup()
+
+
+def _require_device(gpus: int) -> None:
+    if gpus and current_platform.is_cpu():
+        raise UserError(f"gpus: {gpus}, but this vLLM is its CPU build; write gpus: 0 or install heterorl[sampler]")
+    if gpus > torch.cuda.device_count():
+        raise UserError(f"gpus: {gpus}, but torch finds {torch.cuda.device_count()} here; write a smaller number")
+    if not gpus and not current_platform.is_cpu():
+        raise UserError("gpus: 0, but this vLLM is no CPU build; write gpus: 1 or install heterorl[sampler-cpu]")
+
+
+def _served_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
+    """Shapes as they are served: a tied model's files have no head, its view has."""
+    shapes = tensor_shapes(files)
+    if HEAD not in shapes and EMBEDDING in shapes:
+        shapes[HEAD] = shapes[EMBEDDING]
+    return shapes
+
+
+def _holder_of(name: str, files: list[Path]) -> Path:
+    return next(path for path in files if name in tensor_shapes([path]))
+
+
+def _completion(output: CompletionOutput) -> Completion:
+    assert output.logprobs is not None
+    token_ids = list(output.token_ids)
+    logp = [entry[token].logprob for token, entry in zip(token_ids, output.logprobs)]
+    return Completion(token_ids, logp, truncated=output.finish_reason == "length")

@@ -1,0 +1,143 @@
+"""Following the learner's weights: which version the engine serves, and how it gets there.
+
+choose (delay policy) -> fetch and check on a thread, while generation goes on -> load -> canary -> adopted
+                                  |                                              |
+                              refused, old weights stay                  refused, old weights loaded again
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from heterorl.errors import CanaryMismatch, CorruptFile
+from heterorl.exchange.exchange import Exchange, Fetched
+from heterorl.heterogeneity.delay import Adoption
+from heterorl.names import Version
+from heterorl_sampler.engines.base import InferenceEngine
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One change of weights that succeeded."""
+
+    version: Version
+    fetch_s: float
+    load_s: float
+    canary_max_abs_diff: float
+
+
+class WeightSync:
+    """Keeps one engine on the version its delay allows; refuses what fails its checks, once and for all."""
+
+    def __init__(self, exchange: Exchange, engine: InferenceEngine, adoption: Adoption, scratch: Path) -> None:
+        self._exchange = exchange
+        self._engine = engine
+        self._adoption = adoption
+        self._scratch = scratch
+        self._tolerance = exchange.spec.canary_tolerance
+        self._serving: Fetched | None = None
+        self._published: dict[Version, float] = {}
+        self._fetch: tuple[Version, float, Future[Fetched]] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fetch")
+        self.rejected: dict[Version, str] = {}
+
+    @property
+    def version(self) -> Version | None:
+        """The version the engine serves; None before the first."""
+        return self._serving.version if self._serving else None
+
+    @property
+    def newest(self) -> Version | None:
+        """The newest version this side has seen."""
+        return max(self._published, default=None)
+
+    def advance(self) -> Swap | None:
+        """Do what is due without waiting: start a fetch, or swap to what a fetch brought. Call it between batches."""
+        if self._fetch is None:
+            self._start_fetch()
+            return None
+        version, started, future = self._fetch
+        if not future.done():
+            return None
+        self._fetch = None
+        try:
+            fetched = future.result()
+        except FileNotFoundError:
+            self._forget(version)
+            log.info("weights %s were retired while they were fetched; taking another version", version)
+        except CorruptFile as error:
+            self._reject(version, str(error))
+        else:
+            return self._swap(fetched, fetch_s=time.monotonic() - started)
+        return None
+
+    def close(self) -> None:
+        """Stop fetching; the folders in scratch belong to the caller."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _start_fetch(self) -> None:
+        published = [(version, at) for version, at in self._look().items() if version not in self.rejected]
+        target = self._adoption.choose(published, self.version, self._exchange.now())
+        if target is not None and target != self.version:
+            folder = self._scratch / str(target)
+            future = self._thread.submit(self._exchange.fetch_weights, target, folder)
+            self._fetch = (target, time.monotonic(), future)
+
+    def _look(self) -> dict[Version, float]:
+        """Versions and when they appeared by this machine's clock; those found at the start, by the learner's."""
+        first_look = not self._published
+        seen: dict[Version, float] = {}
+        for version in self._exchange.list_versions():
+            try:
+                seen[version] = self._published.get(version) or (
+                    self._exchange.published_at(version) if first_look else self._exchange.now()
+                )
+            except FileNotFoundError:
+                continue
+            except CorruptFile as error:
+                self._reject(version, str(error))
+        self._published = seen
+        return seen
+
+    def _swap(self, fetched: Fetched, *, fetch_s: float) -> Swap | None:
+        started = time.monotonic()
+        try:
+            difference = self._load(fetched)
+        except (CorruptFile, CanaryMismatch) as error:
+            self._reject(fetched.version, str(error))
+            if self._serving is None:
+                return None
+            self._load(self._serving)  # a CanaryMismatch here leaves: the engine is broken, not the version
+            return None
+        previous, self._serving = self._serving, fetched
+        if previous:
+            self._forget(previous.version)
+        newest = self.newest or fetched.version
+        self._adoption.adopted(fetched.version, now_s=self._exchange.now(), newest_step=newest.step)
+        return Swap(fetched.version, fetch_s, time.monotonic() - started, difference)
+
+    def _load(self, fetched: Fetched) -> float:
+        self._engine.load_weights(fetched.folder)
+        difference = fetched.canary.max_abs_diff(self._engine.score(fetched.canary.token_ids))
+        if not difference <= self._tolerance:
+            raise CanaryMismatch(
+                f"weights {fetched.version}: the engine's log-probabilities of the canary differ by {difference:.3g}"
+                f" from the learner's; at most {self._tolerance:g} is allowed (exchange.canary.tolerance)"
+            )
+        return difference
+
+    def _forget(self, version: Version) -> None:
+        shutil.rmtree(self._scratch / str(version), ignore_errors=True)
+
+    def _reject(self, version: Version, reason: str) -> None:
+        self._forget(version)
+        self.rejected[version] = reason
+        kept = f"generation goes on with {self.version}" if self.version else "waiting for another version"
+        log.error("refused weights %s: %s; %s", version, reason, kept)

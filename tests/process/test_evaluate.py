@@ -1,0 +1,223 @@
+"""Evaluation: the estimator against counting, the loop and both entry points on a real tiny model."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from heterorl.data.answers import AnswerChecker
+from heterorl.errors import CanaryMismatch, ExchangeError
+from heterorl.exchange.exchange import Canary, Exchange
+from heterorl.names import Version
+from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun
+from heterorl_sampler.engines.base import Completion, Sampling
+from heterorl_sampler.engines.transformers import TransformersEngine
+from heterorl_sampler.evaluate import Measure, evaluate, evaluate_version, load_tokenizer, main, pass_at_k
+
+GREEDY = Sampling(max_tokens=6, temperature=0)
+PROMPTS = ["1+1=", "2*3=", "9-4=", "10/5=", "7", "(3+3)="]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model_dir: Callable[..., Path]) -> Path:
+    return tiny_model_dir(tokenizer=True)
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> TransformersEngine:
+    return TransformersEngine(folder, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def checker() -> Iterator[AnswerChecker]:
+    with AnswerChecker(boxed_only=False) as checker:
+        yield checker
+
+
+@pytest.fixture(scope="module")
+def rows(folder: Path, engine: TransformersEngine) -> list[dict]:
+    """Even problems have the model's own greedy completion for reference, odd ones what equals nothing."""
+    tokenizer = load_tokenizer(folder)
+    rows = []
+    for place, prompt in enumerate(PROMPTS):
+        prompt_ids = tokenizer.encode(prompt)
+        (group,) = engine.generate([prompt_ids], 1, GREEDY, seed=0)
+        own = tokenizer.decode(group[0].token_ids, skip_special_tokens=True)
+        answer = own if place % 2 == 0 else "}"
+        rows.append({"id": place, "prompt": prompt, "prompt_ids": prompt_ids, "answer": answer})
+    return rows
+
+
+# ── the measure ──────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize(("n", "c"), [(1, 0), (1, 1), (5, 1), (6, 2), (6, 5), (6, 6)])
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_sample(n: int, c: int) -> None:
+    samples = [True] * c + [False] * (n - c)
+    for k in range(1, n + 1):
+        assert pass_at_k(n, c, k) == pytest.approx(fmean(any(s) for s in itertools.combinations(samples, k)))
+
+
+def test_pass_at_k_needs_k_samples() -> None:
+    with pytest.raises(ValueError, match="pass@3 needs at least 3 samples of each problem; there are 2"):
+        pass_at_k(2, 1, 3)
+
+
+class Scripted:
+    """An engine that completes problem p's sample s with what the script says, and notes the calls."""
+
+    def __init__(self, script: dict[int, list[Completion]]) -> None:
+        self.script, self.seeds, self.sizes = script, [], []
+
+    def generate(self, prompts, n, sampling, seed, stop=None):
+        self.seeds.append(seed)
+        self.sizes.append(len(prompts))
+        assert all(len(self.script[prompt[0]]) == n for prompt in prompts)
+        return [self.script[prompt[0]] for prompt in prompts]
+
+
+def test_means_lengths_and_truncation_are_counted_over_all_problems(folder: Path, checker: AnswerChecker) -> None:
+    tokenizer = load_tokenizer(folder)
+
+    def said(text: str, cut: bool = False) -> Completion:
+        ids = tokenizer.encode(text) + ([] if cut else [tokenizer.eos_token_id])
+        return Completion(ids, [-1.0] * len(ids), cut)
+
+    script = {
+        2: [said("5"), said("5"), said("6"), said("55", cut=True)],  # two right of four
+        3: [said("1"), said("2"), said("3"), said("4")],  # none
+        4: [said("8"), said("8"), said("8"), said("8")],  # all
+    }
+    rows = [{"prompt_ids": [2], "answer": "5"}, {"prompt_ids": [3], "answer": "9"}, {"prompt_ids": [4], "answer": "8"}]
+    engine = Scripted(script)
+    result = evaluate(engine, tokenizer, rows, checker, Measure(Sampling(4), 4, (1, 2, 4), batch_prompts=2))
+    assert result["mean"] == pytest.approx((0.5 + 0 + 1) / 3)
+    assert result["pass@1"] == pytest.approx(result["mean"])
+    assert result["pass@2"] == pytest.approx((5 / 6 + 0 + 1) / 3)  # of the 6 pairs of problem 1 one has none right
+    assert result["pass@4"] == pytest.approx(2 / 3)
+    assert result["completions/mean_length"] == 2  # eleven of a digit and the end token, one of two digits
+    assert result["completions/max_length"] == 2
+    assert result["completions/clipped_ratio"] == pytest.approx(1 / 12)
+    assert (result["samples"], result["problems"]) == (4, 3)
+    assert engine.sizes == [2, 1]
+    assert len(set(engine.seeds)) == 2
+
+
+def test_greedy_makes_one_completion_that_stands_for_all(engine, folder, rows, checker) -> None:
+    result = evaluate(engine, load_tokenizer(folder), rows, checker, Measure(GREEDY, samples=4, pass_k=(1, 4)))
+    assert result["mean"] == result["pass@1"] == result["pass@4"] == 0.5
+
+
+# ── during a run ─────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def run(tmp_path: Path, folder: Path, engine: TransformersEngine, rows: list[dict]) -> Exchange:
+    """A run's folder with one published version and two evaluation sets."""
+    evals = [{"source": "file", "path": "unused", "label": label} for label in ("even", "all")]
+    spec = {
+        "model": {"dtype": "float32"},
+        "data": {"evals": evals},
+        "generation": {"maxPromptTokens": 16, "maxCompletionTokens": 6},
+        "samplers": [{"name": "near"}],
+        "evaluation": {"everySteps": 1, "temperature": 0, "engine": "transformers", "batchPrompts": 4},
+        "monitoring": {"tensorboard": False},
+    }
+    manifest = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "test"}, "spec": spec}
+    exchange = Exchange(tmp_path / "run")
+    exchange.create(HeteroRLRun.model_validate(manifest))
+    shutil.copytree(folder, exchange.model_dir)
+    exchange.data_file("eval-all").parent.mkdir()
+    for label, chosen in (("all", rows), ("even", rows[::2])):
+        exchange.data_file(f"eval-{label}").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    publish(exchange, Version(3, 1), folder, engine)
+    return exchange
+
+
+def publish(exchange: Exchange, version: Version, weights: Path, scored_by: TransformersEngine) -> None:
+    texts = [[2 + i % 20 for i in range(40)], [3 + i % 7 for i in range(40)]]
+    staged = exchange.stage_weights(version)
+    shutil.copy(weights / "model.safetensors", staged)
+    exchange.commit_weights(version, Canary(texts, scored_by.score(texts)))
+
+
+def test_a_published_version_is_evaluated_on_every_set_and_the_result_published(run: Exchange) -> None:
+    assert main(["--root", str(run.root), "--version", "v00000003-i0001"]) == 0
+    result = run.read_evals()[Version(3, 1)]
+    assert result["step"] == 3
+    assert {label: values["mean"] for label, values in result["sets"].items()} == {"even": 1.0, "all": 0.5}
+    assert result["average"] == 0.75
+    lines = [json.loads(line) for line in (run.metrics_dir / "evaluate.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["eval/all/mean"]) for line in lines if "step" in line] == [(3, 0.5)]
+
+
+def test_it_is_the_published_weights_that_are_evaluated(run: Exchange, tiny_model_dir) -> None:
+    other = tiny_model_dir(seed=1)
+    publish(run, Version(4, 1), other, TransformersEngine(other, dtype="float32"))
+    assert evaluate_version(run, Version(4, 1))["average"] < 0.5
+
+
+def test_weights_that_fail_the_canary_or_are_gone_give_no_result(run: Exchange, folder: Path, engine, tmp_path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.1
+    save_file(tensors, tmp_path / "model.safetensors")
+    publish(run, Version(4, 1), tmp_path, engine)
+    with pytest.raises(CanaryMismatch, match=r"v00000004-i0001.*differ by"):
+        evaluate_version(run, Version(4, 1))
+    with pytest.raises(ExchangeError, match=r"v00000009-i0001 are not on the volume"):
+        evaluate_version(run, Version(9, 1))
+    assert run.read_evals() == {}
+
+
+# ── heterorl eval ────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    lines = {
+        "sums": [{"problem": "1+1=", "answer": "2"}] * 3,
+        "long": [{"question": "1" * n, "answer": "7"} for n in (5, 1030)],
+    }
+    for name, rows in lines.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(tmp_path / "sums.jsonl"), str(tmp_path / "long.jsonl")]
+
+
+def test_a_model_folder_is_evaluated_on_files(folder: Path, files: list[str], tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    law = ["--samples", "2", "--pass-k", "1", "2", "--max-tokens", "6", "--limit", "2"]
+    out = tmp_path / "result.json"
+    assert main([str(folder), "--engine", "transformers", *law, "--data", *files, "--out", str(out)]) == 0
+    table = capsys.readouterr().out
+    for text in ("sums", "pass@2", "1 (+1 too long)", "average"):
+        assert text in table
+    results = json.loads(out.read_text())
+    assert [(values["problems"], values["skipped"]) for values in results.values()] == [(2, 0), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda args: [str(Path(args[0]).parent / "none"), *args[1:]], "no such folder"),
+        (lambda args: [*args[:-1], "none.jsonl"], "none.jsonl: no such file"),
+        (lambda args: [*args, "--max-tokens", "2000"], "leaves no room for a prompt"),
+        (lambda args: [*args, "--template", "think"], "no chat template"),
+    ],
+)
+def test_what_is_wrong_is_said_and_the_exit_code_is_two(folder, files, change, message, caplog) -> None:
+    assert main(change([str(folder), "--engine", "transformers", "--max-tokens", "6", "--data", files[0]])) == 2
+    assert message in caplog.text
+
+
+def test_a_model_without_a_tokenizer_is_refused(tiny_model_dir, files, caplog) -> None:
+    assert main([str(tiny_model_dir()), "--engine", "transformers", "--data", *files]) == 2
+    assert "no tokenizer.json" in caplog.text
+
+
+@pytest.mark.parametrize("arguments", [[], ["model"], ["model", "--data", "x", "--pass-k", "2"], ["--root", "r"]])
+def test_arguments_that_do_not_fit_together_are_refused(arguments: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "error: " in capsys.readouterr().err

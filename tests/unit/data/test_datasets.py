@@ -1,0 +1,221 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heterorl.data.datasets import load_rows, prepare_rows
+from heterorl.errors import DataError
+from heterorl.spec.run import ColumnsSpec, DatasetSpec
+
+
+class OneTokenACharacter:
+    """What `raw` needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+
+def jsonl(folder: Path, *rows: Any, name: str = "train.jsonl") -> DatasetSpec:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / name).write_text("".join(f"{line}\n" for line in lines))
+    return DatasetSpec(source="file", path=name)
+
+
+def prepare(dataset: DatasetSpec, base: Path, max_prompt_tokens: int = 100, need_gold_parse: bool = True):
+    return prepare_rows(dataset, base, OneTokenACharacter(), "raw", max_prompt_tokens, need_gold_parse=need_gold_parse)
+
+
+# ── what is read ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_a_row_keeps_its_place_and_its_columns(tmp_path: Path) -> None:
+    dataset = jsonl(tmp_path, {"problem": "1+1=", "answer": 2, "level": 3}, "", {"problem": "2+2=", "answer": " 4 "})
+    assert prepare(dataset, tmp_path).rows == [
+        {
+            "id": 0,
+            "prompt": "1+1=",
+            "prompt_ids": [49, 43, 49, 61],
+            "answer": "2",
+            "columns": {"problem": "1+1=", "answer": 2, "level": 3},
+        },
+        {
+            "id": 2,  # the blank line counts
+            "prompt": "2+2=",
+            "prompt_ids": [50, 43, 50, 61],
+            "answer": "4",
+            "columns": {"problem": "2+2=", "answer": " 4 "},
+        },
+    ]
+
+
+def test_gsm8k_needs_only_its_answer_pattern(tmp_path: Path) -> None:
+    row = {"question": "How much is 2*540?", "answer": "It is <<2*540=1080>>1,080.\n#### 1,080"}
+    dataset = jsonl(tmp_path, row).model_copy(update={"columns": ColumnsSpec(answer_pattern="#### (.+)")})
+    (loaded,) = load_rows(dataset, tmp_path)
+    assert (loaded["prompt"], loaded["answer"]) == ("How much is 2*540?", "1,080")
+
+
+def test_a_solution_is_read_by_its_last_box(tmp_path: Path) -> None:
+    dataset = jsonl(tmp_path, {"problem": "p", "solution": r"As \boxed{1}, it is \boxed{\frac{1}{2}}."})
+    assert load_rows(dataset, tmp_path)[0]["answer"] == r"\frac{1}{2}"
+
+
+def test_named_columns_are_taken_before_any_alias(tmp_path: Path) -> None:
+    row = {"task": "p", "problem": "no", "result": "7", "answer": "no"}
+    dataset = jsonl(tmp_path, row).model_copy(update={"columns": ColumnsSpec(prompt="task", answer="result")})
+    (loaded,) = load_rows(dataset, tmp_path)
+    assert (loaded["prompt"], loaded["answer"]) == ("p", "7")
+
+
+def test_the_instruction_at_the_end_of_a_problem_is_stripped(tmp_path: Path) -> None:
+    dataset = jsonl(tmp_path, {"problem": "2+2?\nPlease box it.", "answer": "4"}, {"problem": "3+3?", "answer": "6"})
+    dataset = dataset.model_copy(update={"columns": ColumnsSpec(strip_suffix="\nPlease box it.")})
+    assert [row["prompt"] for row in load_rows(dataset, tmp_path)] == ["2+2?", "3+3?"]
+
+
+def test_a_limit_reads_no_further(tmp_path: Path) -> None:
+    dataset = jsonl(tmp_path, {"problem": "p", "answer": "1"}, "broken").model_copy(update={"limit": 1})
+    assert len(load_rows(dataset, tmp_path)) == 1
+
+
+def test_parquet_reads_as_jsonl_does(tmp_path: Path) -> None:
+    import datetime
+
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"problem": ["1+1="], "answer": [2], "day": [datetime.date(2025, 8, 26)]})
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    (row,) = load_rows(DatasetSpec(source="file", path="train.parquet"), tmp_path)
+    assert row == {
+        "id": 0,
+        "prompt": "1+1=",
+        "answer": "2",
+        "columns": {"problem": "1+1=", "answer": 2, "day": "2025-08-26"},  # JSON has no dates
+    }
+
+
+def test_arithmetic_is_right_distinct_and_repeatable(tmp_path: Path) -> None:
+    dataset = DatasetSpec.model_validate({"arithmetic": {"digits": 2, "rows": 500, "seed": 3}})
+    rows = load_rows(dataset, tmp_path)
+    for row in rows:
+        a, b = map(int, row["prompt"].removesuffix("=").split("+"))
+        assert 10 <= a <= 99
+        assert 10 <= b <= 99
+        assert row["answer"] == str(a + b)
+    assert len({row["prompt"] for row in rows}) == 500
+    assert load_rows(dataset, tmp_path) == rows
+    assert load_rows(dataset, tmp_path, seed=1) != rows
+
+
+def test_arithmetic_repeats_problems_when_there_are_too_few(tmp_path: Path) -> None:
+    rows = load_rows(DatasetSpec.model_validate({"arithmetic": {"digits": 1, "rows": 1000}}), tmp_path)
+    assert len(rows) == 1000
+    assert len({row["prompt"] for row in rows}) == 100  # 0+0= to 9+9=
+
+
+def test_too_long_prompts_are_counted_and_skipped(tmp_path: Path) -> None:
+    dataset = jsonl(tmp_path, {"problem": "12+34=", "answer": "46"}, {"problem": "1+2=", "answer": "3"})
+    prepared = prepare(dataset, tmp_path, max_prompt_tokens=4)
+    assert [row["id"] for row in prepared.rows] == [1]
+    assert prepared.skipped == 1
+
+
+# ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
+def test_every_bad_row_is_counted_and_the_first_are_named(tmp_path: Path) -> None:
+    good = {"problem": "p", "answer": "1"}
+    bad = [
+        {"problem": "p"},
+        {"problem": "p", "answer": "  "},
+        "{broken",
+        {"problem": " ", "answer": "1"},
+        {"problem": "p", "answer": ["1"]},
+        {"problem": 5, "answer": "1"},
+        {"problem": "p", "answer": None},
+    ]
+    with pytest.raises(DataError) as error:
+        load_rows(jsonl(tmp_path, good, *bad, good), tmp_path)
+    assert str(error.value) == (
+        "train.jsonl: 7 of 9 rows cannot be used: line 2: no answer (columns: problem); line 3: the answer is empty;"
+        " line 4: not a JSON object; line 5: the problem is empty; line 6: the answer is a list, not text or a number;"
+        " and 2 more; correct or remove them, or name the columns under data.*.columns"
+    )
+
+
+def test_an_answer_that_cannot_be_compared_is_refused_if_it_is_to_be_compared(tmp_path: Path) -> None:
+    dataset = jsonl(tmp_path, {"problem": "p", "answer": "1"}, {"problem": "p", "answer": r"\frac{1}{"})
+    with pytest.raises(DataError, match=r"train.jsonl: 1 of 2 rows cannot be used: line 2: .*math-verify"):
+        prepare(dataset, tmp_path)
+    assert len(prepare(dataset, tmp_path, need_gold_parse=False).rows) == 2
+
+
+def test_a_pattern_that_does_not_match_is_a_bad_row(tmp_path: Path) -> None:
+    dataset = jsonl(tmp_path, {"problem": "p", "answer": "4"})
+    columns = ColumnsSpec(answer_pattern="#### (.+)")
+    with pytest.raises(DataError, match=r"line 1: answerPattern '#### \(\.\+\)' is not found"):
+        load_rows(dataset.model_copy(update={"columns": columns}), tmp_path)
+    with pytest.raises(DataError, match="no regular expression"):
+        load_rows(dataset.model_copy(update={"columns": ColumnsSpec(answer_pattern="(")}), tmp_path)
+
+
+def test_half_a_surrogate_pair_is_a_bad_row(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="line 1: the problem holds half of a surrogate pair"):
+        load_rows(jsonl(tmp_path, r'{"problem": "p\ud800", "answer": "1"}'), tmp_path)
+
+
+def test_all_prompts_too_long_names_the_shortest(tmp_path: Path) -> None:
+    dataset = jsonl(tmp_path, {"problem": "12+34=", "answer": "46"}, {"problem": "1+2=", "answer": "3"})
+    with pytest.raises(DataError, match="maxPromptTokens 3; the shortest has 4 tokens"):
+        prepare(dataset, tmp_path, max_prompt_tokens=3)
+
+
+@pytest.mark.parametrize("lines", [[], ["", "  "]])
+def test_an_empty_data_set_is_refused(tmp_path: Path, lines: list[str]) -> None:
+    with pytest.raises(DataError, match=r"train.jsonl: the data set is empty"):
+        load_rows(jsonl(tmp_path, *lines), tmp_path)
+
+
+def test_a_missing_file_names_the_place_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"data/none.jsonl: no such file \(looked for {tmp_path}/data/none.jsonl\)"):
+        load_rows(DatasetSpec(source="file", path="data/none.jsonl"), tmp_path)
+
+
+def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("problem,answer\n")
+    (tmp_path / "train.parquet").write_text("problem,answer\n")
+    (tmp_path / "train.jsonl").write_bytes(b'{"problem": "\xff\xfe"}\n')
+    for name, message in [
+        ("train.csv", "ends in .jsonl or .parquet, this one in .csv"),
+        ("train.parquet", "train.parquet: not a readable Parquet file"),
+        ("train.jsonl", "train.jsonl: not UTF-8 text"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            load_rows(DatasetSpec(source="file", path=name), tmp_path)
+
+
+def test_a_hub_data_set_that_cannot_be_reached_is_one_clear_line(tmp_path: Path) -> None:
+    script = (
+        "from pathlib import Path; from heterorl.data.datasets import load_rows; from heterorl.spec.run import DatasetSpec\n"
+        "from heterorl.errors import DataError\n"
+        "try: load_rows(DatasetSpec(source='hub', name='openai/gsm8k', config='main'), Path())\n"
+        "except DataError as error: print(error)\n"
+    )
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=offline, check=True)
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("openai/gsm8k: the data set could not be had from the Hub (")
+    assert line.endswith("or download it and write source: file")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_hubs_own_library_loads_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "sums"  # `datasets` takes a folder as it takes a name on the Hub
+    folder.mkdir()
+    (folder / "test.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n{"question": "2+2=", "answer": "4"}\n')
+    rows = load_rows(DatasetSpec(source="hub", name=str(folder), split="test", limit=1), tmp_path)
+    assert rows == [{"id": 0, "prompt": "1+1=", "answer": "2", "columns": {"question": "1+1=", "answer": "2"}}]

@@ -1,0 +1,161 @@
+"""How the learner's ends are counted: what is charged to its budget, and what is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from heterorl.exchange.crash_budget import Attempts, attempts_of, gave_up, outcome_of, outcomes
+from heterorl.exchange.exchange import Exchange
+from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def exchange(tmp_path: Path, clock: Clock) -> Exchange:
+    exchange = Exchange(tmp_path, clock=clock)
+    exchange.create(run("demo"))
+    return exchange
+
+
+def run(name: str) -> HeteroRLRun:
+    spec = {"samplers": [{"name": "near"}]}
+    return HeteroRLRun.model_validate(
+        {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": name}, "spec": spec}
+    )
+
+
+def counted(exchange: Exchange) -> tuple[int, int, int]:
+    found = outcomes(attempts_of(exchange))
+    return found["clean"], found["signalled"], found["crashed"]
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome"),
+    [(0, "clean"), (-15, "signalled"), (143, "signalled"), (1, "crashed"), (2, "crashed"), (-9, "crashed")],
+)
+def test_an_exit_code_tells_how_ranks_ended(code, outcome):
+    assert outcome_of(code) == outcome
+
+
+def test_every_end_is_counted_once(exchange):
+    pod = Attempts(exchange, 0, "pod-a")
+    for code in (0, 1, -15, 1):
+        pod.begin()
+        pod.end(outcome_of(code), code)
+    pod.begin()  # goes on
+    assert counted(exchange) == (1, 1, 2)
+
+
+def test_a_pod_that_was_told_to_go_is_not_charged_for_what_its_ranks_do_then(exchange):
+    pod = Attempts(exchange, 0, "pod-a")
+    pod.begin()
+    pod.end("signalled")
+    pod.end("crashed", 1, "too late")
+    assert counted(exchange) == (0, 1, 0)
+
+
+@pytest.mark.parametrize(("successor", "expected"), [("pod-a", (0, 0, 1)), ("pod-b", (0, 1, 0))])
+def test_a_container_killed_under_its_pod_crashed_and_a_pod_that_is_gone_was_taken(exchange, successor, expected):
+    Attempts(exchange, 0, "pod-a").begin()
+    pod = Attempts(exchange, 0, successor)
+    pod.settle()
+    pod.settle()
+    assert counted(exchange) == expected
+
+
+def test_only_the_first_pod_is_counted(exchange):
+    for node in (0, 1, 2):
+        Attempts(exchange, node, f"pod-{node}").begin()
+        Attempts(exchange, node, f"pod-{node}").end("crashed", 1)
+    assert counted(exchange) == (0, 0, 1)
+
+
+@pytest.mark.parametrize(("apart_s", "expected"), [(59, (0, 1, 0)), (61, (0, 0, 1))])
+def test_a_crash_within_a_minute_of_another_pods_going_is_not_charged(exchange, clock, apart_s, expected):
+    first, second = Attempts(exchange, 0, "pod-0"), Attempts(exchange, 1, "pod-1")
+    first.begin()
+    second.begin()
+    second.end("signalled")
+    clock.now += apart_s
+    first.end("crashed", 1)
+    assert counted(exchange) == expected
+
+
+def test_a_crash_while_another_pod_was_lost_unseen_is_not_charged_once_that_is_found(exchange, clock):
+    first = Attempts(exchange, 0, "pod-0")
+    first.begin()
+    Attempts(exchange, 1, "pod-1").begin()
+    clock.now += 500
+    first.end("crashed", 1)
+    assert counted(exchange) == (0, 0, 1)
+    clock.now += 300  # its node is found dead, another one takes the pod
+    Attempts(exchange, 1, "pod-1-again").settle()
+    assert counted(exchange) == (0, 1, 0)
+
+
+def test_it_is_given_up_when_the_budget_is_used_up_and_not_before(exchange):
+    pod = Attempts(exchange, 0, "pod-a")
+    for _ in range(3):
+        pod.begin()
+        pod.end("crashed", -9, "step 3/5")
+    assert gave_up(attempts_of(exchange), 3) is None
+    assert gave_up(attempts_of(exchange), 2) == (
+        "LearnerCrashed",
+        "the learner crashed 3 times, failurePolicy.learnerRestarts is 2; the last time: killed by SIGKILL, step 3/5",
+    )
+
+
+def test_an_error_for_the_user_is_given_up_at_once_by_whichever_pod_met_it(exchange):
+    for node, code in ((0, 1), (1, 2)):
+        pod = Attempts(exchange, node, f"pod-{node}")
+        pod.begin()
+        pod.end(outcome_of(code), code, "error: learner.gpus is 2")
+    reason, message = gave_up(attempts_of(exchange), 9)
+    assert reason == "UserError"
+    assert message == "pod 1 of the learner ended with an error to be put right: error: learner.gpus is 2"
+    assert not Attempts(exchange, 0, "pod-0").asked_for_its_user()
+    assert Attempts(exchange, 1, "pod-1").asked_for_its_user()
+    assert not Attempts(exchange, 1, "a new pod").asked_for_its_user()
+
+
+def test_attempts_of_another_run_on_the_volume_stay_and_are_not_counted(exchange):
+    Attempts(exchange, 0, "pod-a").begin()
+    Attempts(exchange, 0, "pod-a").end("crashed", 1)
+    other = Exchange(exchange.root, clock=exchange.now)
+    other.create(run("other"))
+    assert counted(other) == (0, 0, 0)
+    Attempts(other, 0, "pod-b").settle()
+    Attempts(other, 0, "pod-b").begin()
+    content = json.loads((exchange.root / "attempts-0.json").read_bytes())
+    assert [attempt["run"] for attempt in content["attempts"]] == ["demo", "other"]
+
+
+def test_an_end_is_noted_of_the_runs_own_attempt_though_another_run_began_meanwhile(exchange):
+    old = Attempts(exchange, 0, "pod-a")
+    old.begin()
+    other = Exchange(exchange.root, clock=exchange.now)
+    other.create(run("other"))
+    Attempts(other, 0, "pod-b").begin()
+    exchange.create(run("demo"))
+    old.end("crashed", 1)
+    assert counted(exchange) == (0, 0, 1)
+    other.create(run("other"))
+    Attempts(other, 0, "pod-b").end("clean", 0)
+    assert counted(other) == (1, 0, 0)

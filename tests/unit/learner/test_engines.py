@@ -1,0 +1,251 @@
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from heterorl.errors import ModelError, TrainingError, UserError
+from heterorl.spec.run import LearnerSpec, RunSpec
+from heterorl_learner.batching import MicroBatch, Sequence, micro_batch, plan
+from heterorl_learner.engines.base import TrainingEngine
+from heterorl_learner.engines.build import build_engine
+from heterorl_learner.engines.model import load_policy, token_logps
+from heterorl_learner.train_step import learning_rate
+
+VOCABULARY = 24
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_model_dir: Callable[..., Path]) -> dict[str, Path]:
+    return {"tied": tiny_model_dir(tied=True), "untied": tiny_model_dir(tied=False)}
+
+
+def run_spec(**learner: object) -> RunSpec:
+    dtype = learner.pop("dtype", "float32")
+    return RunSpec.model_validate({"samplers": [{"name": "near"}], "model": {"dtype": dtype}, "learner": learner})
+
+
+def drawn(number: int, seed: int = 0) -> list[Sequence]:
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in range(number):
+        prompt, completion = rng.integers(1, 12), rng.integers(1, 20)
+        found.append(
+            Sequence(
+                rng.integers(VOCABULARY, size=prompt).astype(np.int32),
+                rng.integers(VOCABULARY, size=completion).astype(np.int32),
+                np.zeros(completion, np.float32),
+                group=i // 4,
+                advantage=float(rng.normal()),
+            )
+        )
+    return found
+
+
+def policy_gradient(batch: MicroBatch, logp: torch.Tensor) -> torch.Tensor:
+    return -(logp * batch.advantages[batch.seq_ids]).sum() / 100
+
+
+# ── the model ────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_packed_sequences_give_the_values_and_gradients_of_each_alone(folders: dict[str, Path]) -> None:
+    sequences = drawn(6)
+    policy = load_policy(folders["tied"], torch.float32, "sdpa")
+    reference = AutoModelForCausalLM.from_pretrained(folders["tied"], dtype=torch.float32)
+    temperature = 0.7
+
+    batch = micro_batch(sequences)
+    packed = token_logps(policy, batch, temperature)
+    policy_gradient(batch, packed).backward()
+
+    alone = []
+    for s in sequences:  # the plain forward of transformers over the whole sequence, one at a time
+        ids = torch.tensor(np.concatenate([s.prompt_ids, s.completion_ids]), dtype=torch.long)
+        logp = torch.log_softmax(reference(ids[None]).logits[0] / temperature, dim=-1)
+        alone.append(logp[torch.arange(len(ids) - 1), ids[1:]][len(s.prompt_ids) - 1 :])
+    policy_gradient(batch, torch.cat(alone)).backward()
+
+    torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=0)
+    for (name, mine), theirs in zip(policy.model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_sequence_does_not_see_its_neighbour_in_the_pack(folders: dict[str, Path]) -> None:
+    policy = load_policy(folders["tied"], torch.float32, "sdpa")
+    first, second, other = drawn(3)
+    with torch.no_grad():
+        one = token_logps(policy, micro_batch([first, second]), 1.0)[-len(second.completion_ids) :]
+        two = token_logps(policy, micro_batch([other, second]), 1.0)[-len(second.completion_ids) :]
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
+
+
+def test_dropout_of_the_configuration_is_switched_off(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folders["tied"])
+    model.config.attention_dropout = 0.5
+    model.save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, torch.float32, "sdpa")
+    batch = micro_batch(drawn(2))
+    with torch.no_grad():
+        assert torch.equal(token_logps(policy, batch, 1.0), token_logps(policy, batch, 1.0))
+
+
+def test_recomputing_activations_changes_no_gradient(folders: dict[str, Path]) -> None:
+    batch = micro_batch(drawn(4))
+    gradients = []
+    for recompute in (False, True):
+        policy = load_policy(folders["tied"], torch.float32, "sdpa", gradient_checkpointing=recompute)
+        policy_gradient(batch, token_logps(policy, batch, 1.0)).backward()
+        gradients.append([p.grad for p in policy.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=str(tmp_path)):
+        load_policy(tmp_path, torch.float32, "sdpa")
+
+
+# ── the engine, plain torch in one process ───────────────────────────────────────────────────────────────────────────
+def train(engine: TrainingEngine, steps: range, learning_rate: float = 3e-4) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step on batches drawn for it."""
+    return [
+        (engine.forward_backward(plan(drawn(8, seed=step), 64)[0], 1.0, policy_gradient), engine.step(learning_rate))
+        for step in steps
+    ]
+
+
+def test_micro_batches_add_up_to_the_whole_batch(folders: dict[str, Path]) -> None:
+    results = []
+    for budget in (1, 64, 10_000):  # one sequence a pass, a few, all
+        engine = build_engine(folders["tied"], run_spec())
+        loss = engine.forward_backward(plan(drawn(8), budget)[0], 1.0, policy_gradient)
+        results.append((loss, engine.step(3e-4)))
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
+    assert results[2] == pytest.approx(results[0], rel=1e-5)
+
+
+def test_an_update_is_adamw_with_the_gradient_clipped(folders: dict[str, Path]) -> None:
+    spec = run_spec(optimizer={"maxGradNorm": 0.01, "weightDecay": 0.1, "eps": 1e-3})
+    engine = build_engine(folders["untied"], spec)
+    reference = load_policy(folders["untied"], torch.float32, "sdpa")
+    batch = micro_batch(drawn(4))
+    before = {name: p.detach().clone() for name, p in reference.model.named_parameters()}
+
+    policy_gradient(batch, token_logps(reference, batch, 1.0)).backward()
+    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in reference.parameters()))
+    engine.forward_backward([batch], 1.0, policy_gradient)
+    assert engine.step(3e-4) == pytest.approx(norm, rel=1e-5)
+    assert norm > 0.01
+
+    after = engine.full_state_dict()
+    for name, p in reference.model.named_parameters():
+        # First step of Adam: both moments are bias-corrected to g and g^2. Only matrices decay, by lr * 0.1.
+        g = p.grad * 0.01 / norm
+        decay = 1 - 3e-4 * (0.1 if p.ndim == 2 else 0)
+        torch.testing.assert_close(after[name], before[name] * decay - 3e-4 * g / (g.abs() + 1e-3), atol=1e-7, rtol=0)
+
+
+def test_resume_is_exact_to_the_bit_in_one_thread(folders: dict[str, Path], tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        through = build_engine(folders["tied"], run_spec())
+        whole = train(through, range(6))
+        first = build_engine(folders["tied"], run_spec())
+        train(first, range(3))
+        first.save(tmp_path)
+        second = build_engine(folders["tied"], run_spec())
+        second.load(tmp_path)
+        assert train(second, range(3, 6)) == whole[3:]
+        for name, tensor in through.full_state_dict().items():
+            assert torch.equal(tensor, second.full_state_dict()[name]), name
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_exported_tensors_are_those_of_the_folder(folders: dict[str, Path], kind: str, dtype: str) -> None:
+    engine = build_engine(folders[kind], run_spec(dtype=dtype))
+    exported = engine.full_state_dict()
+    model = AutoModelForCausalLM.from_pretrained(folders[kind], dtype=getattr(torch, dtype))
+    assert set(exported) == {name for name, _ in model.named_parameters()}  # tied: without lm_head.weight
+    for name, p in model.named_parameters():
+        assert torch.equal(exported[name], p), name
+    exported["model.norm.weight"].zero_()  # a copy: publication may go on while training does
+    assert not torch.equal(engine.full_state_dict()["model.norm.weight"], exported["model.norm.weight"])
+
+
+def test_bfloat16_keeps_updates_that_its_own_precision_would_lose(folders: dict[str, Path]) -> None:
+    engine = build_engine(folders["tied"], run_spec(dtype="bfloat16"))
+    # Norm weights start at 1; the bfloat16 numbers below and above are 2^-8 and 2^-7 away, and an update of 1.5e-3
+    # rounds back to 1; two of them in the same direction pass half of 2^-8.
+    name = "model.norm.weight"
+    ones = torch.ones(64, dtype=torch.bfloat16)
+    for update in range(2):
+        engine.forward_backward([micro_batch(drawn(2))], 1.0, policy_gradient)
+        engine.step(1.5e-3)
+        assert torch.equal(engine.full_state_dict()[name], ones) == (update == 0)
+
+
+def test_a_micro_batch_without_sequences_adds_nothing(folders: dict[str, Path]) -> None:
+    results = []
+    for padding in ([], [micro_batch([])]):
+        engine = build_engine(folders["tied"], run_spec())
+        loss = engine.forward_backward([micro_batch(drawn(4)), *padding], 1.0, policy_gradient)
+        results.append((loss, engine.step(3e-4)))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_what_is_not_finite_stops_before_the_optimizer(folders: dict[str, Path], broken: str) -> None:
+    engine = build_engine(folders["tied"], run_spec())
+    before = engine.full_state_dict()
+
+    def loss(batch: MicroBatch, logp: torch.Tensor) -> torch.Tensor:
+        if broken == "loss":
+            return logp.sum() * math.nan
+        return (logp - logp.detach()).abs().sqrt().sum()  # 0, with an infinite slope
+
+    engine.forward_backward([micro_batch(drawn(4))], 1.0, loss)
+    with pytest.raises(TrainingError, match=f"rank 0: {broken}.* nan"):
+        engine.step(3e-4)
+    for name, tensor in engine.full_state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_scoring_leaves_no_gradient(folders: dict[str, Path]) -> None:
+    engine = build_engine(folders["tied"], run_spec())
+    scores = engine.score(micro_batch(drawn(4)), 1.0)
+    assert not scores.requires_grad
+    assert train(engine, range(1)) == train(build_engine(folders["tied"], run_spec()), range(1))
+
+
+def test_gpus_that_are_not_there_are_named(folders: dict[str, Path]) -> None:
+    if torch.cuda.device_count():
+        pytest.skip("this machine has GPUs")
+    with pytest.raises(UserError, match=r"learner\.gpus is 1"):
+        build_engine(folders["tied"], run_spec(gpus=1))
+
+
+# ── the schedule ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def rates(kind: str, steps: int = 10, warmup_ratio: float = 0.15) -> list[float]:
+    learner = LearnerSpec.model_validate(
+        {
+            "steps": steps,
+            "optimizer": {"learningRate": 0.8},
+            "schedule": {"type": kind, "warmupRatio": warmup_ratio},
+        }
+    )
+    return [learning_rate(learner, step) for step in range(steps)]
+
+
+def test_learning_rates_are_those_worked_by_hand() -> None:
+    # ceil(0.15 * 10) = 2 updates of warm-up: 1/2 and 2/2 of the peak; then 8 updates.
+    assert rates("constant") == pytest.approx([0.4, 0.8, *[0.8] * 8])
+    assert rates("linear") == pytest.approx([0.4, 0.8, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+    # 0.4 * (1 + cos(pi k / 8)): k = 4 halves it, k = 2 gives 0.4 * (1 + 0.70711).
+    assert rates("cosine")[2:7:2] == pytest.approx([0.8, 0.682843, 0.4])
+    assert rates("constant", warmup_ratio=0.0) == [0.8] * 10

@@ -1,0 +1,181 @@
+"""The learner's feed on a real exchange: journal first, replay after a crash, nothing twice, nothing lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.rollout import Rollout
+from heterorl.names import RolloutName, Slot, Version
+from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun
+from heterorl_learner.rollout_feed import RolloutFeed
+
+
+class Stop(Exception):
+    """Instead of sleeping: a test that would wait has gone wrong."""
+
+
+def never() -> bool:
+    return False
+
+
+def no_sleep(seconds: float) -> None:
+    raise Stop
+
+
+@pytest.fixture
+def exchange(tmp_path: Path) -> Exchange:
+    spec = {
+        "samplers": [{"name": "far"}],
+        "learner": {"batch": {"groups": 2}},
+        "algorithm": {"groupSize": 2, "staleness": {"maxSteps": 4}},
+    }
+    exchange = Exchange(tmp_path / "run", sleep=no_sleep)
+    manifest = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "test"}, "spec": spec}
+    exchange.create(HeteroRLRun.model_validate(manifest))
+    return exchange
+
+
+@pytest.fixture
+def put(exchange: Exchange) -> Callable[..., RolloutName]:
+    def put(seq: int, step: int = 0, *, made_by: int | None = None, group_size: int = 2) -> RolloutName:
+        name = RolloutName(Version(step, 1), Slot("far", 0), seq)
+        ones = np.ones(group_size, np.float32)
+        rollout = Rollout(
+            prompt_ids=np.array([1], np.int32),
+            completion_ids=np.arange(group_size, dtype=np.int32),
+            lengths=np.ones(group_size, np.int32),
+            logp=-ones,
+            versions=np.full(group_size, step if made_by is None else made_by, np.int32),
+            rewards=ones,
+            truncated=np.zeros(group_size, np.bool_),
+        )
+        exchange.put_rollouts({name: rollout})
+        return name
+
+    return put
+
+
+def take(feed: RolloutFeed, step: int) -> list[int]:
+    batch = feed.take(step)
+    assert batch is not None
+    return [name.seq for name in batch.names]
+
+
+def test_a_step_is_on_the_disk_before_it_is_trained(exchange: Exchange, put: Callable[..., RolloutName]) -> None:
+    names = [put(0), put(1)]
+    RolloutFeed(exchange, 0, 1, never).take(0)
+    assert exchange.read_journal()[0].names == [str(name) for name in names]
+
+
+def test_no_rollout_is_given_twice(exchange: Exchange, put: Callable[..., RolloutName]) -> None:
+    for seq in range(4):
+        put(seq)
+    feed = RolloutFeed(exchange, 0, 1, never)
+    assert take(feed, 0) == [0, 1]
+    assert take(feed, 1) == [2, 3]
+    with pytest.raises(Stop):
+        feed.take(2)
+
+
+def test_a_file_that_shows_up_late_is_not_forgotten(exchange: Exchange, put: Callable[..., RolloutName]) -> None:
+    put(0), put(2)
+    feed = RolloutFeed(exchange, 0, 1, never)
+    assert take(feed, 0) == [0, 2]
+    put(1), put(3)  # 1 was published before 2, but the volume showed it later
+    assert take(feed, 1) == [1, 3]
+
+
+def test_a_resumed_learner_replays_its_journal_and_then_selects_afresh(
+    exchange: Exchange, put: Callable[..., RolloutName]
+) -> None:
+    for seq in range(4):
+        put(seq)
+    died = RolloutFeed(exchange, 0, 1, never)
+    steps = [take(died, 0), take(died, 1)]
+    for seq in range(4, 6):
+        put(seq)
+    resumed = RolloutFeed(exchange, 0, 2, never)  # from a checkpoint before both steps
+    assert [take(resumed, 0), take(resumed, 1), take(resumed, 2)] == [*steps, [4, 5]]
+    # the replayed steps were not journalled again
+    assert [(entry.step, entry.incarnation) for entry in exchange.read_journal()] == [(0, 1), (1, 1), (2, 2)]
+
+
+def test_steps_whose_files_are_gone_are_selected_afresh(exchange: Exchange, put: Callable[..., RolloutName]) -> None:
+    names = [put(seq) for seq in range(5)]
+    died = RolloutFeed(exchange, 0, 1, never)
+    take(died, 0), take(died, 1)
+    exchange.retire_rollouts([names[2]], archive=False)
+    resumed = RolloutFeed(exchange, 0, 2, never)
+    assert take(resumed, 0) == [0, 1]
+    assert take(resumed, 1) == [3, 4]
+    assert [entry.names for entry in exchange.read_journal()] == [
+        [str(names[0]), str(names[1])],
+        [str(names[3]), str(names[4])],
+    ]
+
+
+def test_too_old_rollouts_are_dropped_and_counted_once(exchange: Exchange, put: Callable[..., RolloutName]) -> None:
+    put(0, step=0), put(1, step=1), put(2, step=2)
+    feed = RolloutFeed(exchange, 5, 1, never)
+    assert take(feed, 5) == [1, 2]  # lags 4 and 3; that of 0 is 5, one over maxSteps
+    assert feed.dropped == 1
+    put(3, step=5), put(4, step=5)
+    assert take(feed, 6) == [3, 4]
+    assert feed.dropped == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [({"made_by": 3}, "made by weights of step 3"), ({"group_size": 3}, "3 completions; groupSize is 2")],
+)
+def test_a_rollout_that_is_not_what_it_is_named_goes_to_quarantine(
+    exchange: Exchange, put: Callable[..., RolloutName], fields: dict[str, int], reason: str
+) -> None:
+    bad = put(0, **fields)
+    put(1), put(2)
+    exchange.sleep = lambda seconds: None
+    assert take(RolloutFeed(exchange, 0, 1, never), 0) == [1, 2]
+    assert exchange.list_quarantined() == [bad]
+    assert reason in (exchange.root / "quarantine" / f"{bad}.json").read_text()
+
+
+def test_only_what_a_checkpoint_covers_is_deleted(exchange: Exchange, put: Callable[..., RolloutName]) -> None:
+    for seq in range(4):
+        put(seq)
+    feed = RolloutFeed(exchange, 0, 1, never)
+    take(feed, 0), take(feed, 1)
+    feed.retire(1)  # a durable checkpoint holds step 0's update
+    assert [name.seq for name in exchange.list_rollouts()] == [2, 3]
+
+
+def test_a_learner_that_died_while_deleting_does_not_train_the_rest_again(
+    exchange: Exchange, put: Callable[..., RolloutName]
+) -> None:
+    for seq in range(3):
+        put(seq)
+    take(
+        RolloutFeed(exchange, 0, 1, never), 0
+    )  # 0 and 1 are trained; the checkpoint of step 1 is durable, nothing is deleted
+    resumed = RolloutFeed(exchange, 1, 2, never)
+    resumed.retire(1)
+    assert [name.seq for name in exchange.list_rollouts()] == [2]
+    with pytest.raises(Stop):
+        resumed.take(1)  # one rollout is not enough, and no old one fills up
+
+
+def test_a_replay_stops_when_told_and_is_left_to_the_next_incarnation(
+    exchange: Exchange, put: Callable[..., RolloutName]
+) -> None:
+    put(0), put(1)
+    take(RolloutFeed(exchange, 0, 1, never), 0)
+    assert RolloutFeed(exchange, 0, 2, lambda: True).take(0) is None
+    assert take(RolloutFeed(exchange, 0, 3, never), 0) == [0, 1]
+
+
+def test_a_waiting_feed_stops_when_told(exchange: Exchange) -> None:
+    assert RolloutFeed(exchange, 0, 1, lambda: True).take(0) is None

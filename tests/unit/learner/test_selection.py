@@ -1,0 +1,161 @@
+"""Which rollouts a step trains on, which prompts a slot walks, when a sampler waits: pure functions."""
+
+from __future__ import annotations
+
+import pytest
+
+from heterorl.names import RolloutName, Slot, Version
+from heterorl.spec.run import RunSpec
+from heterorl_learner.publish import versions_to_keep
+from heterorl_learner.selection import select_rollouts
+from heterorl_sampler.backpressure import Queue, batch_size, pending, reason_to_wait
+from heterorl_sampler.prompt_order import PromptOrder
+
+
+def name(step: int, slot: str, seq: int, incarnation: int = 1) -> RolloutName:
+    return RolloutName(Version(step, incarnation), Slot.parse(slot), seq)
+
+
+def spec(**fields: object) -> RunSpec:
+    return RunSpec.model_validate({"samplers": [{"name": "near"}, {"name": "far"}], **fields})
+
+
+# ── selection ────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_too_few_rollouts_select_nothing() -> None:
+    assert select_rollouts([name(0, "a-0", 0)], step=0, groups=2, max_steps=64, last=None) is None
+
+
+def test_the_oldest_version_goes_first() -> None:
+    waiting = [name(5, "a-0", 0), name(3, "b-0", 9), name(4, "a-0", 1)]
+    selection = select_rollouts(waiting, step=6, groups=2, max_steps=64, last=None)
+    assert selection is not None
+    assert selection.names == [name(3, "b-0", 9), name(4, "a-0", 1)]
+
+
+def test_slots_take_turns_within_a_version_starting_after_the_last() -> None:
+    waiting = [name(1, slot, seq) for slot in ("a-0", "b-0", "c-0") for seq in (10, 11)]
+    selection = select_rollouts(waiting, step=1, groups=4, max_steps=64, last=Slot("a", 0))
+    assert selection is not None
+    assert selection.names == [name(1, "b-0", 10), name(1, "c-0", 10), name(1, "a-0", 10), name(1, "b-0", 11)]
+
+
+def test_the_bound_on_the_lag_is_strict() -> None:
+    # at step 67 a version of step 3 is 64 steps late, one of step 2 is 65
+    waiting = [name(2, "a-0", 0), name(3, "a-0", 1)]
+    selection = select_rollouts(waiting, step=67, groups=1, max_steps=64, last=None)
+    assert selection is not None
+    assert selection.names == [name(3, "a-0", 1)]
+    assert selection.dropped == [name(2, "a-0", 0)]
+
+
+def test_weights_of_a_lost_future_count_as_fresh() -> None:
+    selection = select_rollouts([name(10, "a-0", 0)], step=5, groups=1, max_steps=0, last=None)
+    assert selection is not None
+    assert selection.names == [name(10, "a-0", 0)]
+
+
+def test_the_order_of_the_listing_does_not_matter() -> None:
+    waiting = [name(step, slot, seq) for step in (1, 2) for slot in ("a-0", "b-1") for seq in (0, 1)]
+    forward = select_rollouts(waiting, step=2, groups=5, max_steps=64, last=None)
+    assert forward == select_rollouts(waiting[::-1], step=2, groups=5, max_steps=64, last=None)
+
+
+# ── pacing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_what_was_taken_no_longer_waits() -> None:
+    rollouts = [name(3, "far-0", 0), name(3, "far-0", 1), name(3, "near-0", 0), name(2, "near-0", 1)]
+    learner = {"taken": {"far-0": 0}}
+    assert pending(spec(), rollouts, learner, Slot("far", 0), Version(3, 1)) == Queue(own=1, total=3, of_version=2)
+
+
+def test_what_is_too_old_to_be_taken_holds_nobody_back() -> None:
+    rollouts = [name(0, "far-0", 0), name(1, "far-0", 1)]
+    queue = pending(spec(), rollouts, {"step": 65}, Slot("far", 0), Version(1, 1))  # lags 65 and 64; maxSteps 64
+    assert queue == Queue(own=1, total=1, of_version=1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "learner", "queue", "version", "reason"),
+    [
+        ({}, {"step": 5}, Queue(0, 0, 0), 5, None),
+        ({}, {"step": 5}, Queue(64, 64, 0), 5, "queue"),  # maxPendingGroups is 64
+        ({"exchange": {"maxPendingGroups": 20}}, {"step": 5}, Queue(20, 31, 0), 5, None),  # a step takes 32
+        ({"exchange": {"maxPendingGroups": 20}}, {"step": 5}, Queue(20, 32, 0), 5, "queue"),
+        ({}, {"step": 70}, Queue(0, 0, 0), 5, "staleness"),  # 65 steps late, and 64 are allowed
+        ({}, {"finished": True}, Queue(0, 0, 0), 5, "finished"),
+        ({"mode": "online"}, {"step": 5}, Queue(0, 0, 0), 4, "weights"),  # newest is 5
+        ({"mode": "online"}, {"step": 5}, Queue(32, 32, 32), 5, "weights"),  # 32 groups a step
+        ({"mode": "online"}, {"step": 5}, Queue(16, 31, 31), 5, None),
+    ],
+)
+def test_a_sampler_waits_only_for_a_reason(
+    fields: dict[str, object], learner: dict[str, object], queue: Queue, version: int, reason: str | None
+) -> None:
+    assert reason_to_wait(spec(**fields), Version(version, 1), Version(5, 1), learner, queue) == reason
+
+
+def test_the_wait_policy_pauses_a_sampler_whose_rollouts_would_come_too_late() -> None:
+    # 64 groups before it are 2 steps of 32: trained at step 40 + 2, weights of step 10 are then 32 steps old, of 9 33
+    waiting = spec(algorithm={"staleness": {"maxSteps": 32, "policy": "wait"}})
+    queue = Queue(own=0, total=64, of_version=0)
+    assert reason_to_wait(waiting, Version(10, 1), Version(40, 1), {"step": 40}, queue) is None
+    assert reason_to_wait(waiting, Version(9, 1), Version(40, 1), {"step": 40}, queue) == "staleness"
+
+
+def test_online_samplers_share_a_version_evenly_and_do_not_overshoot() -> None:
+    online = spec(mode="online")  # 32 groups, 2 slots
+    assert batch_size(online, 100, Queue(0, 0, 0)) == 16
+    assert batch_size(online, 100, Queue(0, 30, 30)) == 2
+    assert batch_size(spec(), 100, Queue(0, 30, 30)) == 100
+
+
+# ── prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_slots_walk_disjoint_shares_that_cover_the_data_in_every_epoch() -> None:
+    rows = [{"id": i} for i in range(10)]
+    orders = [PromptOrder(rows, seed=1, share=share, shares=3) for share in range(3)]
+    sizes = [4, 3, 3]
+    for epoch in range(2):
+        walked = [o.row(epoch * size + i)["id"] for o, size in zip(orders, sizes) for i in range(size)]
+        assert sorted(walked) == list(range(10))
+
+
+def test_the_order_of_prompts_depends_on_the_seed_alone() -> None:
+    rows = [{"id": i} for i in range(100)]
+
+    def walk(seed: int) -> list[int]:
+        order = PromptOrder(rows, seed=seed, share=0, shares=2)
+        return [order.row(i)["id"] for i in range(50)]
+
+    assert walk(1) == walk(1)
+    assert walk(1) != walk(2)
+
+
+def test_more_slots_than_rows_still_get_prompts() -> None:
+    order = PromptOrder([{"id": 0}, {"id": 1}], seed=0, share=5, shares=6)
+    assert {order.row(i)["id"] for i in range(50)} == {0, 1}
+
+
+# ── retention ────────────────────────────────────────────────────────────────────────────────────────────────────────
+def published(steps: range) -> list[tuple[Version, float]]:
+    return [(Version(step, 1), float(step * 10)) for step in steps]  # one every 10 s
+
+
+def kept(fields: dict[str, object], steps: range, now_s: float) -> list[int]:
+    return sorted(version.step for version in versions_to_keep(spec(**fields), published(steps), now_s))
+
+
+def test_only_the_newest_few_are_kept_when_nobody_looks_back() -> None:
+    assert kept({}, range(100), 990.0) == [97, 98, 99]
+
+
+def test_a_transit_delay_in_steps_keeps_what_it_will_still_show() -> None:
+    delay = {"distribution": "constant", "model": "transit", "unit": "steps", "lower": 32}
+    samplers = [{"name": "far", "delay": delay}]
+    # with the newest at 99, 67 is shown now and 68.. will be
+    assert kept({"samplers": samplers}, range(100), 990.0) == list(range(67, 100))
+
+
+def test_a_transit_delay_in_seconds_keeps_what_it_will_still_show() -> None:
+    delay = {"distribution": "constant", "model": "transit", "lower": 100.0}
+    samplers = [{"name": "far", "delay": delay}]
+    # 100 s before 995 is 895: of step 89 (890 s) everything on is needed, 89 because 90 is not shown yet
+    assert kept({"samplers": samplers}, range(100), 995.0) == list(range(89, 100))

@@ -1,0 +1,85 @@
+"""A step's arithmetic around the losses: what is masked, what is counted, what is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from heterorl.exchange.rollout import Rollout
+from heterorl.names import RolloutName, Slot, Version
+from heterorl.spec.run import RunSpec
+from heterorl_learner.engines.build import build_engine
+from heterorl_learner.rollout_feed import StepBatch
+from heterorl_learner.train_step import rollout_metrics, sequences, step_totals, train_on
+
+
+def spec(**algorithm: object) -> RunSpec:
+    return RunSpec.model_validate(
+        {
+            "samplers": [{"name": "far"}],
+            "model": {"dtype": "float32"},
+            "algorithm": {"groupSize": 2, **algorithm},
+            "generation": {"maxCompletionTokens": 4},
+        }
+    )
+
+
+def rollout(rewards: list[float], truncated: list[bool], terms: dict[str, list[float]] | None = None) -> Rollout:
+    """Two completions, of 1 and 2 tokens."""
+    reward = np.array(rewards, np.float32)
+    return Rollout(
+        prompt_ids=np.array([5, 6], np.int32),
+        completion_ids=np.array([7, 8, 9], np.int32),
+        lengths=np.array([1, 2], np.int32),
+        logp=np.log(np.array([0.5, 0.25, 0.25], np.float32)),
+        versions=np.zeros(3, np.int32),
+        rewards=reward,
+        truncated=np.array(truncated),
+        reward_terms={name: np.array(values, np.float32) for name, values in (terms or {}).items()},
+    )
+
+
+def batch(*rollouts: Rollout, step: int = 3, version: int = 1) -> StepBatch:
+    names = [RolloutName(Version(version, 1), Slot("far", 0), seq) for seq in range(len(rollouts))]
+    return StepBatch(step, names, list(rollouts), wait_s=0.0)
+
+
+def test_gepos_denominator_is_of_the_whole_group_also_where_a_member_is_masked() -> None:
+    masked = spec(maskTruncated=True)
+    (kept,) = sequences(masked, [rollout([1.0, 0.0], [False, True])])
+    assert kept.completion_ids.tolist() == [7]
+    # q = 1/2 and 1/4 (means of the log-probabilities): E_q = (1/4 + 1/16) / (3/4) = 5/12
+    assert kept.log_expected_q == pytest.approx(np.log(5 / 12), abs=1e-6)
+
+
+def test_totals_count_every_sequence_and_only_the_tokens_that_are_not_masked() -> None:
+    totals = step_totals(spec(maskTruncated=True), [rollout([1.0, 0.0], [False, True])])
+    assert (totals.sequences, totals.tokens, totals.max_length) == (2, 1, 4)
+
+
+def test_a_step_whose_completions_are_all_masked_changes_nothing(tiny_model_dir: Callable[..., Path]) -> None:
+    masked = spec(maskTruncated=True)
+    engine = build_engine(tiny_model_dir(), masked)
+    before = engine.full_state_dict()
+    metrics = train_on(engine, masked, batch(rollout([1.0, 0.0], [True, True])))
+    assert metrics == {"loss": 0.0, "kl_to_sampler": 0.0}
+    assert engine.step(1e-3) == 0.0
+    after = engine.full_state_dict()
+    assert all(np.array_equal(before[name].numpy(), after[name].numpy()) for name in before)
+    engine.close()
+
+
+def test_metrics_of_a_step_are_those_of_its_rollouts() -> None:
+    first = rollout([1.0, 0.0], [False, True], {"accuracy": [1.0, 0.0]})
+    second = rollout([1.0, 1.0], [False, False], {"accuracy": [1.0, 1.0], "boxed": [0.0, 1.0]})
+    metrics = rollout_metrics(batch(first, second))
+    assert metrics["reward"] == 0.75
+    assert metrics["reward_std"] == 0.25  # of the groups' 1/2 and 0
+    assert metrics["frac_reward_zero_std"] == 0.5
+    assert metrics["completions/clipped_ratio"] == 0.25
+    assert (metrics["lag/mean"], metrics["lag/by_pool/far"]) == (2, 2)  # step 3, weights of step 1
+    assert metrics["rewards/accuracy/mean"] == 0.75
+    assert metrics["rewards/boxed/mean"] == 0.5  # a reward that came in with a resumed run

@@ -1,0 +1,129 @@
+"""The parts put together: what follows from a look, and what is said of the operator's health."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import yaml
+from operator_world import KEY, run_body
+
+from heterorl.errors import UserError
+from heterorl.kubernetes.manifests import Images
+from heterorl_operator.app import Operator, Options
+from heterorl_operator.client import Conflict, Transient
+from heterorl_operator.reconcile import Unfinished
+
+OPTIONS = Options(Images("learner", "sampler"), workers=2, release="mine", release_namespace="lab")
+
+
+@pytest.fixture
+def operator(tmp_path, monkeypatch):
+    path = tmp_path / "kubeconfig"
+    context = {"name": "it", "context": {"cluster": "it", "user": "it"}}
+    cluster = {"name": "it", "cluster": {"server": "http://127.0.0.1:9"}}
+    config = {
+        "current-context": "it",
+        "contexts": [context],
+        "clusters": [cluster],
+        "users": [{"name": "it", "user": {}}],
+    }
+    path.write_text(yaml.safe_dump(config))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
+    made = Operator(OPTIONS)
+    made._loaded.set()
+    return made
+
+
+def answer(operator, what):
+    """Let the look at the run end so: by an answer, or by an error."""
+
+    def reconcile(key):
+        if isinstance(what, Exception):
+            raise what
+        return what
+
+    operator.store.put("HeteroRLRun", run_body())
+    operator.reconciler.reconcile = reconcile
+    return operator._look_at(KEY)
+
+
+def next_look(operator):
+    """Seconds until the run is looked at again."""
+    return min(at for at, *_ in operator.queue._later) - time.monotonic()
+
+
+@pytest.mark.parametrize(
+    ("what", "result", "at_least", "at_most"),
+    [
+        (None, "ok", 500, 660),  # the resync, not of all runs at once
+        (7.0, "ok", 6, 7),
+        (10_000.0, "ok", 500, 660),
+        (Unfinished("quota", None), "unfinished", 0.1, 0.6),
+        (Unfinished("quota", 0.05), "unfinished", -1, 0.05),
+        (Transient(503, "ServiceUnavailable", "away"), "error", 0.1, 0.6),
+        (Conflict(409, "Conflict", "injected"), "error", 0.1, 0.6),
+        (ZeroDivisionError("a mistake of ours"), "error", 0.1, 0.6),
+    ],
+)
+def test_every_look_is_followed_by_another(operator, what, result, at_least, at_most):
+    assert answer(operator, what) == result
+    assert at_least <= next_look(operator) <= at_most
+
+
+def test_a_server_that_asks_for_time_gets_it(operator):
+    error = Transient(429, "TooManyRequests", "slow down")
+    error.retry_after_s = 17.0
+    assert answer(operator, error) == "error"
+    assert 16 <= next_look(operator) <= 17
+
+
+def test_a_run_in_trouble_still_goes_by_the_clock(operator):
+    for _ in range(12):
+        answer(operator, Unfinished("a right is missing", 30.0))  # by now it is tried each five minutes
+    operator.queue._later.clear()
+    operator.queue._due.clear()
+    answer(operator, Unfinished("a right is missing", 30.0))
+    assert 29 <= next_look(operator) <= 30
+
+
+def test_a_run_that_is_gone_is_not_looked_at_again(operator):
+    operator.reconciler.reconcile = lambda key: None
+    assert operator._look_at(KEY) == "ok"
+    assert operator.queue._later == []
+
+
+def test_a_long_queue_is_healthy_and_a_look_without_an_end_is_not(operator, monkeypatch):
+    operator.queue.add(KEY)
+    monkeypatch.setattr("heterorl_operator.app._STUCK_S", 0.02)
+    time.sleep(0.05)
+    assert operator.health() == (True, "ok")
+    operator.queue.get()
+    time.sleep(0.05)
+    healthy, why = operator.health()
+    assert not healthy
+    assert "its worker hangs" in why
+    operator.queue.done(KEY)
+    assert operator.health() == (True, "ok")
+
+
+def test_an_operator_that_has_not_listed_what_there_is_is_not_there_yet(operator):
+    operator._loaded.clear()
+    assert operator.health() == (False, "it has not listed yet what there is")
+
+
+def test_a_deaf_watch_is_unhealthy(operator):
+    operator.auditor.deaf.add("Pod")
+    assert operator.health() == (False, "the watches of Pod bring nothing")
+
+
+def test_an_operator_is_named_after_its_installation(operator):
+    assert operator.api.manager == "heterorl-operator/lab/mine"
+
+
+def test_no_cluster_is_said_with_the_way_out(monkeypatch, tmp_path):
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="set KUBECONFIG, or run in a pod"):
+        Operator(OPTIONS)

@@ -1,0 +1,466 @@
+"""One look at one run, on a small API server: what is written, and what is seen of it later."""
+
+from __future__ import annotations
+
+import pytest
+from operator_world import (
+    EARLIER,
+    KEY,
+    MANAGER,
+    START,
+    UID,
+    FakeApi,
+    body,
+    claim_body,
+    ended,
+    job_end,
+    pod_body,
+    run_body,
+    run_of,
+    spec_of,
+)
+
+from heterorl.kubernetes.manifests import Images
+from heterorl.kubernetes.names import prepare_name
+from heterorl.monitoring.run_metrics import RunProgress
+from heterorl_operator.apply import Applier
+from heterorl_operator.cache import ObjectCache
+from heterorl_operator.client import Forbidden, Transient
+from heterorl_operator.events import Events
+from heterorl_operator.learner_poller import Heard, ProgressPoller
+from heterorl_operator.reconcile import Reconciler, Unfinished
+from heterorl_operator.resources import DEPLOYMENT
+
+PREPARE = prepare_name(run_of())
+OBJECTS = {
+    ("ConfigMap", "run-config"),
+    ("PersistentVolumeClaim", "run-volume"),
+    ("Service", "run-learner"),
+    ("Job", PREPARE),
+    ("StatefulSet", "run-learner"),
+    ("Deployment", "run-sampler-near"),
+}
+
+
+class World:
+    """An operator without its watches; `watch` brings what they would."""
+
+    def __init__(self, api=None):
+        self.now = START
+        self.again, self.later = [], []  # the runs that were asked to be looked at again, at once or by the way
+        self.api, self.store = api or FakeApi(), ObjectCache()
+        self.applier = Applier(self.api, self.store, clock=lambda: self.now)
+        self.progresses = ProgressPoller(None, "pod-ip", 15.0, lambda key: None)
+        self.hidden = {}
+        self.reconciler = Reconciler(
+            self.api,
+            self.store,
+            self.applier,
+            self.progresses,
+            Events(self.api, MANAGER),
+            Images("learner", "sampler"),
+            self.hidden,
+            self.again.append,
+            self.later.append,
+            clock=lambda: self.now,
+        )
+
+    def look(self):
+        """Look at the run, and again where that was asked for by the way."""
+        found = self.reconciler.reconcile(KEY)
+        if self.later:
+            self.later.clear()
+            found = self.reconciler.reconcile(KEY)
+        return found
+
+    def watch(self):
+        """Everything there is comes in, and what is gone goes."""
+        for (kind, _), each in self.api.objects.items():
+            if kind != "Event":
+                self.store.put(kind, each)
+        for (kind, name), child in self.store.children(KEY).items():
+            if (kind, name) not in self.api.objects:
+                metadata = {"uid": child.uid, "resourceVersion": str(child.resource_version + 1)}
+                self.store.remove(kind, body(kind, name, metadata=metadata))
+                self.applier.forget(KEY, kind, name)
+
+    def edit(self, spec=None, **metadata):
+        """As a user does: another generation."""
+        run = self.api.objects["HeteroRLRun", "run"]
+        found = run["metadata"]
+        found = {**found, "generation": found["generation"] + 1, **metadata}
+        self.api.put({**run, "spec": spec or run["spec"], "metadata": found})
+
+    def ends(self, job, how="Failed"):
+        self.api.put({**self.api.objects["Job", job], "status": job_end(how)})
+
+    def hears(self, **progress):
+        self.progresses._heard[KEY] = Heard(RunProgress(**progress))
+
+    @property
+    def status(self):
+        return self.api.objects["HeteroRLRun", "run"].get("status", {})
+
+    def reason(self, kind):
+        return next(each["reason"] for each in self.status["conditions"] if each["type"] == kind)
+
+    def children(self):
+        return {place for place in self.api.objects if place[0] not in ("HeteroRLRun", "Event", "Pod")}
+
+    def events(self):
+        return {each["reason"] for (kind, _), each in self.api.objects.items() if kind == "Event"}
+
+    def replicas(self, kind, name):
+        return self.api.objects[kind, name]["spec"]["replicas"]
+
+
+@pytest.fixture
+def world():
+    made = World()
+    made.api.put(run_body())
+    made.api.put(claim_body())
+    made.watch()
+    return made
+
+
+def test_a_new_run_gets_its_objects_first_and_its_status_by_the_way(world):
+    world.reconciler.reconcile(KEY)
+    assert world.children() == OBJECTS
+    assert world.status == {}
+    assert world.later == [KEY]
+    world.reconciler.reconcile(KEY)
+    assert world.status["state"] == "Pending"
+    assert world.later == [KEY]
+
+
+def test_after_a_restart_a_second_look_undoes_what_was_edited_meanwhile(world):
+    world.look()
+    deployment = world.api.objects["Deployment", "run-sampler-near"]
+    world.api.put({**deployment, "spec": {**deployment["spec"], "replicas": 7}})
+    restarted = World(world.api)
+    restarted.watch()
+    writes = len(world.api.writes())
+    restarted.reconciler.reconcile(KEY)
+    assert len(world.api.writes()) == writes
+    assert restarted.later == [KEY]
+    restarted.reconciler.reconcile(KEY)
+    assert restarted.replicas("Deployment", "run-sampler-near") == 1
+    assert restarted.later == [KEY]
+
+
+def test_a_run_gets_its_objects_and_a_status_and_then_nothing_is_written(world):
+    assert world.look() is None
+    assert world.children() == OBJECTS
+    assert world.status["startTime"] == "2023-11-14T22:13:20.000Z"
+    assert world.status["observedGeneration"] == 1
+    for _ in range(2):
+        world.watch()
+        world.look()
+    written = len(world.api.writes())
+    world.now += 500
+    world.watch()
+    world.look()
+    assert len(world.api.writes()) == written
+
+
+def test_an_edit_that_comes_during_the_look_is_not_lost(world):
+    def edited_meanwhile(verb, kind, name):
+        if verb == "status" and not edited:
+            edited.append(True)
+            world.edit(spec_of(samplers=[{"name": "near", "replicas": 5}]))
+
+    edited = []
+    world.api.before = edited_meanwhile
+    world.look()
+    # The answer to the status holds the edit, so the watch's word of it is old: the look itself has to ask for another.
+    assert world.again == [KEY]
+    world.look()
+    assert world.replicas("Deployment", "run-sampler-near") == 5
+
+
+def test_a_look_that_nobody_disturbed_asks_for_no_other(world):
+    world.look()
+    assert world.again == []
+
+
+def test_a_pool_that_is_removed_loses_its_deployment_and_nothing_else(world):
+    world.edit(spec_of(samplers=[{"name": "near"}, {"name": "far"}]))
+    world.watch()
+    world.look()
+    world.watch()
+    assert ("Deployment", "run-sampler-far") in world.children()
+    world.edit(spec_of())
+    world.watch()
+    world.look()
+    assert world.children() == OBJECTS
+    assert "PoolRemoved" in world.events()
+
+
+def test_what_somebody_else_owns_is_never_deleted(world):
+    world.api.put(body("Deployment", "run-sampler-old", owner="somebody"))
+    world.watch()
+    world.look()
+    assert ("Deployment", "run-sampler-old") in world.children()
+
+
+def test_a_suspended_run_loses_a_preparation_that_runs_and_gets_it_back(world):
+    world.look()
+    world.watch()
+    world.edit(spec_of(suspend=True))
+    world.watch()
+    world.look()
+    assert world.children() == OBJECTS - {("Job", PREPARE)}
+    assert world.replicas("StatefulSet", "run-learner") == 0
+    world.watch()
+    world.edit(spec_of())
+    world.watch()
+    world.look()
+    assert world.children() == OBJECTS
+
+
+def test_a_preparation_that_is_done_is_not_missed(world):
+    world.look()
+    world.ends(PREPARE, "Complete")
+    world.watch()
+    world.look()
+    assert world.reason("Prepared") == "Prepared"
+    del world.api.objects["Job", PREPARE]
+    world.watch()
+    world.look()
+    assert ("Job", PREPARE) not in world.children()
+    assert world.reason("Prepared") == "Prepared"
+
+
+# ── a volume that holds another run ──────────────────────────────────────────────────────────────────────────────────
+def refused_by_the_volume(world):
+    world.look()
+    world.ends(PREPARE)
+    said = ended(2, "VolumeInUse: /volume holds run other; set spec.resume: true")
+    world.api.put(pod_body("prepare", container=said, owner=world.api.objects["Job", PREPARE]["metadata"]["uid"]))
+    world.watch()
+    world.look()
+    assert world.reason("Prepared") == "VolumeInUse"
+    assert world.replicas("StatefulSet", "run-learner") == 0
+
+
+def test_a_refused_preparation_stays_until_an_edit_allows_the_volume_and_is_then_made_anew(world):
+    refused_by_the_volume(world)
+    for _ in range(3):
+        world.watch()
+        world.look()
+    assert world.children() == OBJECTS
+    world.edit(spec_of(resume=True))
+    world.watch()
+    world.look()
+    (again,) = world.children() - OBJECTS
+    assert again == ("Job", prepare_name(run_of(resume=True)))
+    assert world.reason("Prepared") == "Preparing"
+    assert world.replicas("StatefulSet", "run-learner") == 1
+
+
+def test_a_refused_preparation_is_no_failure_when_its_pod_is_gone(world):
+    refused_by_the_volume(world)
+    (gone,) = world.store.pods(KEY)
+    world.store.remove("Pod", pod_body("prepare", gone.name, gone.resource_version + 1))
+    world.look()
+    assert world.status["state"] == "Pending"
+    assert "holds run other" in next(
+        each["message"] for each in world.status["conditions"] if each["type"] == "Prepared"
+    )
+
+
+# ── another run of the name ──────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("how", ["Failed", "Complete"])
+def test_what_an_earlier_run_of_the_name_left_says_nothing_about_this_one(world, how):
+    old = {"uid": "uid-of-old-job", "creationTimestamp": EARLIER}
+    world.api.put(body("Job", PREPARE, owner="uid-of-earlier", status=job_end(how), metadata=old))
+    earlier = {"metadata": {"creationTimestamp": EARLIER}}
+    world.api.put(pod_body("sampler", "old", pool="near", container=ended(2), **earlier))
+    world.watch()
+    with pytest.raises(Unfinished):
+        world.look()  # the name is taken still
+    assert world.status["state"] == "Pending"
+    assert world.reason("Ready") == "ClearingAway"
+    assert world.events() == set()
+    for place in (("Job", PREPARE), ("Pod", "old")):
+        del world.api.objects[place]
+    world.watch()
+    world.look()
+    assert world.children() == OBJECTS
+    assert world.reason("Prepared") == "Preparing"
+
+
+def test_what_the_learner_of_an_earlier_run_said_is_forgotten(world):
+    world.look()
+    world.hears(step=9, finished=True, prepared=True)
+    world.api.put(run_body(metadata={"uid": "uid-of-the-next"}))  # its deletion went by unseen
+    world.store.put("HeteroRLRun", world.api.objects["HeteroRLRun", "run"])
+    with pytest.raises(Unfinished):
+        world.look()
+    assert world.status["state"] == "Pending"
+    assert "learner" not in world.status
+
+
+@pytest.mark.parametrize("gone", [True, False], ids=["gone", "going"])
+def test_a_run_that_is_gone_or_going_is_left_alone_and_forgotten(world, gone):
+    world.look()
+    world.watch()
+    world.hears(step=1)
+    written = len(world.api.writes())
+    if gone:
+        world.store.remove("HeteroRLRun", run_body(version=999))
+    else:
+        world.edit(deletionTimestamp=EARLIER)
+        world.watch()
+    assert world.look() is None
+    assert len(world.api.writes()) == written
+    assert world.progresses.latest(KEY) == Heard()
+
+
+def test_a_run_that_is_deleted_during_the_look_is_no_error(world):
+    def deleted_meanwhile(verb, kind, name):
+        if verb == "status":
+            world.api.objects.pop(("HeteroRLRun", "run"), None)
+
+    world.api.before = deleted_meanwhile
+    assert world.look() is None
+    assert world.events() == set()
+    assert world.store.run(KEY) is None  # nothing more is made for it, though no watch has told yet
+
+
+# ── troubles ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_what_may_go_away_by_itself_is_tried_again_but_time_is_kept(world):
+    def refuse(verb, kind, name):
+        if (verb, kind) == ("apply", "Service"):
+            raise Forbidden(403, "Forbidden", "exceeded quota: few")
+
+    world.api.before = refuse
+    world.edit(spec_of(activeDeadlineSeconds=100))
+    world.watch()
+    with pytest.raises(Unfinished, match="raise the quota") as unfinished:
+        world.look()
+    assert unfinished.value.next_s == 100.0
+    assert world.reason("Ready") == "QuotaExceeded"
+    assert world.children() == OBJECTS - {("Service", "run-learner")}
+
+
+def test_a_kind_that_must_not_be_seen_is_told(world):
+    world.hidden[DEPLOYMENT] = "no right"
+    with pytest.raises(Unfinished):
+        world.look()
+    assert world.reason("SamplersAvailable") == "Forbidden"
+
+
+def test_a_pool_that_may_not_be_deleted_is_told(world):
+    def refuse(verb, kind, name):
+        if verb == "delete":
+            raise Forbidden(403, "Forbidden", 'cannot delete resource "deployments"')
+
+    world.edit(spec_of(samplers=[{"name": "near"}, {"name": "far"}]))
+    world.watch()
+    world.look()
+    world.watch()
+    world.edit(spec_of())
+    world.watch()
+    world.api.before = refuse
+    for _ in range(2):
+        with pytest.raises(Unfinished, match='cannot delete resource "deployments"; give its service account'):
+            world.look()
+    assert world.reason("SamplersAvailable") == world.reason("Ready") == "Forbidden"
+    assert ("Deployment", "run-sampler-far") in world.api.objects
+
+
+def test_what_a_run_needs_and_the_operator_may_not_do_is_told(world):
+    def refuse(verb, kind, name):
+        if verb == "get" and kind == "PersistentVolumeClaim":
+            raise Forbidden(403, "Forbidden", 'cannot get resource "persistentvolumeclaims"')
+
+    world.edit(spec_of(exchange={"volume": {"claimName": "mine"}}))
+    world.watch()
+    world.api.before = refuse
+    with pytest.raises(Unfinished, match="give its service account the chart's Role"):
+        world.look()
+    assert world.reason("Ready") == "Forbidden"
+
+
+def test_an_api_server_that_is_away_ends_the_look(world):
+    def away(verb, kind, name):
+        raise Transient(503, "ServiceUnavailable", "away")
+
+    world.api.before = away
+    with pytest.raises(Transient):
+        world.look()
+
+
+def test_a_manifest_that_cannot_be_read_is_told_and_its_objects_stay(world):
+    world.look()
+    world.watch()
+    world.edit({"samplers": [{"name": "near"}], "of": "dreams"})
+    world.watch()
+    assert world.look() is None
+    assert world.reason("Ready") == "InvalidSpec"
+    assert world.children() == OBJECTS
+    written = len(world.api.writes())
+    world.look()
+    assert len(world.api.writes()) == written
+
+
+def test_a_run_of_another_operator_gets_one_event_and_no_status(world):
+    other = {"annotations": {"heterorl.dev/operator": "heterorl-operator/theirs/release"}}
+    world.api.put(body("ConfigMap", "run-config", metadata=other))
+    world.watch()
+    for _ in range(3):
+        assert world.look() is None
+    assert world.api.writes() == [("create", world.api.writes()[0][1])]
+    assert world.events() == {"ManagedByAnotherOperator"}
+    assert world.status == {}
+    world.edit({"samplers": [{"name": "near"}], "known": "to the other's release alone"})
+    world.watch()
+    assert world.look() is None
+    assert world.status == {}
+
+
+# ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_a_run_that_is_trained_ends_and_is_deleted_when_its_time_has_come(world):
+    world.edit(spec_of(ttlSecondsAfterFinished=1000, learner={"finishGraceSeconds": 300}))
+    world.watch()
+    world.look()
+    world.watch()
+    world.hears(step=9, finished=True, prepared=True)
+    assert world.look() == 300
+    assert (world.status["state"], world.events()) == ("Succeeded", {"Prepared", "Trained", "Scaled"})
+    assert world.replicas("Deployment", "run-sampler-near") == 0
+    assert world.replicas("StatefulSet", "run-learner") == 1
+    world.now += 300
+    assert world.look() == 700
+    assert world.replicas("StatefulSet", "run-learner") == 0
+    world.now += 700
+    world.look()
+    assert ("HeteroRLRun", "run") not in world.api.objects
+
+
+def test_only_the_very_run_is_deleted(world):
+    world.edit(spec_of(ttlSecondsAfterFinished=0))
+    world.watch()
+    world.hears(finished=True)
+    world.reconciler._uids[KEY] = UID
+    world.api.put(run_body(metadata={"uid": "uid-of-the-next"}))
+    world.look()
+    assert ("HeteroRLRun", "run") in world.api.objects
+
+
+def test_what_is_said_of_a_run_is_taken_back_when_another_one_took_its_name_meanwhile(world):
+    def replaced_meanwhile(verb, kind, name):
+        if verb == "status" and not replaced:
+            replaced.append(True)
+            world.api.put(run_body(metadata={"uid": "uid-of-the-next"}))
+
+    replaced = []
+    world.hears(finished=True)
+    world.reconciler._uids[KEY] = UID
+    world.api.before = replaced_meanwhile
+    world.look()
+    assert world.status == {}
+    assert world.events() == set()
+    assert world.again == [KEY]
+    assert world.store.run(KEY).uid == "uid-of-the-next"

@@ -1,0 +1,191 @@
+"""The transformers engine against whole forward passes without cache or padding, and against formulas in NumPy."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from heterorl.errors import CorruptFile, ModelError, UserError
+from heterorl_sampler.engines.base import Sampling, end_token_ids
+from heterorl_sampler.engines.build import build_engine
+from heterorl_sampler.engines.transformers import TransformersEngine
+
+PROMPTS = [[5, 9, 2], [7, 3, 3, 12, 20, 4, 8], [11]]
+END = 1
+
+
+def engine_on(folder: Path) -> TransformersEngine:
+    return TransformersEngine(folder, dtype="float32")
+
+
+@functools.cache
+def model_in(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+
+
+def logits_of(folder: Path, text: list[int]) -> np.ndarray:
+    """[S, V] in float64, from one forward of the whole text."""
+    with torch.no_grad():
+        return model_in(folder)(torch.tensor([text])).logits[0].numpy()
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def scores_of(folder: Path, text: list[int]) -> np.ndarray:
+    return log_softmax(logits_of(folder, text))[np.arange(len(text) - 1), text[1:]]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_behaviour_log_probs_are_those_of_a_whole_forward_at_that_temperature(tiny_model_dir, tied):
+    folder = tiny_model_dir(tied=tied)
+    groups = engine_on(folder).generate(PROMPTS, 3, Sampling(max_tokens=12, temperature=0.7), seed=1)
+    assert [len(group) for group in groups] == [3, 3, 3]
+    for prompt, group in zip(PROMPTS, groups):
+        for completion in group:
+            logp = log_softmax(logits_of(folder, prompt + completion.token_ids) / 0.7)
+            rows = np.arange(len(prompt) - 1, len(prompt) - 1 + len(completion.token_ids))
+            np.testing.assert_allclose(completion.logp, logp[rows, completion.token_ids], atol=2e-5)
+
+
+def truncated_law(logits: np.ndarray, seen: list[int], law: Sampling) -> np.ndarray:
+    """Log-probabilities after penalty, temperature, min_p, top_k, top_p; -inf where a token is dropped."""
+    x = logits.copy()
+    for token in set(seen):
+        x[token] = x[token] * law.repetition_penalty if x[token] < 0 else x[token] / law.repetition_penalty
+    x = x / law.temperature
+    p = np.exp(log_softmax(x))
+    x[p < law.min_p * p.max()] = -np.inf
+    if law.top_k:
+        x[np.argsort(-x)[law.top_k :]] = -np.inf
+    p = np.exp(log_softmax(x))
+    order = np.argsort(-p)
+    before = np.cumsum(p[order]) - p[order]  # mass of the likelier tokens; a token stays while that is below top_p
+    x[order[before >= law.top_p]] = -np.inf
+    return log_softmax(x)
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        Sampling(10, temperature=0.6, top_p=0.8),
+        Sampling(10, top_k=3),
+        Sampling(10, temperature=1.3, min_p=0.2),
+        Sampling(10, repetition_penalty=1.5),
+        Sampling(10, temperature=0.9, top_p=0.7, top_k=6, min_p=0.05, repetition_penalty=1.2),
+    ],
+)
+def test_behaviour_log_probs_are_of_the_truncated_law_that_was_sampled(tiny_model_dir, law):
+    folder = tiny_model_dir()
+    for prompt, group in zip(PROMPTS, engine_on(folder).generate(PROMPTS, 2, law, seed=3)):
+        for completion in group:
+            logits = logits_of(folder, prompt + completion.token_ids)
+            for i, token in enumerate(completion.token_ids):
+                expected = truncated_law(logits[len(prompt) - 1 + i], prompt + completion.token_ids[:i], law)
+                assert completion.logp[i] == pytest.approx(expected[token], abs=2e-5)
+
+
+def test_first_tokens_are_drawn_with_the_models_probabilities(tiny_model_dir):
+    folder, draws = tiny_model_dir(), 8000
+    (group,) = engine_on(folder).generate([PROMPTS[1]], draws, Sampling(max_tokens=1), seed=0)
+    found = np.bincount([c.token_ids[0] for c in group], minlength=24) / draws
+    expected = np.exp(log_softmax(logits_of(folder, PROMPTS[1])[-1]))
+    assert np.abs(found - expected).max() < 4 * 0.5 / draws**0.5  # four standard deviations at p = 1/2
+
+
+def test_an_end_token_ends_and_belongs_to_a_completion(tiny_model_dir):
+    groups = engine_on(tiny_model_dir()).generate(PROMPTS, 40, Sampling(max_tokens=8, temperature=2.0), seed=0)
+    completions = [completion for group in groups for completion in group]
+    ended = [c for c in completions if not c.truncated]
+    assert 0 < len(ended) < len(completions)
+    for completion in completions:
+        assert len(completion.token_ids) == len(completion.logp)
+        assert END not in completion.token_ids[:-1]
+        assert (completion.token_ids[-1] == END) != completion.truncated
+        assert not completion.truncated or len(completion.token_ids) == 8
+
+
+def test_stopping_keeps_the_groups_that_are_complete(tiny_model_dir):
+    sampling = Sampling(max_tokens=300, temperature=2.0)
+    asked = iter([False] * 5 + [True])
+    groups = engine_on(tiny_model_dir()).generate([PROMPTS[0]] * 40, 1, sampling, seed=0, stop=lambda: next(asked))
+    assert 0 < sum(group is None for group in groups) < len(groups)
+    assert all(group[0].token_ids[-1] == END and len(group[0].token_ids) <= 6 for group in groups if group)
+
+
+def test_a_seed_repeats_completions_and_another_does_not(tiny_model_dir):
+    engine = engine_on(tiny_model_dir())
+    sampling = Sampling(max_tokens=8)
+    torch.manual_seed(0)
+    first = engine.generate(PROMPTS, 2, sampling, seed=5)
+    assert engine.generate(PROMPTS, 2, sampling, seed=5) == first
+    assert engine.generate(PROMPTS, 2, sampling, seed=6) != first
+
+
+def test_temperature_zero_takes_the_likeliest_token(tiny_model_dir):
+    folder = tiny_model_dir()
+    for prompt, (completion,) in zip(
+        PROMPTS, engine_on(folder).generate(PROMPTS, 1, Sampling(6, temperature=0), seed=0)
+    ):
+        likeliest = logits_of(folder, prompt + completion.token_ids).argmax(-1)
+        assert completion.token_ids == likeliest[len(prompt) - 1 : -1].tolist()
+        assert sum(completion.logp) < 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_loaded_weights_are_served_and_stay_tied(tiny_model_dir, tied):
+    engine = engine_on(tiny_model_dir(tied=tied))
+    for seed in (1, 0):
+        engine.load_weights(tiny_model_dir(tied=tied, seed=seed))
+        for text, scores in zip(PROMPTS[:2], engine.score(PROMPTS[:2])):
+            np.testing.assert_allclose(scores, scores_of(tiny_model_dir(tied=tied, seed=seed), text), atol=2e-5)
+
+
+def test_weights_of_another_shape_are_refused_and_the_old_ones_stay(tiny_model_dir, tmp_path):
+    engine = engine_on(tiny_model_dir())
+    before = engine.score(PROMPTS[:2])
+    tensors = load_file(tiny_model_dir(seed=1) / "model.safetensors")
+    changed = {**tensors, "model.norm.weight": torch.ones(32)}
+    missing = {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
+    for bad in (changed, missing, {**tensors, "model.extra.weight": torch.ones(1)}):
+        save_file(bad, tmp_path / "model.safetensors")
+        with pytest.raises(CorruptFile, match=r"model\.(norm|extra)\.weight"):
+            engine.load_weights(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"half a file")
+    with pytest.raises(CorruptFile):
+        engine.load_weights(tmp_path)
+    assert engine.score(PROMPTS[:2]) == before
+
+
+def test_other_files_beside_the_weights_are_left_alone(tiny_model_dir, tmp_path):
+    (tmp_path / "model.safetensors").symlink_to(tiny_model_dir(seed=1) / "model.safetensors")
+    save_file({"logp": torch.zeros(3)}, tmp_path / "canary.safetensors")
+    engine = engine_on(tiny_model_dir())
+    engine.load_weights(tmp_path)
+    np.testing.assert_allclose(engine.score([PROMPTS[0]])[0], scores_of(tiny_model_dir(seed=1), PROMPTS[0]), atol=2e-5)
+
+
+def test_missing_parts_are_said_in_one_sentence(tiny_model_dir, tmp_path, monkeypatch):
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        build_engine("transformers", tmp_path, dtype="float32", max_model_len=16)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="no end-of-sequence token"):
+        end_token_ids(tmp_path)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.delitem(sys.modules, "heterorl_sampler.engines.vllm", raising=False)
+    with pytest.raises(UserError, match=r"vLLM is not installed; install heterorl\[sampler\]"):
+        build_engine("vllm", tiny_model_dir(), dtype="float32", max_model_len=16)
+    with pytest.raises(ModelError, match=r"may take 2000 tokens, the model's context holds 1024"):
+        build_engine("transformers", tiny_model_dir(), dtype="float32", max_model_len=2000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="gpus: 1, but torch finds no GPU"):
+        build_engine("transformers", tiny_model_dir(), dtype="float32", max_model_len=16, gpus=1)

@@ -1,0 +1,185 @@
+"""One slot at work on a real exchange: its prompts go on where they stopped, and what is finished is never lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from heterorl.exchange.exchange import Canary, Exchange
+from heterorl.monitoring.metrics import Metrics
+from heterorl.names import Slot, Version
+from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun
+from heterorl_sampler.__main__ import serve
+from heterorl_sampler.engines.base import Completion
+from heterorl_sampler.engines.build import build_engine
+from heterorl_sampler.engines.transformers import TransformersEngine
+from heterorl_sampler.rewards import build_rewards
+from heterorl_sampler.sample import Sampler
+
+FAR = Slot("far", 0)
+ROWS = [{"id": i, "prompt_ids": [2 + i, 5], "answer": str(i), "columns": {}} for i in range(8)]
+
+
+@pytest.fixture
+def exchange(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Exchange:
+    """A run of one sampler whose learner has published its first weights."""
+    exchange = Exchange(tmp_path / "run")
+    spec = {
+        "model": {"dtype": "float32"},
+        "samplers": [{"name": "far", "engine": "transformers", "promptsPerBatch": 3}],
+        "algorithm": {"groupSize": 2},
+        "generation": {"maxCompletionTokens": 4},
+        "learner": {"batch": {"groups": 1}},
+        "exchange": {"pollSeconds": 0.01, "maxPendingGroups": 6},
+    }
+    manifest = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "test"}, "spec": spec}
+    exchange.create(HeteroRLRun.model_validate(manifest))
+    model, version = tiny_model_dir(tokenizer=True), Version(0, 1)
+    shutil.copy(model / "model.safetensors", exchange.stage_weights(version))
+    engine = build_engine("transformers", model, dtype="float32", max_model_len=64)
+    exchange.commit_weights(version, Canary([[3, 4, 5]], engine.score([[3, 4, 5]])))
+    return exchange
+
+
+class Until(threading.Event):
+    """Stops the sampler after so many batches, as SIGTERM would, or once it has waited so often for something."""
+
+    def __init__(self, batches: int, waits: int = 20) -> None:
+        super().__init__()
+        self.batches, self.waits = batches, waits
+
+    def batch_done(self) -> None:
+        self.batches -= 1
+        if self.batches == 0:
+            self.set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.waits -= 1
+        if self.waits == 0:
+            self.set()
+        return super().wait(timeout)
+
+
+class Watched(TransformersEngine):
+    """Tells of every batch it has generated."""
+
+    until: Until
+
+    def generate(self, *args: object, **kwargs: object) -> list[list[Completion] | None]:
+        groups = super().generate(*args, **kwargs)
+        self.until.batch_done()
+        return groups
+
+
+def work(
+    exchange: Exchange, model: Path, tmp_path: Path, batches: int, make_engine: type[Watched] = Watched
+) -> dict[str, object]:
+    """Lease the slot and sample so many batches, or until nothing but waiting is left; returns the slot's status."""
+    lease, status = exchange.acquire_slot(lambda: [FAR]), dict[str, object]()
+    assert lease is not None
+    engine = make_engine(model, dtype="float32")
+    engine.until = Until(batches)
+    with build_rewards(exchange.spec) as rewards:
+        tokenizer, scratch = AutoTokenizer.from_pretrained(model), tmp_path / "scratch"
+        Sampler(exchange, lease, status, engine, tokenizer, ROWS, rewards, Metrics(), engine.until, scratch).run()
+    exchange.beat(lease, status, released=True)
+    return status
+
+
+def walked(exchange: Exchange) -> list[tuple[int, int]]:
+    """(sequence number, row) of every published group."""
+    return [(name.seq, exchange.read_rollout(name).meta["row_id"]) for name in sorted(exchange.list_rollouts())]
+
+
+def test_whoever_takes_a_slot_over_goes_on_with_its_next_prompts(
+    exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_model_dir(tokenizer=True)
+    work(exchange, model, tmp_path, 1)
+    first = walked(exchange)
+    work(exchange, model, tmp_path, 1)
+    assert walked(exchange)[:3] == first
+    assert [seq for seq, _ in walked(exchange)] == [0, 1, 2, 3, 4, 5]  # two batches of three
+    assert len({row for _, row in walked(exchange)}) == 6  # no row twice within the epoch of eight
+
+
+def test_a_full_queue_holds_the_sampler_back(
+    exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    status = work(exchange, tiny_model_dir(tokenizer=True), tmp_path, 99)
+    assert status["state"] == "waiting: queue"
+    assert len(exchange.list_rollouts()) == 6  # maxPendingGroups
+
+
+class StoppedHalfway(Watched):
+    """Is told to stop when the first of the batch's groups is finished and the others are not."""
+
+    def generate(self, *args: object, **kwargs: object) -> list[list[Completion] | None]:
+        groups = super().generate(*args, **kwargs)
+        return [groups[0], *([None] * (len(groups) - 1))]
+
+
+def test_a_stopped_sampler_publishes_its_finished_groups_and_its_successor_does_the_others(
+    exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_model_dir(tokenizer=True)
+    work(exchange, model, tmp_path, 1, StoppedHalfway)
+    assert [seq for seq, _ in walked(exchange)] == [0]
+    work(exchange, model, tmp_path, 1)
+    assert [seq for seq, _ in walked(exchange)] == [0, 1, 2, 3]
+
+
+def edited(exchange: Exchange, **pool: object) -> None:
+    """The operator's edit of the sampler's pool, or of all pools with `samplers`."""
+    tree = exchange.run.resolved()
+    tree["spec"]["samplers"] = pool.pop("samplers", None) or [{**tree["spec"]["samplers"][0], **pool}]
+    exchange.create(HeteroRLRun.model_validate(tree))
+
+
+def publish_again(exchange: Exchange, version: Version) -> None:
+    first = exchange.root / "weights" / str(Version(0, 1))
+    shutil.copy(first / "model.safetensors", exchange.stage_weights(version))
+    exchange.commit_weights(version, Canary(**json.loads((first / "canary.json").read_text())))
+
+
+@pytest.mark.parametrize(("lower", "step"), [(0.0, 1), (1000.0, 0)])
+def test_a_sampler_goes_on_under_an_edited_delay(
+    exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path, lower: float, step: int
+) -> None:
+    class Edited(Watched):
+        def generate(self, *args: object, **kwargs: object) -> list[list[Completion] | None]:
+            if self.until.batches == 99:
+                edited(exchange, delay={"distribution": "constant", "lower": lower})
+                publish_again(exchange, Version(1, 1))
+            return super().generate(*args, **kwargs)
+
+    status = work(exchange, tiny_model_dir(tokenizer=True), tmp_path, 99, Edited)
+    assert status["version_step"] == step  # it started without a delay, under which it would be 1
+
+
+def test_a_sampler_whose_pool_is_removed_goes_on_until_its_pod_goes(
+    exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    class LosesItsGroup(Watched):
+        def generate(self, *args: object, **kwargs: object) -> list[list[Completion] | None]:
+            edited(exchange, samplers=[{"name": "other"}])
+            return super().generate(*args, **kwargs)
+
+    work(exchange, tiny_model_dir(tokenizer=True), tmp_path, 2, LosesItsGroup)
+    assert [seq for seq, _ in walked(exchange)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_sampler_waits_until_its_pool_is_in_the_spec_and_the_run_is_prepared(exchange: Exchange) -> None:
+    stop = Until(99, waits=3)
+    serve(exchange, "far", None, stop)
+    exchange.mark_prepared({})
+    stop = Until(99, waits=3)
+    serve(exchange, "added", None, stop)
+    assert stop.is_set()
+    assert exchange.heartbeats() == {}

@@ -1,0 +1,161 @@
+"""Following the weights: swaps, refusals and what is served after each, on a real exchange with an honest little engine."""
+
+from __future__ import annotations
+
+import errno
+import time
+from pathlib import Path
+
+import pytest
+
+from heterorl.exchange.exchange import Canary, Exchange
+from heterorl.heterogeneity.delay import Adoption
+from heterorl.names import Version
+from heterorl.spec.run import API_VERSION, KIND, DelaySpec, HeteroRLRun
+from heterorl_sampler.weight_sync import Swap, WeightSync
+
+TEXTS = [[1, 2], [3, 4]]
+
+
+class OneNumberEngine:
+    """A model of one weight, which is also every log-probability it computes."""
+
+    def __init__(self) -> None:
+        self.weight = 0.0
+
+    def load_weights(self, folder: Path) -> None:
+        self.weight = float((folder / "model.safetensors").read_text())
+
+    def score(self, token_ids: list[list[int]]) -> list[list[float]]:
+        return [[self.weight] * (len(text) - 1) for text in token_ids]
+
+
+@pytest.fixture
+def exchange(tmp_path: Path) -> Exchange:
+    exchange = Exchange(tmp_path / "run")
+    samplers = [{"name": "far"}]
+    spec = {"samplers": samplers, "model": {"dtype": "float32"}}
+    exchange.create(
+        HeteroRLRun.model_validate(
+            {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "test"}, "spec": spec}
+        )
+    )
+    return exchange
+
+
+@pytest.fixture
+def engine() -> OneNumberEngine:
+    return OneNumberEngine()
+
+
+@pytest.fixture
+def follower(exchange: Exchange, engine: OneNumberEngine, tmp_path: Path) -> WeightSync:
+    return WeightSync(exchange, engine, Adoption(DelaySpec(), slot="far-0"), tmp_path / "scratch")
+
+
+def publish(exchange: Exchange, step: int, weight: float, *, canary: float | None = None) -> Version:
+    version = Version(step, 1)
+    (exchange.stage_weights(version) / "model.safetensors").write_text(str(weight))
+    expected = weight if canary is None else canary
+    exchange.commit_weights(version, Canary(TEXTS, [[expected], [expected]]))
+    return version
+
+
+def settle(follower: WeightSync) -> list[Swap]:
+    """Advance until nothing is under way any more."""
+    swaps = []
+    for _ in range(6):
+        if swap := follower.advance():
+            swaps.append(swap)
+        time.sleep(0.05)  # the fetch runs on a thread of its own
+    return swaps
+
+
+def test_the_first_weights_are_served_and_then_the_newest(
+    exchange: Exchange, engine: OneNumberEngine, follower: WeightSync
+) -> None:
+    publish(exchange, 0, -1.0)
+    assert [swap.version for swap in settle(follower)] == [Version(0, 1)]
+    publish(exchange, 1, -2.0)
+    newest = publish(exchange, 2, -3.0)
+    assert [swap.version for swap in settle(follower)] == [newest]
+    assert (engine.weight, follower.version) == (-3.0, newest)
+
+
+def test_a_damaged_version_is_refused_once_and_the_old_one_stays(
+    exchange: Exchange, engine: OneNumberEngine, follower: WeightSync, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = publish(exchange, 0, -1.0)
+    settle(follower)
+    damaged = publish(exchange, 1, -2.0)
+    (exchange.root / "weights" / str(damaged) / "model.safetensors").write_text("-9.0")
+    assert settle(follower) == []
+    assert (engine.weight, follower.version) == (-1.0, first)
+    assert list(follower.rejected) == [damaged]
+    refusals = [r.getMessage() for r in caplog.records if "refused" in r.getMessage()]
+    assert len(refusals) == 1
+    assert "checksum" in refusals[0]
+    assert f"goes on with {first}" in refusals[0]
+
+
+def test_a_version_whose_canary_fails_is_refused_and_the_old_weights_are_loaded_again(
+    exchange: Exchange, engine: OneNumberEngine, follower: WeightSync
+) -> None:
+    first = publish(exchange, 0, -1.0)
+    settle(follower)
+    wrong = publish(exchange, 1, -2.0, canary=-2.1)
+    settle(follower)
+    assert (engine.weight, follower.version) == (-1.0, first)
+    assert "differ by 0.1" in follower.rejected[wrong]
+    good = publish(exchange, 2, -3.0)
+    settle(follower)
+    assert (engine.weight, follower.version) == (-3.0, good)
+
+
+def test_a_version_retired_during_the_fetch_is_no_failure(
+    exchange: Exchange, engine: OneNumberEngine, follower: WeightSync
+) -> None:
+    publish(exchange, 0, -1.0)
+    settle(follower)
+    publish(exchange, 1, -2.0)
+    list(follower._look())
+    exchange.retire_weights([])
+    newest = publish(exchange, 2, -3.0)
+    settle(follower)
+    assert (follower.version, follower.rejected) == (newest, {})
+
+
+def test_after_a_learner_crash_its_successor_is_followed_back(
+    exchange: Exchange, engine: OneNumberEngine, follower: WeightSync
+) -> None:
+    for step in range(8):
+        publish(exchange, step, float(-step))
+    settle(follower)
+    assert follower.version == Version(7, 1)
+    exchange.retire_weights([Version(step, 1) for step in range(6)])  # resumed from the checkpoint of step 5
+    resumed = Version(5, 2)
+    (exchange.stage_weights(resumed) / "model.safetensors").write_text("-5.5")
+    exchange.commit_weights(resumed, Canary(TEXTS, [[-5.5], [-5.5]]))
+    settle(follower)
+    assert follower.version == resumed
+
+
+def test_a_hold_in_steps_ends_when_the_learner_went_back_to_an_earlier_step() -> None:
+    delay = DelaySpec(distribution="constant", unit="steps", lower=30.0)
+    adoption = Adoption(delay, slot="far-0")
+    adoption.adopted(Version(100, 1), now_s=0.0, newest_step=100)
+    assert adoption.choose([(Version(120, 1), 0.0)], Version(100, 1), 0.0) is None  # 20 steps of 30
+    assert adoption.choose([(Version(50, 2), 0.0)], Version(100, 1), 0.0) == Version(50, 2)
+
+
+def test_a_file_deleted_under_its_reader_on_nfs_is_a_missing_file(
+    exchange: Exchange, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = publish(exchange, 0, -1.0)
+
+    def stale(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    with pytest.raises(FileNotFoundError):
+        exchange.fetch_weights(version, tmp_path / "here")

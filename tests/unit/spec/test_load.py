@@ -1,0 +1,189 @@
+import pytest
+
+from heterorl.errors import SpecError
+from heterorl.spec.load import load_run, warnings_for
+
+GOOD = """\
+apiVersion: heterorl.dev/v1alpha1
+kind: HeteroRLRun
+metadata:
+  name: test
+spec:
+  learner:
+    steps: 10
+  samplers:
+  - name: near
+  - name: far
+    delay: {distribution: lognormal, lower: 4, upper: 30}
+"""
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Writes a manifest: the good one with some text replaced."""
+
+    def write(*replacements, text=GOOD):
+        for old, new in replacements:
+            assert old in text
+            text = text.replace(old, new)
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def problems(path, *sets):
+    with pytest.raises(SpecError) as caught:
+        load_run(path, sets)
+    assert caught.value.exit_code == 2
+    return caught.value.problems
+
+
+def test_good_manifest_loads_with_its_values_and_defaults(manifest):
+    run = load_run(manifest())
+    assert run.metadata.name == "test"
+    assert run.spec.learner.steps == 10
+    assert run.spec.pool("far").delay.upper == 30
+    assert run.spec.algorithm.loss.type == "gepo"
+
+
+def test_all_problems_are_reported_at_once_with_line_path_found_and_advice(manifest):
+    path = manifest(
+        ("spec:\n", "spec:\n  mode: onlin\n  algorithm: {loss: {type: geppo}, groupSize: 1}\n"),
+        ("steps: 10", "stepz: 10"),
+        ("  - name: far\n", "  - name: near\n    replicas: '2'\n"),
+        ("lower: 4, upper: 30", "lower: 40, upper: 30"),
+    )
+    found = problems(path)
+    assert [line.split(": ")[:2] for line in found] == [
+        ["line 6", "spec.mode"],
+        ["line 7", "spec.algorithm.groupSize"],
+        ["line 7", "spec.algorithm.loss.type"],
+        ["line 9", "spec.learner.stepz"],
+        ["line 10", "spec.samplers"],
+        ["line 13", "spec.samplers.near.replicas"],
+        ["line 14", "spec.samplers.near.delay.lower"],
+    ]
+    text = "\n".join(found)
+    assert 'found "onlin", expected one of hetero, online; did you mean online?' in text
+    assert "unknown field; did you mean steps?" in text
+    assert "near stands more than once" in text
+    assert 'found "2", expected a whole number; write 2 without quotes' in text
+    assert "is 40 and must be below upper, which is 30" in text
+    assert "is 1, but advantages are relative to the group's mean" in text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("steps: 10", "check_point: {}", "did you mean checkpoint?"),
+        ("steps: 10", "max_grad_norm: 3", "it belongs to spec.learner.optimizer"),
+        ("steps: 10", "groupSize: 3", "unknown field here; it belongs to spec.algorithm"),
+        ("steps: 10", "finish_grace_seconds: 3", "did you mean finishGraceSeconds?"),
+        ("steps: 10", "xyz: 3", "unknown field; known here: batch, checkpoint"),
+        ("steps: 10", "steps: 0", "found 0, expected at least 1"),
+        ("steps: 10", "steps: 1.0", "found 1.0, expected a whole number"),
+        ("steps: 10", "steps: true", "found true, expected a whole number"),
+        ("steps: 10", "steps:", "found nothing, expected a whole number; fill it in or remove the line"),
+        ("steps: 10", "batch: 3", "found 3, expected a mapping"),
+        ("steps: 10", "gradientCheckpointing: yes", 'found "yes", expected true or false; write true'),
+        ("steps: 10", "optimizer: {betas: [0.9]}", "found 1 of them, expected at least 2"),
+        ("steps: 10", "optimizer: {eps: .nan}", "expected a finite number"),
+        ("name: test", "name: 3", 'found 3, expected text; write it in quotes: "3"'),
+        ("name: test", "name: no_good", "expected lower-case letters, digits and '-'"),
+        ("name: test", f"name: {'x' * 41}", "expected at most 40 characters"),
+        ("  - name: far\n", "  - gpus: 0\n", "spec.samplers.1.name: is missing"),
+        ("v1alpha1", "v1", 'found "heterorl.dev/v1", expected heterorl.dev/v1alpha1'),
+    ],
+)
+def test_each_mistake_gets_a_sentence_that_names_the_way_out(manifest, old, new, expected):
+    (problem,) = problems(manifest((old, new)))
+    assert expected in problem
+
+
+def test_rules_that_would_speak_of_a_broken_field_stay_silent(manifest):
+    found = problems(manifest(("lower: 4, upper: 30", "lower: 40, upper: high")))
+    assert len(found) == 1
+    assert found[0].endswith('spec.samplers.far.delay.upper: found "high", expected a number')
+
+
+def test_numbers_of_yaml_1_2_are_numbers_and_its_text_is_text(manifest):
+    run = load_run(manifest(("steps: 10", "optimizer: {learningRate: 3e-4}"), ("name: test", "name: no")))
+    assert run.spec.learner.optimizer.learning_rate == 3e-4
+    assert run.metadata.name == "no"
+
+
+def test_a_repeated_key_is_refused_with_both_lines(manifest):
+    assert problems(manifest(("steps: 10", "steps: 10\n    steps: 20"))) == [
+        "line 8: spec.learner.steps: stands twice, first on line 7; keep one"
+    ]
+
+
+def test_yaml_that_cannot_be_parsed_is_one_line_with_its_number(manifest):
+    (problem,) = problems(manifest(("steps: 10", "steps: [10")))
+    assert problem.startswith("line 8: not valid YAML: ")
+    assert "\n" not in problem
+
+
+@pytest.mark.parametrize("text", ["", "- a list\n", "just text\n"])
+def test_a_file_that_is_no_mapping_is_refused(manifest, text):
+    assert "is no HeteroRLRun" in problems(manifest(text=text))[0]
+
+
+def test_a_missing_file_is_one_line(tmp_path):
+    assert problems(tmp_path / "none.yaml") == ["there is no such file"]
+
+
+def test_what_kubectl_prints_can_be_read_back(manifest):
+    path = manifest(("name: test", "name: test\n  uid: abc\n  generation: 3"))
+    path.write_text(path.read_text() + "status: {observedGeneration: 3}\n")
+    assert load_run(path).metadata.name == "test"
+
+
+def test_set_changes_fields_and_list_items_by_name_or_number(manifest):
+    run = load_run(
+        manifest(),
+        [
+            "algorithm.loss.type=grpo",
+            "spec.learner.optimizer.learningRate=1e-3",
+            "samplers.far.replicas=2",
+            "samplers.0.engine=transformers",
+            "data.train={source: file, path: x.jsonl}",
+            "name=other",
+        ],
+    )
+    assert run.spec.algorithm.loss.type == "grpo"
+    assert run.spec.learner.optimizer.learning_rate == 1e-3
+    assert [(g.name, g.replicas, g.engine) for g in run.spec.samplers] == [
+        ("near", 1, "transformers"),
+        ("far", 2, "vllm"),
+    ]
+    assert run.spec.data.train.path == "x.jsonl"
+    assert run.metadata.name == "other"
+
+
+def test_a_wrong_value_from_set_is_reported_as_such(manifest):
+    assert problems(manifest(), "learner.steps=ten", "algorithm.loss.typ=grpo") == [
+        "--set: spec.algorithm.loss.typ: unknown field; did you mean type?",
+        '--set: spec.learner.steps: found "ten", expected a whole number',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("learner.steps", "expected path=value"),
+        ("samplers.fra.replicas=2", "spec.samplers has no item fra"),
+        ("learner.steps.x=2", "spec.learner.steps is 10, so it has no x"),
+        ("learner.steps=[", "is not valid YAML"),
+    ],
+)
+def test_a_change_that_cannot_be_made_is_refused(manifest, change, expected):
+    assert expected in problems(manifest(), change)[0]
+
+
+def test_a_truncated_law_earns_a_warning_that_names_the_settings(manifest):
+    assert warnings_for(load_run(manifest())) == []
+    (warning,) = warnings_for(load_run(manifest(), ["generation.topP=0.95", "generation.topK=20"]))
+    assert "topP 0.95, topK 20 truncate" in warning
