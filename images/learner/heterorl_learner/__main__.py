@@ -31,7 +31,7 @@ def main() -> int:
 
 def learn(exchange: Exchange, rank: int, stop: threading.Event) -> None:
     """Train on the prepared model, leave."""
-    from heterorl_learner.engines.base import build_engine  # slow to import, and `--help` needs none of it
+    from heterorl_learner.engines.build import build_engine  # slow to import, and `--help` needs none of it
     from heterorl_learner.train import Trainer
 
     spec = exchange.spec
