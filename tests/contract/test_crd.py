@@ -117,12 +117,12 @@ def test_columns_name_fields_that_exist():
         "State",
         "Step",
         "Steps",
-        "RewardSpec",
+        "Reward",
         "Lag",
         "Samplers",
         "Age",
     ]
-    assert [c["name"] for c in columns if c.get("priority")] == ["ModelSpec", "LossSpec", "Restarts"]
+    assert [c["name"] for c in columns if c.get("priority")] == ["Model", "Loss", "Restarts"]
     for column in columns:
         if column["type"] != "date":
             assert by_path[column["jsonPath"]]["type"] == column["type"], column

@@ -144,7 +144,7 @@ RULES: dict[str, list[Rule]] = {
             "data.evals is empty, but evaluation.everySteps is set; name a data set, or write everySteps: 0",
         ),
         (
-            "self.samplers.map(group, group.replicas).sum() * self.exchange.maxPendingGroups"
+            "self.samplers.map(pool, pool.replicas).sum() * self.exchange.maxPendingGroups"
             " >= self.learner.batch.groups",
             "learner.batch.groups can never be filled: samplers pause at exchange.maxPendingGroups each; raise it",
         ),
@@ -156,12 +156,12 @@ _COLUMNS = [
     ("State", "string", ".status.state", 0),
     ("Step", "integer", ".status.learner.step", 0),
     ("Steps", "integer", ".spec.learner.steps", 0),
-    ("RewardSpec", "number", ".status.learner.reward", 0),
+    ("Reward", "number", ".status.learner.reward", 0),
     ("Lag", "number", ".status.learner.lag", 0),
     ("Samplers", "string", ".status.samplersReady", 0),
     ("Age", "date", ".metadata.creationTimestamp", 0),
-    ("ModelSpec", "string", ".spec.model.name", 1),
-    ("LossSpec", "string", ".spec.algorithm.loss.type", 1),
+    ("Model", "string", ".spec.model.name", 1),
+    ("Loss", "string", ".spec.algorithm.loss.type", 1),
     ("Restarts", "integer", ".status.learner.restarts", 1),
 ]
 
@@ -199,7 +199,7 @@ def crd() -> dict[str, Any]:
 def crd_yaml() -> str:
     """The text of `crds/heterorlrun.yaml`."""
     body = yaml.safe_dump(crd(), sort_keys=False, width=120, allow_unicode=True)
-    return f"# Made by `heterorl crd` from heterorl/spec.py; do not edit.\n{body}"
+    return f"# Made by `heterorl crd` from heterorl/spec/run.py; do not edit.\n{body}"
 
 
 def _root_schema() -> dict[str, Any]:

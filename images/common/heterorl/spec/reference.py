@@ -17,7 +17,7 @@ from heterorl.spec.status import RunStatus
 
 _INTRO = """# The manifest
 
-<!-- Made by `heterorl docs` from heterorl/spec.py; do not edit. -->
+<!-- Made by `heterorl docs` from heterorl/spec/run.py; do not edit. -->
 
 A run is one YAML file. `heterorl validate FILE` checks it; `heterorl run FILE --set algorithm.loss.type=grpo` changes a
 field for one run, with the path below `spec` and list items by their name (`samplers.far.replicas=4`). Every field that
