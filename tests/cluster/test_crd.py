@@ -85,7 +85,7 @@ def test_definition_can_be_applied_from_a_client_too(cluster):
 def test_fields_are_explained(cluster):
     def explained():
         text = cluster.kubectl("explain", "hrl.spec.algorithm.staleness.maxSteps", check=False)
-        return "Largest admissible lag" in " ".join(text.split())
+        return "Maximum lag" in " ".join(text.split())
 
     # The API server publishes a new kind's OpenAPI a moment after it serves the kind.
     cluster.wait("the explanation of maxSteps", explained)
@@ -145,9 +145,9 @@ def test_misspelt_mistyped_and_unbounded_values_are_refused(runs, spec, refusal)
 
 
 NAMES = [
-    ("a" * 41, "metadata.name may have 40 characters"),
-    ("7-run", "metadata.name must begin with a letter and hold no dot"),
-    ("run.7", "metadata.name must begin with a letter and hold no dot"),
+    ("a" * 41, "metadata.name must be at most 40 characters"),
+    ("7-run", "metadata.name must start with a letter and contain no dot"),
+    ("run.7", "metadata.name must start with a letter and contain no dot"),
 ]
 
 
@@ -191,12 +191,12 @@ NEVER = [
     ({"algorithm": {"groupSize": 8}}, "groupSize cannot change; start a new run"),
     ({"algorithm": None}, "groupSize cannot change; start a new run"),  # back to the default, which is 8
     ({"learner": {"strategy": "zero1"}}, "strategy cannot change"),
-    ({"learner": {"steps": 999}}, "steps may only grow"),
+    ({"learner": {"steps": 999}}, "steps can only be increased"),
     (near(engine="transformers"), "a pool's engine cannot change; add a pool of another name"),
     (volume(claimName="other"), "claimName cannot change; start a new run"),
     (volume(storageClassName="fast"), "storageClassName cannot change; start a new run"),
     (volume(accessModes=["ReadWriteOnce"]), "accessModes cannot change; start a new run"),
-    (volume(size="10Gi"), "size may only grow"),
+    (volume(size="10Gi"), "size can only be increased"),
 ]
 
 
@@ -218,7 +218,7 @@ def test_dropping_a_block_first_does_not_open_the_way_to_a_claim(runs):
         assert "claimName cannot change" in runs.refusal(runs.try_patch, "test", volume(claimName="other"))
 
 
-OF_A_GROUP = (
+OF_A_POOL = (
     "samplers[].(promptsPerBatch, gpus, tensorParallel, gpuMemoryUtilization, kvCacheBytes, threads, podTemplate)"
 )
 WHEN_SUSPENDED = [
@@ -232,19 +232,19 @@ WHEN_SUSPENDED = [
     ({"learner": {"batch": {"groups": 16}}}, "learner"),
     ({"learner": {"podTemplate": {"nodeSelector": {"gpu": "h200"}}}}, "learner"),
     ({"exchange": {"maxPendingGroups": 128}}, "exchange"),
-    (near(promptsPerBatch=4), OF_A_GROUP),
-    (near(gpus=1), OF_A_GROUP),
-    (near(tensorParallel=2), OF_A_GROUP),
-    (near(gpuMemoryUtilization=0.5), OF_A_GROUP),
-    (near(kvCacheBytes=2**30), OF_A_GROUP),
-    (near(threads=2), OF_A_GROUP),
-    (near(podTemplate={"nodeSelector": {"gpu": "h200"}}), OF_A_GROUP),
+    (near(promptsPerBatch=4), OF_A_POOL),
+    (near(gpus=1), OF_A_POOL),
+    (near(tensorParallel=2), OF_A_POOL),
+    (near(gpuMemoryUtilization=0.5), OF_A_POOL),
+    (near(kvCacheBytes=2**30), OF_A_POOL),
+    (near(threads=2), OF_A_POOL),
+    (near(podTemplate={"nodeSelector": {"gpu": "h200"}}), OF_A_POOL),
 ]
 
 
 @pytest.mark.parametrize(("patch", "what"), WHEN_SUSPENDED, ids=str)
 def test_how_it_trains_changes_in_a_suspended_run_only(lasting, patch, what):
-    expected = f"{what} can change only in a suspended run; first set suspend: true"
+    expected = f"{what} can change only while the run is suspended; set suspend: true first"
     assert expected in lasting.refusal(lasting.try_patch, "running", patch)
     assert expected in lasting.refusal(lasting.try_patch, "running", {**patch, "suspend": True})
     lasting.try_patch("suspended", patch)
@@ -276,7 +276,7 @@ def test_the_rest_changes_at_any_time(lasting, patch):
         lasting.try_patch(name, patch)
 
 
-ENDED = "the run has ended, so only ttlSecondsAfterFinished can change; to go on, start a new run with resume: true"
+ENDED = "the run has ended, so only ttlSecondsAfterFinished can change; to continue, create a new run with resume: true"
 
 
 def test_a_run_that_ended_refuses_edits_instead_of_ignoring_them(runs):
@@ -299,7 +299,9 @@ def test_no_rule_is_without_a_test():
             yield from messages(inner)
 
     tested = [*(broken["refusal"] for broken in BROKEN_MANIFESTS), *(refusal for _, refusal in [*NEVER, *NAMES])]
-    tested += [f"{what} can change only in a suspended run; first set suspend: true" for _, what in WHEN_SUSPENDED]
+    tested += [
+        f"{what} can change only while the run is suspended; set suspend: true first" for _, what in WHEN_SUSPENDED
+    ]
     tested.append(ENDED)
     (version,) = crd_as_dict()["spec"]["versions"]
     untested = {m for m in messages(version["schema"]["openAPIV3Schema"]) if not any(text in m for text in tested)}

@@ -67,8 +67,8 @@ def sample(exchange: Exchange, lease: Lease, status: dict[str, Any], stop: threa
 
     spec = exchange.spec
     pool = spec.pool(lease.slot.pool)
-    if spec.generation.truncated_law:
-        log.warning("topP, topK, minP or a repetition penalty truncate the law: importance ratios are biased")
+    if spec.generation.is_truncated:
+        log.warning("topP, topK, minP or repetitionPenalty change the distribution: importance ratios are biased")
     rows = [json.loads(line) for line in exchange.data_file("train").read_text().splitlines()]
     engine = build_engine(
         pool.engine,

@@ -112,7 +112,7 @@ def test_an_edit_that_does_not_go_with_what_is_held_changes_nothing(exchange, fi
     )
     write(file, later)
     assert exchange.spec.pool("near").delay.distribution == "none"
-    assert "every rollout would be refused" in caplog.text
+    assert "every rollout would be too old" in caplog.text
 
 
 def test_a_file_that_is_out_of_sight_changes_nothing(exchange, file):

@@ -65,6 +65,6 @@ def test_canary_tolerance_follows_the_dtype_unless_set(dtype, expected):
 @pytest.mark.parametrize(
     "generation", [{"topP": 0.9}, {"topK": 5}, {"minP": 0.1}, {"repetitionPenalty": 1.1}], ids=lambda g: next(iter(g))
 )
-def test_each_truncation_makes_the_law_a_truncated_one(generation):
-    assert HeteroRLRun.model_validate(manifest(generation=generation)).spec.generation.truncated_law
-    assert not HeteroRLRun.model_validate(manifest()).spec.generation.truncated_law
+def test_each_setting_that_changes_the_sampling_distribution_is_noticed(generation):
+    assert HeteroRLRun.model_validate(manifest(generation=generation)).spec.generation.is_truncated
+    assert not HeteroRLRun.model_validate(manifest()).spec.generation.is_truncated

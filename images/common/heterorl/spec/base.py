@@ -12,16 +12,16 @@ RUN_NAME = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 POOL_NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
 QUANTITY = r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|Pi|k|M|G|T|P)?$"
 PATTERNS = {
-    RUN_NAME: "lower-case letters, digits and '-', beginning with a letter and not ending with '-'",
-    POOL_NAME: "lower-case letters and digits, joined by single '-'",
-    QUANTITY: "a quantity as 100Gi",
+    RUN_NAME: "lower-case letters, digits and '-', starting with a letter and not ending with '-'",
+    POOL_NAME: "lower-case letters and digits, separated by single '-'",
+    QUANTITY: "a quantity such as 100Gi",
 }
-"""What a pattern asks for, in words."""
+"""What a pattern requires, in words."""
 
 RULES_LATER = "rules later"
-"""Validation context: leave the rules across fields to the caller (`spec.validation`), who reports them all."""
+"""Validation context: leave the rules across fields to the caller (`spec.validation`), which reports them all."""
 
-# Every string and list has a bound: the API server refuses rules over unbounded ones as too costly.
+# Every string and list has a bound: the API server rejects CEL rules over unbounded ones as too costly.
 Text = Annotated[str, StringConstraints(max_length=4096)]
 ShortText = Annotated[str, StringConstraints(max_length=253)]
 Path_ = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
@@ -36,7 +36,7 @@ BrokenRule = tuple[str, str]
 
 
 class Block(BaseModel):
-    """One mapping of the manifest: unknown keys are refused, and nothing is coerced: "3" is no number."""
+    """One mapping of the manifest: unknown keys are rejected and nothing is coerced, so "3" is not a number."""
 
     model_config = ConfigDict(
         strict=True,
@@ -70,11 +70,11 @@ def block_in(annotation: Any) -> type[Block] | None:
 
 
 def list_map(key: str) -> dict[str, Any]:
-    """Kubernetes' list-map, for a field's `json_schema_extra`: items are told apart by a key that no two may share."""
+    """A list of type map, for a field's `json_schema_extra`: items are identified by a key that must be unique."""
     return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
 
 
 def duplicates(path: str, names: list[str]) -> Iterable[BrokenRule]:
-    """A problem if a name stands more than once in the list at that path."""
+    """A problem if a name is used more than once in the list at that path."""
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        yield path, f"{', '.join(repeated)} stands more than once; every item needs its own"
+        yield path, f"{', '.join(repeated)} is used more than once; names must be unique"

@@ -1,8 +1,8 @@
 """The CustomResourceDefinition, made from `heterorl.spec.run` and `heterorl.spec.status`.
 
-Kubernetes takes a dialect of OpenAPI (a "structural" schema): no references, no titles, bounds with a boolean beside
-them. Null is never a value: the API server drops it. Rules across fields are CEL: RULES says again what `broken_rules`
-say, and rules on changes follow from the table of what may change when (`heterorl.spec.mutability`).
+Kubernetes uses a subset of OpenAPI (a "structural" schema): no references, no titles, exclusive bounds as booleans.
+Null is never a value: the API server drops it. Rules across fields are CEL: RULES repeats what `broken_rules` check,
+and the rules on changes follow from the table of what may change when (`heterorl.spec.mutability`).
 """
 
 from __future__ import annotations
@@ -25,35 +25,44 @@ Rule = tuple[str, str]
 
 RULES: dict[str, list[Rule]] = {
     "ModelSpec": [
-        ("self.source != 'path' || has(self.path)", "path is needed by source: path; write the model's folder"),
-        ("self.source != 'hub' || has(self.name)", "name is needed by source: hub; write a name as Qwen/Qwen3-1.7B"),
+        ("self.source != 'path' || has(self.path)", "path is required with source: path; set it to the model's folder"),
+        (
+            "self.source != 'hub' || has(self.name)",
+            "name is required with source: hub; set it to a name such as Qwen/Qwen3-1.7B",
+        ),
     ],
     "DatasetSpec": [
-        ("self.source != 'file' || has(self.path)", "path is needed by source: file; write a .jsonl or .parquet file"),
-        ("self.source != 'hub' || has(self.name)", "name is needed by source: hub; write a name as openai/gsm8k"),
+        (
+            "self.source != 'file' || has(self.path)",
+            "path is required with source: file; set it to a .jsonl or .parquet file",
+        ),
+        (
+            "self.source != 'hub' || has(self.name)",
+            "name is required with source: hub; set it to a name such as openai/gsm8k",
+        ),
     ],
     "RewardSpec": [
-        ("(self.name == 'custom') == has(self.path)", "path goes with name: custom, and only with it"),
+        ("(self.name == 'custom') == has(self.path)", "path is required with name: custom, and allowed only with it"),
     ],
     "AlgorithmSpec": [
-        ("self.groupSize >= 2", "groupSize must be at least 2: advantages are relative to the group's mean"),
+        ("self.groupSize >= 2", "groupSize must be at least 2: advantages are relative to the group mean"),
         ("self.groupSize == oldSelf.groupSize", "groupSize cannot change; start a new run"),
     ],
     "LearnerSpec": [
         (
             "self.gpus == 0 || self.processesPerReplica == self.gpus",
-            "processesPerReplica must equal gpus: a rank drives one GPU",
+            "processesPerReplica must equal gpus: each rank drives one GPU",
         ),
         ("self.strategy == oldSelf.strategy", "strategy cannot change: checkpoints depend on it; start a new run"),
-        ("self.steps >= oldSelf.steps", "steps may only grow"),
+        ("self.steps >= oldSelf.steps", "steps can only be increased"),
     ],
     "EnvVar": [
-        ("!(has(self.value) && has(self.valueFrom))", "value stands beside valueFrom; keep one of them"),
+        ("!(has(self.value) && has(self.valueFrom))", "value and valueFrom are mutually exclusive; keep one of them"),
     ],
     "PodTemplateSpec": [
         (
             f"self.{field}.all(key, {' && '.join(f'!key.startsWith({prefix!r})' for prefix in RESERVED)})",
-            f"{field} under {' and '.join(RESERVED)} are the operator's own; choose another prefix",
+            f"{field} under {' and '.join(RESERVED)} are reserved for the operator; choose another prefix",
         )
         for field in ("labels", "annotations")
     ],
@@ -67,17 +76,17 @@ RULES: dict[str, list[Rule]] = {
     "DelaySpec": [
         (
             "!(self.distribution in ['lognormal', 'weibull', 'exponential']) || self.lower < self.upper",
-            "lower must be below upper; for a fixed delay write distribution: constant",
+            "lower must be below upper; for a fixed delay set distribution: constant",
         ),
         (
             "!(self.distribution in ['lognormal', 'weibull']) || self.lower > 0.0",
-            "lower must be above 0 for a lognormal or weibull law",
+            "lower must be above 0 for a lognormal or weibull distribution",
         ),
         (
             "self.distribution != 'trace' || has(self.trace.path) != (size(self.trace.values) > 0)",
-            "a trace needs either path (a CSV file, with column) or values",
+            "a trace needs either path (a CSV file, together with column) or values",
         ),
-        ("!has(self.trace.path) || has(self.trace.column)", "trace.column is needed by trace.path"),
+        ("!has(self.trace.path) || has(self.trace.column)", "trace.column is required with trace.path"),
     ],
     "WindowSpec": [
         ("self.startSeconds < self.endSeconds", "startSeconds must be below endSeconds"),
@@ -85,10 +94,10 @@ RULES: dict[str, list[Rule]] = {
     "AvailabilitySpec": [
         ("self.type != 'windows' || size(self.windows) > 0", "type windows needs at least one window"),
         ("self.type != 'trace' || size(self.trace) > 0", "type trace needs at least one point"),
-        ("self.trace.map(point, point.atSeconds).isSorted()", "atSeconds must rise from point to point"),
+        ("self.trace.map(point, point.atSeconds).isSorted()", "atSeconds must increase from point to point"),
     ],
     "SamplerPoolSpec": [
-        ("self.gpus == 0 || self.tensorParallel <= self.gpus", "tensorParallel needs as many gpus"),
+        ("self.gpus == 0 || self.tensorParallel <= self.gpus", "tensorParallel must not exceed gpus"),
         ("self.engine == oldSelf.engine", "a pool's engine cannot change; add a pool of another name"),
     ],
     "VolumeSpec": [
@@ -103,20 +112,20 @@ RULES: dict[str, list[Rule]] = {
             "storageClassName cannot change; start a new run",
         ),
         ("self.accessModes == oldSelf.accessModes", "accessModes cannot change; start a new run"),
-        ("quantity(self.size).compareTo(quantity(oldSelf.size)) >= 0", "size may only grow"),
+        ("quantity(self.size).compareTo(quantity(oldSelf.size)) >= 0", "size can only be increased"),
     ],
     "EvaluationSpec": [
-        ("self.passK.all(k, k <= self.samplesPerPrompt)", "each k of passK needs as many samplesPerPrompt"),
+        ("self.passK.all(k, k <= self.samplesPerPrompt)", "each k of passK must be at most samplesPerPrompt"),
     ],
     "RunSpec": [
         (
             "self.rewards.all(a, self.rewards.exists_one(b,"
             " (has(a.path) ? a.path : a.name) == (has(b.path) ? b.path : b.name)))",
-            "a reward stands more than once in rewards",
+            "a reward is listed more than once in rewards",
         ),
         (
             "self.mode != 'hetero' || self.algorithm.staleness.maxSteps > 0",
-            "algorithm.staleness.maxSteps is 0, which only mode: online can keep; write that, or a larger lag",
+            "algorithm.staleness.maxSteps is 0, which requires mode: online; set that, or a larger maxSteps",
         ),
         (
             "self.mode != 'online' || self.samplers.all(pool, pool.delay.distribution == 'none')",
@@ -124,29 +133,29 @@ RULES: dict[str, list[Rule]] = {
         ),
         (
             "self.mode != 'online' || self.learner.publish.everySteps == 1",
-            "mode: online needs learner.publish.everySteps: 1",
+            "mode: online requires learner.publish.everySteps: 1",
         ),
         (
             "self.samplers.all(pool, pool.delay.unit != 'steps' || pool.delay.distribution in ['none', 'trace']"
             " || pool.delay.lower <= double(self.algorithm.staleness.maxSteps))",
-            "a delay in steps exceeds algorithm.staleness.maxSteps, so every rollout would be refused; raise maxSteps",
+            "a delay in steps exceeds algorithm.staleness.maxSteps, so every rollout would be too old; raise maxSteps",
         ),
         (
             "self.mode == 'online' || self.learner.publish.everySteps <= self.algorithm.staleness.maxSteps + 1",
-            "learner.publish.everySteps exceeds algorithm.staleness.maxSteps: rollouts grow too old in between",
+            "learner.publish.everySteps exceeds algorithm.staleness.maxSteps: rollouts would grow too old in between",
         ),
         (
             "self.samplers.exists(pool, pool.replicas > 0)",
-            "samplers have 0 replicas in all, so nothing would be generated; to pause a run set suspend: true",
+            "samplers have 0 replicas in total, so nothing would be generated; to pause a run set suspend: true",
         ),
         (
             "self.evaluation.everySteps == 0 || size(self.data.evals) > 0",
-            "data.evals is empty, but evaluation.everySteps is set; name a data set, or write everySteps: 0",
+            "data.evals is empty, but evaluation.everySteps is set; add a dataset, or set everySteps: 0",
         ),
         (
             "self.samplers.map(pool, pool.replicas).sum() * self.exchange.maxPendingGroups"
             " >= self.learner.batch.groups",
-            "learner.batch.groups can never be filled: samplers pause at exchange.maxPendingGroups each; raise it",
+            "learner.batch.groups can never be filled: each sampler pauses at exchange.maxPendingGroups; raise it",
         ),
     ],
 }
@@ -205,8 +214,8 @@ def crd_yaml() -> str:
 def _root_schema() -> dict[str, Any]:
     run = schema_of(HeteroRLRun)
     name_rules = [
-        ("self.metadata.name.size() <= 40", "metadata.name may have 40 characters: its children's names are longer"),
-        (f"self.metadata.name.matches('{RUN_NAME}')", "metadata.name must begin with a letter and hold no dot"),
+        ("self.metadata.name.size() <= 40", "metadata.name must be at most 40 characters: names of pods are longer"),
+        (f"self.metadata.name.matches('{RUN_NAME}')", "metadata.name must start with a letter and contain no dot"),
     ]
     return {
         "type": "object",
@@ -276,13 +285,13 @@ def _finished_rule() -> Rule:
     )
     return (
         f"!has(oldSelf.status) || !has(oldSelf.status.completionTime) || ({unchanged})",
-        "the run has ended, so only ttlSecondsAfterFinished can change; to go on, start a new run with resume: true on"
-        " the same claim",
+        "the run has ended, so only ttlSecondsAfterFinished can change; to continue, create a new run with resume: true"
+        " on the same claim",
     )
 
 
 def _only_suspended(name: str) -> str:
-    return f"{name} can change only in a suspended run; first set suspend: true"
+    return f"{name} can change only while the run is suspended; set suspend: true first"
 
 
 # ── structural schema ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,4 +1,4 @@
-"""Reads a manifest: YAML with line numbers, then `--set` changes, then every check at once (`validation`)."""
+"""Reads a manifest: YAML with line numbers, then `--set` overrides, then every check at once (`validation`)."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _SERVER_METADATA = {
 
 
 def load_run(path: Path | str, sets: Sequence[str] = ()) -> HeteroRLRun:
-    """The run of a manifest, with changes such as `algorithm.loss.type=gepo` or `samplers.far.replicas=2`.
+    """The run of a manifest, with overrides such as `algorithm.loss.type=gepo` or `samplers.far.replicas=2`.
 
-    A change's path is relative to `spec` (`name=` is the run's name); its value is YAML. Raises SpecError with every
-    problem: the line, the field's path, what was found and what to write instead.
+    The path of an override is relative to `spec` (`name=` is the name of the run); its value is YAML. Raises SpecError
+    with every problem: the line, the path of the field, what was found and what to write instead.
     """
     manifest, node = _read(path)
     changed = [_apply(manifest, change) for change in sets]
@@ -43,14 +43,14 @@ def load_run(path: Path | str, sets: Sequence[str] = ()) -> HeteroRLRun:
 
 
 def warnings_for(run: HeteroRLRun) -> list[str]:
-    """What is allowed but deserves a word."""
+    """Warnings about settings that are valid but probably unintended."""
     generation = run.spec.generation
     neutral = {"topP": (generation.top_p, 1), "topK": (generation.top_k, 0), "minP": (generation.min_p, 0)}
     neutral["repetitionPenalty"] = (generation.repetition_penalty, 1)
     if set_ := [f"{name} {value:g}" for name, (value, off) in neutral.items() if value != off]:
         return [
-            f"spec.generation: {', '.join(set_)} truncate what a sampler may draw, so importance ratios compare two"
-            f" different laws; {', '.join(f'{name}: {off}' for name, (_, off) in neutral.items())} avoid that"
+            f"spec.generation: {', '.join(set_)} change the sampling distribution, so importance ratios are biased; "
+            f"{', '.join(f'{name}: {off}' for name, (_, off) in neutral.items())} avoid that"
         ]
     return []
 
@@ -85,7 +85,7 @@ def _read(path: Path | str) -> tuple[dict[str, Any], yaml.Node]:
     try:
         manifest, node = _parse(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SpecError(str(path), ["there is no such file"]) from None
+        raise SpecError(str(path), ["no such file"]) from None
     except OSError as error:
         raise SpecError(str(path), [f"cannot be read: {error.strerror}"]) from None
     except UnicodeDecodeError:
@@ -96,7 +96,7 @@ def _read(path: Path | str) -> tuple[dict[str, Any], yaml.Node]:
     except yaml.YAMLError as error:
         raise SpecError(str(path), [f"not valid YAML: {' '.join(str(error).split())}"]) from None
     if not isinstance(manifest, dict) or node is None:
-        raise SpecError(str(path), ["is no HeteroRLRun; it begins with apiVersion: heterorl.dev/v1alpha1"])
+        raise SpecError(str(path), ["not a HeteroRLRun; a manifest starts with apiVersion: heterorl.dev/v1alpha1"])
     if repeated := list(_repeated_keys(node)):
         raise SpecError(str(path), repeated)
     manifest.pop("status", None)
@@ -111,7 +111,7 @@ def _repeated_keys(node: yaml.Node, path: str = "") -> Iterator[str]:
         for key, value in node.value:
             line = key.start_mark.line + 1
             if key.value in lines:
-                yield f"line {line}: {path}{key.value}: stands twice, first on line {lines[key.value]}; keep one"
+                yield f"line {line}: {path}{key.value}: duplicate key, first on line {lines[key.value]}; keep one"
             lines.setdefault(key.value, line)
             yield from _repeated_keys(value, f"{path}{key.value}.")
     elif isinstance(node, yaml.SequenceNode):
@@ -120,7 +120,7 @@ def _repeated_keys(node: yaml.Node, path: str = "") -> Iterator[str]:
 
 
 def _line(node: yaml.Node, location: Location) -> int:
-    """The line of that field, or of the nearest block around it that stands in the file."""
+    """The line of that field, or of the innermost enclosing block that is in the file."""
     line = node.start_mark.line + 1
     for key in location:
         if isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
@@ -136,7 +136,7 @@ def _line(node: yaml.Node, location: Location) -> int:
 def _described(
     problems: list[SpecProblem], manifest: dict[str, Any], node: yaml.Node, changed: list[Location]
 ) -> list[str]:
-    """Problems as lines of text, in the order of the file; those that --set brought in come last."""
+    """Problems as lines of text, in the order of the file; those caused by --set come last."""
     placed = []
     for problem in problems:
         by_set = any(problem.location[: len(location)] == location for location in changed)
@@ -152,7 +152,7 @@ def _apply(manifest: dict[str, Any], change: str) -> Location:
     path, equals, text = change.partition("=")
     parts = path.strip().split(".")
     if not equals or not all(parts):
-        raise SpecError(f"--set {change}", ["expected path=value, as algorithm.loss.type=gepo"])
+        raise SpecError(f"--set {change}", ["expected path=value, such as algorithm.loss.type=gepo"])
     if parts == ["name"]:
         parts = ["metadata", "name"]
     if parts[0] not in ("metadata", "spec"):
@@ -169,7 +169,7 @@ def _apply(manifest: dict[str, Any], change: str) -> Location:
             raise SpecError(f"--set {change}", [f"{where} is {target!r}, so it has no {part}; correct the path"])
         key: Any = find_item(target, part) if isinstance(target, list) else part
         if key is None:
-            raise SpecError(f"--set {change}", [f"{where} has no item {part}; name one, or give its number from 0"])
+            raise SpecError(f"--set {change}", [f"{where} has no item {part}; use an item's name, or its index from 0"])
         location = (*location, key)
         if position == len(parts) - 1:
             target[key] = value

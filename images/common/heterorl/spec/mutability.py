@@ -1,10 +1,10 @@
-"""What of a run's spec may change, and when: one table for the CRD, the local runner and the running processes.
+"""Which fields of a run's spec may change, and when: one table for the CRD, the local runner and the processes.
 
-    LIVE        at any time; running processes take it over
+    LIVE        at any time; running processes follow the change
     IMMUTABLE   never
-    the rest    only while nothing of the run runs: on Kubernetes, while it is suspended
+    the rest    only while the run is stopped: on Kubernetes, while it is suspended
 
-Sampler pools may come and go at any time. Paths are those of the manifest below `spec`, with `*` for a pool's name.
+Sampler pools may be added and removed at any time. Paths are relative to `spec`, with `*` for the name of a pool.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ Path = tuple[str, ...]
 
 
 def within(path: Sequence[str], table: Sequence[str]) -> bool:
-    """Whether one of the table's paths is this one or lies around it."""
+    """Whether the table holds this path or one that encloses it."""
     patterns = [entry.split(".") for entry in table]
     return any(len(path) >= len(p) and all(a in ("*", b) for a, b in zip(p, path)) for p in patterns)
 
 
 def changes(old: HeteroRLRun, new: HeteroRLRun) -> Iterator[tuple[Path, Any, Any]]:
-    """Every value that differs: its path, what it was, what it is. Pools that came or went are none."""
+    """Every value that differs: its path, the old and the new value. Added and removed pools are not listed."""
     before, now = _by_name(old), _by_name(new)
     stayed = before["samplers"].keys() & now["samplers"].keys()
     for spec in (before, now):
@@ -63,12 +63,12 @@ def changes(old: HeteroRLRun, new: HeteroRLRun) -> Iterator[tuple[Path, Any, Any
 
 
 def is_refused_live(path: Path, was: Any, is_: Any) -> bool:
-    """Whether a running process does not take this change over."""
+    """Whether a running process does not follow this change."""
     return not within(path, LIVE) or (path == ("learner", "steps") and is_ < was)
 
 
 def take_over(held: HeteroRLRun, edited: HeteroRLRun) -> HeteroRLRun:
-    """The run as held, with what of the edited one may change at any time; ValueError if the two do not go together."""
+    """The held run with the live fields of the edited one; ValueError if the result is invalid."""
     spec = _merged(_by_name(held), _by_name(edited), ())
     spec["samplers"] = list(spec["samplers"].values())
     spec["learner"]["steps"] = max(held.spec.learner.steps, edited.spec.learner.steps)
@@ -88,7 +88,7 @@ def _merged(held: Any, edited: Any, path: Path) -> Any:
 
 
 def _by_name(run: HeteroRLRun) -> dict[str, Any]:
-    """The spec as a tree, sampler pools by their name rather than their place."""
+    """The spec as a tree, with the sampler pools by name rather than by position."""
     spec: dict[str, Any] = run.resolved()["spec"]
     spec["samplers"] = {pool["name"]: pool for pool in spec["samplers"]}
     return spec

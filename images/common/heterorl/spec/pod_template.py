@@ -1,4 +1,4 @@
-"""What a manifest may say about pods: an allow-list of Kubernetes' fields, each with its real type."""
+"""What a manifest may set on pods: an allow-list of Kubernetes' fields, each with its Kubernetes type."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from heterorl.spec.base import (
 )
 
 RESERVED = ("heterorl.dev/", "app.kubernetes.io/")
-"""Prefixes of our own labels and annotations."""
+"""Prefixes of labels and annotations that belong to the operator."""
 
 
 class Toleration(Block):
-    """Kubernetes' toleration."""
+    """Toleration of a node taint."""
 
     key: ShortText | None = None
-    """Taint key; absent with operator Exists matches all."""
+    """Taint key; if not set, operator Exists matches all keys."""
     operator: Literal["Exists", "Equal"] = "Equal"
-    """How value is compared."""
+    """How the value is compared."""
     value: ShortText | None = None
     """Taint value."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """Taint effect; absent matches all."""
+    """Taint effect; if not set, all effects match."""
     toleration_seconds: int | None = Field(None, ge=0)
     """How long NoExecute is tolerated."""
 
 
 class Resources(Block):
-    """Kubernetes' resource requests and limits."""
+    """Resource requests and limits."""
 
     requests: StringMap = Field({})
-    """Requested quantities, as `cpu: "2"`."""
+    """Requested quantities, such as `cpu: "2"`."""
     limits: StringMap = Field({})
-    """Limits, as `nvidia.com/gpu: "1"`."""
+    """Limits, such as `nvidia.com/gpu: "1"`."""
 
 
 class KeyReference(Block):
@@ -54,20 +54,20 @@ class KeyReference(Block):
     name: ShortText
     """Name of the Secret or ConfigMap."""
     key: ShortText
-    """Key in it."""
+    """Key in the Secret or ConfigMap."""
     optional: bool = False
-    """Start the pod even if it does not exist."""
+    """Start the pod even if the Secret, ConfigMap or key does not exist."""
 
 
 class FieldReference(Block):
-    """Kubernetes' downward API."""
+    """A field of the pod (downward API)."""
 
     field_path: ShortText
-    """Field of the pod, as `status.podIP`."""
+    """Path of the field, such as `status.podIP`."""
 
 
 class EnvSource(Block):
-    """Where an environment variable's value comes from."""
+    """Source of the value of an environment variable."""
 
     secret_key_ref: KeyReference | None = None
     """A key of a Secret."""
@@ -81,16 +81,16 @@ class EnvVar(Block):
     """An environment variable."""
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=253)]
-    """Its name."""
+    """Name of the variable."""
     value: Text | None = None
-    """Its value."""
+    """Value of the variable."""
     value_from: EnvSource | None = None
-    """Where its value comes from, instead of value."""
+    """Source of the value, instead of value."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
         """One source of the value."""
         if self.value is not None and self.value_from:
-            yield "value", "stands beside valueFrom; keep one of them"
+            yield "value", "conflicts with valueFrom; keep one of them"
 
 
 class ClaimSource(Block):
@@ -103,12 +103,12 @@ class ClaimSource(Block):
 
 
 class EmptyDirSource(Block):
-    """A fresh folder that lives as long as the pod."""
+    """An empty directory that lives as long as the pod."""
 
     medium: Literal["", "Memory"] = ""
-    """Memory keeps it in RAM."""
+    """Memory uses RAM (tmpfs) instead of the node's disk."""
     size_limit: Quantity | None = None
-    """Most it may hold, as 8Gi."""
+    """Maximum size, such as 8Gi."""
 
 
 class SecretSource(Block):
@@ -126,14 +126,14 @@ class ConfigMapSource(Block):
 
 
 class PodVolume(Block):
-    """A further volume of a pod, of the kinds that Pod Security `restricted` admits."""
+    """An additional volume of a pod, of a type that the Pod Security standard `restricted` allows."""
 
     name: PoolName
     """Name of the volume."""
     persistent_volume_claim: ClaimSource | None = None
-    """A claim."""
+    """A PersistentVolumeClaim."""
     empty_dir: EmptyDirSource | None = None
-    """A fresh folder."""
+    """An empty directory."""
     secret: SecretSource | None = None
     """A Secret."""
     config_map: ConfigMapSource | None = None
@@ -143,18 +143,18 @@ class PodVolume(Block):
         """One kind of volume."""
         kinds = [self.persistent_volume_claim, self.empty_dir, self.secret, self.config_map]
         if sum(kind is not None for kind in kinds) != 1:
-            yield "name", "needs exactly one of persistentVolumeClaim, emptyDir, secret, configMap beside it"
+            yield "name", "requires exactly one of persistentVolumeClaim, emptyDir, secret, configMap beside it"
 
 
 class VolumeMount(Block):
-    """Where the main container sees a volume."""
+    """Where a volume is mounted in the main container."""
 
     name: PoolName
     """Name of the volume."""
     mount_path: Path_
     """Absolute path in the container."""
     sub_path: Path_ | None = None
-    """Folder of the volume instead of its root."""
+    """Path in the volume to mount instead of its root."""
     read_only: bool = False
     """Mount it read-only."""
 
@@ -163,51 +163,51 @@ class SecretName(Block):
     """A Secret in the run's namespace."""
 
     name: ShortText
-    """Its name."""
+    """Name of the Secret."""
 
 
 class PodTemplateSpec(Block):
-    """What may be said about a role's pods; merged into the operator's template, lists by their key."""
+    """Settings of a role's pods, merged into the operator's pod template; lists are merged by key."""
 
     image: Annotated[str, StringConstraints(max_length=512)] | None = None
-    """Container image instead of the chart's."""
+    """Container image, instead of the chart's."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
     """When to pull the image."""
     image_pull_secrets: list[SecretName] = Field([], max_length=16, json_schema_extra=list_map("name"))
-    """Secrets for pulling the image."""
+    """Secrets used to pull the image."""
     labels: StringMap = Field({})
-    """Labels of the workload and its pods; queueing labels of Kueue go on the workload alone."""
+    """Labels of the workload and its pods; Kueue's queue labels are set on the workload only."""
     annotations: StringMap = Field({})
     """Annotations of the workload and its pods."""
     node_selector: StringMap = Field({})
-    """Node labels a pod needs."""
+    """Labels that a node must have."""
     tolerations: list[Toleration] = Field([], max_length=32)
-    """Taints a pod tolerates."""
+    """Taints that the pods tolerate."""
     affinity: FreeForm | None = None
-    """Kubernetes' affinity, passed through."""
+    """Affinity, passed through unchanged."""
     resources: Resources = Resources()
-    """Requests and limits of the main container."""
+    """Resource requests and limits of the main container."""
     env: list[EnvVar] = Field([], max_length=64, json_schema_extra=list_map("name"))
     """Environment variables of the main container."""
     volumes: list[PodVolume] = Field([], max_length=32, json_schema_extra=list_map("name"))
-    """Further volumes of the pod."""
+    """Additional volumes of the pods."""
     volume_mounts: list[VolumeMount] = Field([], max_length=32, json_schema_extra=list_map("mountPath"))
-    """Where the main container mounts them."""
+    """Where the main container mounts the additional volumes."""
     runtime_class_name: ShortText | None = None
-    """Kubernetes' runtimeClassName, as `nvidia`."""
+    """RuntimeClass of the pods, such as `nvidia`."""
     scheduler_name: ShortText | None = None
-    """Scheduler, as `volcano`."""
+    """Scheduler of the pods, such as `volcano`."""
     priority_class_name: ShortText | None = None
-    """Priority class."""
+    """PriorityClass of the pods."""
     termination_grace_period_seconds: int = Field(300, ge=0, le=86_400)
-    """How long a pod may take to finish its step or its groups after SIGTERM."""
+    """How long a pod may take after SIGTERM to finish its optimizer step or its groups."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
-        """Our own labels and annotations stay ours."""
+        """Labels and annotations of the operator cannot be set."""
         for field, given in (("labels", self.labels), ("annotations", self.annotations)):
             if taken := [key for key in given if key.startswith(RESERVED)]:
                 yield (
                     field,
-                    f"hold {', '.join(taken)}; what is under {' and '.join(RESERVED)} is the operator's own,"
-                    " so choose another prefix",
+                    f"contain {', '.join(taken)}, but {' and '.join(RESERVED)} are reserved for the operator;"
+                    " choose another prefix",
                 )

@@ -20,8 +20,9 @@ _INTRO = """# The manifest
 <!-- Made by `heterorl docs` from heterorl/spec/run.py; do not edit. -->
 
 A run is one YAML file. `heterorl validate FILE` checks it; `heterorl run FILE --set algorithm.loss.type=grpo` changes a
-field for one run, with the path below `spec` and list items by their name (`samplers.far.replicas=4`). Every field that
-is not marked **required** may stay away. Relative paths start at the manifest's folder; on Kubernetes, at the volume.
+field for one run; paths are relative to `spec`, and list items are addressed by name (`samplers.far.replicas=4`). Every
+field that is not marked **required** is optional. Relative paths start at the manifest's folder or, on Kubernetes, at
+the root of the volume.
 
 ```yaml
 apiVersion: heterorl.dev/v1alpha1
@@ -36,18 +37,19 @@ spec:
 
 _CHANGES = """## Changes to a running run
 
-On Kubernetes the API server refuses a change that a run cannot follow.
+On Kubernetes the API server rejects changes that a run cannot follow.
 
 - Never: {immutable}.
-- At any time: {live}; sampler pools may be added and removed. `learner.steps` and `exchange.volume.size` may
-  only grow.
-- The rest only while `suspend` is true.
-- Once the run has ended: `ttlSecondsAfterFinished` alone. To go on, start a new run with `resume: true` on the same
+- At any time: {live}; sampler pools may be added and removed. `learner.steps` and `exchange.volume.size` can
+  only be increased.
+- All other fields: only while `suspend` is true.
+- After the run has ended: only `ttlSecondsAfterFinished`. To continue, create a new run with `resume: true` on the same
   claim.
 
-Running pods follow an edit when it reaches their file, after about a minute, and restart nothing: the learner trains
-the added steps under the schedule of the new total, a sampler goes on under its new delay without repeating a draw. A
-slot keeps its share of the data until its sampler starts again. `heterorl run --resume` takes the same changes.
+Running pods follow an edit without a restart, about a minute later, when the kubelet has updated their file: the
+learner trains the added steps with the learning rate schedule of the new total, and a sampler continues with its new
+delay without repeating a draw. A slot keeps its shard of the data until its sampler restarts. `heterorl run --resume`
+accepts the same changes.
 """
 
 
@@ -63,7 +65,7 @@ def _listed(names: tuple[str, ...]) -> str:
 
 
 def _sections(root: type[Block]) -> Iterator[str]:
-    """A section for each block that is reached from the root, in the order of the manifest, each once."""
+    """One section for each block reachable from the root, in the order of the manifest."""
     seen: set[type[Block]] = set()
 
     def visit(block: type[Block]) -> Iterator[str]:
@@ -113,7 +115,7 @@ def _default(info: FieldInfo) -> str:
     if value is None or isinstance(value, Block) or value in ([], {}):
         return ""
     if isinstance(value, list) and isinstance(value[0], Block):
-        return "one, of defaults"
+        return "one item of defaults"
     return f"`{value if isinstance(value, str) and value else json.dumps(value)}`"
 
 
@@ -136,5 +138,5 @@ def _bounds(schema: dict[str, Any]) -> str:
 
 
 def _sentence(text: str) -> str:
-    """A description in a table cell; a bar would end the cell."""
+    """A description for a table cell; a vertical bar would end the cell."""
     return re.sub(r"\s+", " ", text).replace("|", "\\|")

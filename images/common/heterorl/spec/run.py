@@ -63,122 +63,122 @@ RewardName = Literal[
 
 # ── model and data ───────────────────────────────────────────────────────────────────────────────────────────────────
 class TinyModelSpec(Block):
-    """A small Qwen3-architecture model with a byte tokenizer, made and briefly supervised during preparation."""
+    """A small Qwen3-architecture model with a byte-level tokenizer, built and briefly fine-tuned during preparation."""
 
     hidden_size: int = Field(128, ge=32, le=2048, multiple_of=32)
-    """Width of the residual stream; heads are 32 wide, so the number of heads is `hiddenSize / 32`."""
+    """Hidden size; the head dimension is 32, so the number of attention heads is `hiddenSize / 32`."""
     num_layers: int = Field(3, ge=1, le=32)
     """Number of transformer layers."""
     tie_embeddings: bool = True
-    """Share the input embedding with the output head, as Qwen3-0.6B to 4B do."""
+    """Tie the input embeddings to the output head, as Qwen3-0.6B to 4B do."""
     target_accuracy: float = Field(0.2, ge=0, le=0.95)
-    """Supervise until held-out accuracy, sampled at temperature 1, first passes this share; 0 skips supervision."""
+    """Fine-tune until held-out accuracy, sampled at temperature 1, exceeds this value; 0 skips fine-tuning."""
     max_supervised_steps: int = Field(2000, ge=0, le=100_000)
-    """Stop supervising after this many steps even if the target was not reached."""
+    """Maximum number of supervised fine-tuning steps, even if the target accuracy was not reached."""
     supervised_learning_rate: float = Field(1e-3, gt=0, le=1)
-    """Learning rate of the supervision (AdamW)."""
+    """Learning rate of supervised fine-tuning (AdamW)."""
     seed: Seed = 0
-    """Seed of the initial weights and of the order of supervision."""
+    """Seed of the initial weights and of the order of the fine-tuning data."""
 
 
 class ModelSpec(Block):
     """The policy to train."""
 
     source: Literal["path", "hub", "tiny"] = "tiny"
-    """Where the starting weights come from: a folder, the Hugging Face Hub, or a small model made on the spot."""
+    """Where the initial weights come from: a folder, the Hugging Face Hub, or a tiny model built on the spot."""
     path: Path_ | None = None
-    """Folder with config, tokenizer and safetensors (`source: path`); another run's output or checkpoint will do."""
+    """Folder with config, tokenizer and safetensors (`source: path`), such as another run's output or checkpoint."""
     name: ShortText | None = None
-    """Name of the model on the Hub, as `Qwen/Qwen3-1.7B` (`source: hub`)."""
+    """Name of the model on the Hub, such as `Qwen/Qwen3-1.7B` (`source: hub`)."""
     revision: ShortText | None = None
-    """Branch, tag or commit on the Hub; pin it, so that a later run starts from the same weights."""
+    """Branch, tag or commit on the Hub; pin it so that later runs start from the same weights."""
     tiny: TinyModelSpec = TinyModelSpec()
-    """Shape and supervision of the small model (`source: tiny`)."""
+    """Architecture and fine-tuning of the tiny model (`source: tiny`)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Data type of training, of published weights and of generation."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention kernel of the learner; auto takes flash_attention_2 where it is installed, otherwise sdpa."""
+    """Attention implementation of the learner; auto selects flash_attention_2 if it is installed, otherwise sdpa."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
         """A source needs its field."""
         if self.source == "path" and not self.path:
-            yield "path", "is needed by source: path; write the model's folder"
+            yield "path", "is required with source: path; set it to the model's folder"
         if self.source == "hub" and not self.name:
-            yield "name", "is needed by source: hub; write a name as Qwen/Qwen3-1.7B"
+            yield "name", "is required with source: hub; set it to a name such as Qwen/Qwen3-1.7B"
 
 
 class ColumnsSpec(Block):
-    """Which column holds what. Where a default is absent, question stands in for problem and solution for answer."""
+    """Column names; if a default column is missing, question is used for problem and solution for answer."""
 
     prompt: ShortText = "problem"
-    """Column with the problem's text."""
+    """Column with the text of the problem."""
     answer: ShortText = "answer"
     """Column with the reference answer."""
     answer_pattern: ShortText | None = None
-    """Its first group is the answer, as in `#### (.+)` for GSM8K; absent: the column's last box, or else all of it."""
+    """Regular expression whose first group is the answer, such as `#### (.+)`; default: the last box, or all of it."""
     strip_suffix: Text | None = None
-    """Text removed from the end of a problem, for files that already end with an instruction."""
+    """Text removed from the end of each problem, for files whose problems already end with an instruction."""
 
 
 class ArithmeticSpec(Block):
-    """Built-in sums `a+b=`: endless, checkable, learnable by a tiny model."""
+    """Built-in addition problems `a+b=`: unlimited, verifiable, and learnable by a tiny model."""
 
     digits: int = Field(2, ge=1, le=6)
-    """Digits of each operand."""
+    """Number of digits of each operand."""
     rows: int = Field(4096, ge=1, le=1_000_000)
-    """How many problems to draw (with replacement when there are fewer distinct ones)."""
+    """Number of problems to draw (with replacement if there are fewer distinct ones)."""
     seed: Seed = 0
     """Seed of the problems."""
 
 
 class DatasetSpec(Block):
-    """One data set: a JSONL or Parquet file, a data set of the Hub, or built-in arithmetic."""
+    """A dataset: a JSONL or Parquet file, a dataset on the Hub, or built-in arithmetic."""
 
     source: Literal["file", "hub", "arithmetic"] = "arithmetic"
     """Where the rows come from."""
     path: Path_ | None = None
-    """A .jsonl or .parquet file (`source: file`), relative to the manifest's folder; on Kubernetes, to the volume."""
+    """JSONL or Parquet file (`source: file`), relative to the manifest's folder or, on Kubernetes, to the volume."""
     name: ShortText | None = None
-    """Name of the data set on the Hub (`source: hub`)."""
+    """Name of the dataset on the Hub, such as `openai/gsm8k` (`source: hub`)."""
     config: ShortText | None = None
-    """Configuration of the Hub data set, as `main`."""
+    """Configuration of the Hub dataset, such as `main`."""
     revision: ShortText | None = None
     """Branch, tag or commit on the Hub."""
     split: ShortText = "train"
-    """Split of the Hub data set."""
+    """Split of the Hub dataset."""
     arithmetic: ArithmeticSpec = ArithmeticSpec()
     """The built-in problems (`source: arithmetic`)."""
     columns: ColumnsSpec = ColumnsSpec()
     """Column names."""
     limit: int | None = Field(None, ge=1)
-    """Use only the first so many rows."""
+    """Use only the first N rows."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
         """A source needs its field."""
         if self.source == "file" and not self.path:
-            yield "path", "is needed by source: file; write the name of a .jsonl or .parquet file"
+            yield "path", "is required with source: file; set it to a .jsonl or .parquet file"
         if self.source == "hub" and not self.name:
-            yield "name", "is needed by source: hub; write a name as openai/gsm8k"
+            yield "name", "is required with source: hub; set it to a name such as openai/gsm8k"
 
 
 class EvalDatasetSpec(DatasetSpec):
-    """A data set to evaluate on."""
+    """A dataset to evaluate on."""
 
     label: PoolName
-    """Short label of this set in metrics and tables, as `math500`."""
+    """Short label of this dataset in metrics and tables, such as `math500`."""
 
 
 class DataSpec(Block):
     """What to train and evaluate on."""
 
     train: DatasetSpec = DatasetSpec()
-    """Problems the samplers draw prompts from."""
+    """Problems that the samplers draw prompts from."""
     evals: list[EvalDatasetSpec] = Field([], max_length=16, json_schema_extra=list_map("label"))
-    """Problems for evaluation."""
+    """Datasets for evaluation."""
     prompt_template: Literal["think", "noThink", "raw"] = "raw"
-    """think: reason first, answer in a box; noThink: answer in a box at once; raw: the problem's text alone."""
+    """think: reason, then answer in a box; noThink: answer in a box directly; raw: only the text of the problem."""
     shuffle_seed: Seed = 0
-    """Seed of the order of prompts; every slot walks its own share of that order."""
+    """Seed of the prompt order; each sampler works through its own shard of it."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
         """Labels differ."""
@@ -187,42 +187,42 @@ class DataSpec(Block):
 
 # ── rewards and algorithm ────────────────────────────────────────────────────────────────────────────────────────────
 class RewardSpec(Block):
-    """One reward function and its weight in the sum."""
+    """A reward function and its weight in the sum."""
 
     name: RewardName = "accuracy"
     """accuracy, format, tag_count, length, cosine, repetition, language, reasoning_steps, boxed, or custom."""
     weight: float = Field(1.0, ge=-1000, le=1000)
-    """Factor of this reward in the sum."""
+    """Weight of this reward in the sum."""
     path: ShortText | None = None
-    """Dotted path of a function `(completions, **columns) -> list[float]` (`name: custom`)."""
+    """Import path of a function `(completions, **columns) -> list[float]` (`name: custom`)."""
     max_length: int = Field(1024, ge=1, le=1_000_000)
-    """length, cosine: completion length in tokens at which the reward reaches its end value."""
+    """length, cosine: completion length, in tokens, at which the reward reaches its final value."""
     ngram_size: int = Field(3, ge=1, le=64)
-    """repetition: length of the repeated word sequences that are penalised."""
+    """repetition: size of the word n-grams whose repetition is penalized."""
     max_penalty: float = Field(-1.0, ge=-1000, le=0)
-    """repetition: value when every n-gram repeats."""
+    """repetition: reward if every n-gram is repeated."""
     language: Literal["en", "zh"] = "en"
-    """language: script that the completion should keep to."""
+    """language: language in whose script the completion should be written."""
     time_limit_seconds: float = Field(2.0, gt=0, le=60)
-    """accuracy: an answer whose comparison takes longer counts as wrong."""
+    """accuracy: time limit of comparing one answer; an answer that takes longer counts as wrong."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
         """A path belongs to a custom reward."""
         if self.name == "custom" and not self.path:
-            yield "path", "is needed by name: custom; write package.module.function"
+            yield "path", "is required with name: custom; set it to package.module.function"
         if self.name != "custom" and self.path:
-            yield "path", f"goes with name: custom only; remove it, or write name: custom instead of {self.name}"
+            yield "path", f"is allowed only with name: custom; remove it, or set name: custom instead of {self.name}"
 
 
 class RatioClipSpec(Block):
-    """Bounds of an importance ratio: it is held within [1 - low, 1 + high]."""
+    """Clipping of an importance ratio to [1 - low, 1 + high]."""
 
     low: float = Field(0.2, ge=0, le=1)
-    """How far the ratio may fall below 1."""
+    """Lower clipping range ε_low."""
     high: float = Field(0.2, ge=0, le=1000)
-    """How far the ratio may rise above 1."""
+    """Upper clipping range ε_high."""
     delta: float | None = Field(None, gt=1, le=1000)
-    """Two-sided clipping: upper bound of the ratio before the minimum is taken, so that A < 0 is bounded too."""
+    """Two-sided clipping: upper bound of the unclipped ratio, so that the loss is bounded for A < 0 too."""
 
 
 class DrGrpoSpec(RatioClipSpec):
@@ -233,44 +233,44 @@ class DeltaLSpec(RatioClipSpec):
     """ΔL Normalization (arXiv 2509.07558)."""
 
     alpha: float = Field(0.75, ge=0, le=1)
-    """Exponent of the completion length in a sequence's weight; 0 is Dr.GRPO's constant, 1 least variance."""
+    """Exponent of the length in the weight of a sequence; 0 is Dr.GRPO's constant, 1 minimizes the variance."""
 
 
 class GepoPlusSpec(RatioClipSpec):
-    """GEPO with GSPO's denominator near the sampler's policy."""
+    """GEPO that uses GSPO's denominator while the learner is close to the sampler's policy."""
 
     kl_threshold: float = Field(0.002, ge=0, le=100)
-    """Below this KL between learner and sampler a sequence uses GSPO's denominator."""
+    """KL divergence between learner and sampler below which a sequence uses GSPO's denominator."""
 
 
 class GmpoSpec(Block):
-    """GMPO (arXiv 2507.20673): bounds of a token's log ratio."""
+    """GMPO (arXiv 2507.20673): clipping of the log ratio of a token."""
 
     low: float = Field(0.4, ge=0, le=100)
-    """Lowest log ratio is -low."""
+    """The log ratio is clipped below at -low."""
     high: float = Field(0.4, ge=0, le=100)
-    """Highest log ratio."""
+    """The log ratio is clipped above at high."""
 
 
 class CispoSpec(Block):
-    """CISPO (arXiv 2506.13585): an absolute cap of the detached token ratio."""
+    """CISPO (arXiv 2506.13585): an upper bound of the detached token ratio."""
 
     cap: float = Field(5.0, gt=0, le=1000)
-    """Largest weight of a token."""
+    """Upper bound of the weight of a token."""
 
 
 class ToprSpec(Block):
-    """TOPR (arXiv 2503.14286): whole-trajectory ratio, clamped for negative advantages."""
+    """TOPR (arXiv 2503.14286): ratio of the whole trajectory, truncated for negative advantages."""
 
     cap: float = Field(1.0, gt=0, le=1000)
-    """Largest weight of a trajectory with a negative advantage."""
+    """Upper bound of the weight of a trajectory with a negative advantage."""
 
 
 class ImpalaSpec(Block):
     """IMPALA's V-trace weight (arXiv 1802.01561), without a value function."""
 
     rho_bar: float = Field(1.0, gt=0, le=1000)
-    """Largest weight of a token."""
+    """Upper bound of the weight of a token."""
 
 
 class LossSpec(Block):
@@ -279,25 +279,25 @@ class LossSpec(Block):
     type: LossType = "gepo"
     """Which loss to train with."""
     grpo: RatioClipSpec = RatioClipSpec()
-    """GRPO (arXiv 2402.03300): token ratio, mean over each sequence."""
+    """GRPO (arXiv 2402.03300): token-level ratio, mean over each sequence."""
     bnpo: RatioClipSpec = RatioClipSpec()
-    """BNPO (arXiv 2506.02864): Beta-normalised advantages, mean over all tokens."""
+    """BNPO (arXiv 2506.02864): Beta-normalized advantages, mean over all tokens."""
     dr_grpo: DrGrpoSpec = Field(DrGrpoSpec(), alias="dr_grpo")
-    """Dr.GRPO: token ratio, divided by a constant length."""
+    """Dr.GRPO: token-level ratio, divided by a constant length."""
     dapo: RatioClipSpec = RatioClipSpec()
-    """DAPO (arXiv 2503.14476): token ratio, mean over all tokens of the step."""
+    """DAPO (arXiv 2503.14476): token-level ratio, mean over all tokens of the step."""
     gspo: RatioClipSpec = RatioClipSpec()
-    """GSPO (arXiv 2507.18071): one ratio a sequence."""
+    """GSPO (arXiv 2507.18071): sequence-level ratio."""
     delta_l: DeltaLSpec = Field(DeltaLSpec(), alias="delta_l")
     """ΔL Normalization: sequences weighted by a power of their length."""
     gepo: RatioClipSpec = RatioClipSpec()
-    """GEPO (arXiv 2508.17850): one ratio a sequence, against the expectation over its prompt's group."""
+    """GEPO (arXiv 2508.17850): sequence-level ratio with the expectation over the prompt's group as denominator."""
     gepo_plus: GepoPlusSpec = Field(GepoPlusSpec(), alias="gepo_plus")
-    """GEPO that falls back to GSPO's denominator close to the sampler's policy."""
+    """GEPO that falls back to GSPO's denominator while the learner is close to the sampler's policy."""
     eqp: RatioClipSpec = RatioClipSpec()
-    """GEPO with E_q[p] as denominator: needs whole groups in a micro-batch."""
+    """GEPO with E_q[p] as denominator; needs whole groups in a micro-batch."""
     gmpo: GmpoSpec = GmpoSpec()
-    """GMPO: geometric mean of clipped token ratios."""
+    """GMPO: geometric mean of the clipped token ratios."""
     cispo: CispoSpec = CispoSpec()
     """CISPO: detached, capped token weights."""
     topr: ToprSpec = ToprSpec()
@@ -310,70 +310,70 @@ class AdvantageSpec(Block):
     """How rewards become advantages."""
 
     scale: Literal["auto", "none", "group", "batch", "beta"] = "auto"
-    """auto: the authors' choice for the loss; none: reward - group mean; group, batch: over that std; beta: BNPO's."""
+    """auto: as in the loss's paper; none: reward - group mean; group, batch: divided by that std; beta: as in BNPO."""
 
 
 class KlToSamplerSpec(Block):
-    """CPPO-KL: a penalty that keeps the learner near the policy that generated the data (k3 estimator)."""
+    """CPPO-KL: a penalty that keeps the learner close to the policy that generated the data (k3 estimator)."""
 
     weight: float = Field(0.0, ge=0, le=100)
-    """Factor of the penalty; the authors use 0.005."""
+    """Weight of the penalty; the paper uses 0.005."""
 
 
 class StalenessSpec(Block):
-    """How old a rollout may be when it is trained."""
+    """How old a rollout may be when it is trained on."""
 
     max_steps: int = Field(64, ge=0, le=100_000)
-    """Largest admissible lag: learner step minus the step of the weights that generated it."""
+    """Maximum lag: learner step minus the step of the weights that generated the rollout."""
     policy: Literal["drop", "wait"] = "drop"
-    """drop: too old rollouts are dropped and counted; wait: samplers pause before they would produce such."""
+    """drop: rollouts beyond maxSteps are dropped and counted; wait: samplers pause before they would produce them."""
 
 
 class AlgorithmSpec(Block):
-    """Loss, groups and staleness."""
+    """Loss, group size, advantages and staleness."""
 
     loss: LossSpec = LossSpec()
     """Policy loss."""
     group_size: int = Field(8, ge=1, le=1024)
-    """Completions generated for each prompt."""
+    """Number of completions generated per prompt."""
     advantage: AdvantageSpec = AdvantageSpec()
-    """Advantages from rewards."""
+    """How rewards become advantages."""
     kl_to_sampler: KlToSamplerSpec = KlToSamplerSpec()
-    """Penalty on the distance to the sampler's policy."""
+    """KL penalty towards the sampler's policy."""
     staleness: StalenessSpec = StalenessSpec()
-    """Admission of old rollouts."""
+    """Maximum age of rollouts."""
     mask_truncated: bool = False
-    """Leave completions that hit the length limit out of the loss."""
+    """Exclude completions that hit the length limit from the loss."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
         """Advantages compare the completions of a group."""
         if self.group_size == 1:
-            yield "groupSize", "is 1, but advantages are relative to the group's mean; write at least 2"
+            yield "groupSize", "is 1, but advantages are relative to the group mean; set it to at least 2"
 
 
 class GenerationSpec(Block):
-    """Sampling of completions."""
+    """How completions are sampled."""
 
     temperature: float = Field(1.0, gt=0, le=100)
-    """Softmax temperature; the learner's log-probabilities use the same."""
+    """Sampling temperature; the learner computes log-probabilities at the same temperature."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus sampling; below 1 the behaviour law is truncated and ratios are biased (a warning says so)."""
+    """Top-p (nucleus) sampling; 1 disables. Importance ratios are biased if it is below 1."""
     top_k: int = Field(0, ge=0, le=1_000_000)
-    """Sample among so many likeliest tokens; 0 is off. On, ratios are biased as with topP."""
+    """Top-k sampling; 0 disables. Importance ratios are biased if it is enabled."""
     min_p: float = Field(0.0, ge=0, lt=1)
-    """Drop tokens less likely than this share of the likeliest; 0 is off."""
+    """Min-p sampling: minimum probability relative to the most likely token; 0 disables."""
     repetition_penalty: float = Field(1.0, gt=0, le=10)
-    """Divide the logits of tokens already seen; 1 is off."""
+    """Repetition penalty on tokens seen so far; 1 disables."""
     max_prompt_tokens: int = Field(768, ge=1, le=1_000_000)
-    """Longer prompts are counted and skipped."""
+    """Maximum length of a prompt; longer prompts are skipped and counted."""
     max_completion_tokens: int = Field(1024, ge=1, le=1_000_000)
-    """A completion is cut here and marked as truncated."""
+    """Maximum length of a completion; a longer one is cut and marked as truncated."""
     seed: Seed = 0
-    """Seed of sampling; every slot derives its own."""
+    """Seed of sampling; each sampler derives its own."""
 
     @property
-    def truncated_law(self) -> bool:
-        """Whether sampling is from something else than the model's softmax, so that ratios are biased."""
+    def is_truncated(self) -> bool:
+        """Whether the sampling distribution differs from the model's softmax, so that importance ratios are biased."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0 or self.repetition_penalty != 1
 
 
@@ -382,9 +382,9 @@ class LearnerBatchSpec(Block):
     """What one optimizer step trains on."""
 
     groups: int = Field(32, ge=1, le=65_536)
-    """Prompt groups in an optimizer step; each brings groupSize completions."""
+    """Number of groups per optimizer step, each with groupSize completions of one prompt."""
     tokens_per_micro_batch: int = Field(8192, ge=1, le=10_000_000)
-    """Token budget of one forward and backward pass; a longer sequence goes alone."""
+    """Token budget of one forward and backward pass; a longer sequence is a micro-batch of its own."""
 
 
 class OptimizerSpec(Block):
@@ -393,110 +393,110 @@ class OptimizerSpec(Block):
     learning_rate: float = Field(1e-6, gt=0, le=1)
     """Peak learning rate."""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
-    """Decay of the first and second moments."""
+    """Decay rates of the first and second moments."""
     eps: float = Field(1e-8, gt=0, le=1)
-    """Term added to the denominator."""
+    """Term added to the denominator for numerical stability."""
     weight_decay: float = Field(0.0, ge=0, le=10)
     """Decoupled weight decay."""
     max_grad_norm: float = Field(1.0, gt=0, le=1_000_000)
-    """Gradients are scaled down to this norm."""
+    """Maximum gradient norm; larger gradients are scaled down to it."""
 
 
 class ScheduleSpec(Block):
-    """The learning rate over the run."""
+    """Learning rate schedule."""
 
     type: Literal["constant", "cosine", "linear"] = "constant"
     """Shape after the warm-up."""
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
-    """Share of the steps in which the rate rises linearly from 0."""
+    """Fraction of the steps during which the learning rate rises linearly from 0."""
 
 
 class PublishSpec(Block):
     """When weights are published."""
 
     every_steps: int = Field(1, ge=1, le=100_000)
-    """Publish after every so many optimizer steps."""
+    """Publish weights every N optimizer steps."""
 
 
 class CheckpointSpec(Block):
-    """When the learner's whole state is saved."""
+    """When the full state of the learner is saved."""
 
     every_steps: int = Field(50, ge=1, le=1_000_000)
-    """Save after every so many optimizer steps; a restart repeats at most these."""
+    """Save a checkpoint every N optimizer steps; a restart repeats at most N steps."""
     keep: int = Field(2, ge=1, le=1000)
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
 
 
 class LogCompletionsSpec(Block):
-    """A look at what the model writes."""
+    """Log of sampled completions."""
 
     every_steps: int = Field(0, ge=0, le=1_000_000)
-    """Write a few completions to `completions.jsonl` every so many steps; 0 is off."""
+    """Write completions to `completions.jsonl` every N steps; 0 disables."""
     count: int = Field(4, ge=1, le=1024)
-    """How many a time."""
+    """Number of completions per entry."""
 
 
 class WandbSpec(Block):
-    """Weights & Biases; needs the wandb package and its API key in the environment."""
+    """Weights & Biases; needs the wandb package and an API key in the environment."""
 
     project: ShortText | None = None
-    """Project; absent is off."""
+    """W&B project; W&B is disabled if it is not set."""
     name: ShortText | None = None
-    """Name of the run there; absent: this run's name."""
+    """Name of the W&B run; default: the name of this run."""
     mode: Literal["online", "offline"] = "online"
-    """offline writes to the run's folder, to be synced later."""
+    """online, or offline: write to the run's folder, to be synced later."""
     id: ShortText | None = None
-    """Fixed id, so that a resumed run goes on in the same place; absent: derived from the run's name."""
+    """Id of the W&B run, under which a resumed run continues; default: derived from the name of this run."""
 
 
 class MonitoringSpec(Block):
-    """Where metrics go besides JSONL."""
+    """Where metrics are written besides JSONL."""
 
     prometheus_port: int = Field(0, ge=0, le=65_535)
-    """Port of /metrics on each process; 0 takes any free one and notes it in the run's folder."""
+    """Port of /metrics of each process; 0 takes any free port and records it in the run's folder."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     wandb: WandbSpec = WandbSpec()
     """Weights & Biases."""
     log_completions: LogCompletionsSpec = LogCompletionsSpec()
-    """Samples of completions."""
+    """Log of sampled completions."""
 
 
 class LearnerSpec(Block):
-    """The one process (or set of ranks) that trains."""
+    """The learner: the process, or the set of ranks, that trains."""
 
     steps: int = Field(1000, ge=1, le=10_000_000)
-    """Optimizer steps of the run."""
+    """Number of optimizer steps of the run."""
     batch: LearnerBatchSpec = LearnerBatchSpec()
-    """Size of a step."""
+    """Batch size of a step."""
     optimizer: OptimizerSpec = OptimizerSpec()
-    """AdamW's parameters."""
+    """Parameters of AdamW."""
     schedule: ScheduleSpec = ScheduleSpec()
     """Learning rate schedule."""
     strategy: Literal["torch", "zero1", "zero2", "zero3"] = "torch"
     """torch: plain PyTorch (DDP with several processes); zero1 to zero3: DeepSpeed."""
     replicas: int = Field(1, ge=1, le=256)
-    """Pods of the learner (on one machine: nodes are emulated as processes)."""
+    """Number of learner pods (on one machine, nodes are emulated as processes)."""
     processes_per_replica: int = Field(1, ge=1, le=64)
-    """Ranks in each replica; with GPUs one for each, so the same number as gpus."""
+    """Ranks per replica; with GPUs one rank per GPU, so the same number as gpus."""
     gpus: int = Field(0, ge=0, le=64)
-    """GPUs of each replica; 0 trains on the CPU."""
+    """GPUs per replica; 0 trains on the CPU."""
     threads: int = Field(0, ge=0, le=1024)
-    """CPU threads of each rank; 0 shares the machine's cores out evenly."""
+    """CPU threads per rank; 0 divides the cores of the machine evenly."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     publish: PublishSpec = PublishSpec()
-    """Publication of weights."""
+    """When weights are published."""
     checkpoint: CheckpointSpec = CheckpointSpec()
-    """Checkpoints."""
+    """When checkpoints are saved and how many are kept."""
     stall_seconds: float = Field(1800.0, gt=0, le=1_000_000)
-    """Warn when no admissible rollouts came for so long."""
+    """Warn if no usable rollouts have arrived for this long."""
     finish_grace_seconds: float = Field(300.0, ge=0, le=86_400)
-    """On Kubernetes: how long the finished learner idles so that its log can still be read."""
+    """On Kubernetes: how long the learner pod idles after it has finished, so that its log can still be read."""
     seed: Seed = 0
-    """Seed of the learner's own random choices."""
+    """Seed of the learner."""
     pod_template: PodTemplateSpec = PodTemplateSpec()
-    """Pods of the learner, and of the preparation."""
+    """Pod template of the learner and of the preparation."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
         """One rank drives one GPU."""
@@ -504,8 +504,8 @@ class LearnerSpec(Block):
             yield (
                 "processesPerReplica",
                 (
-                    f"is {self.processes_per_replica}, but gpus is {self.gpus} and a rank drives one;"
-                    f" write processesPerReplica: {self.gpus}"
+                    f"is {self.processes_per_replica}, but gpus is {self.gpus} and each rank drives one GPU;"
+                    f" set processesPerReplica: {self.gpus}"
                 ),
             )
 
@@ -517,65 +517,65 @@ class LearnerSpec(Block):
 
 # ── samplers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 class DelayTraceSpec(Block):
-    """Recorded delays, replayed in order and from the start again."""
+    """Recorded delays, replayed in order and repeated from the start."""
 
     path: Path_ | None = None
-    """CSV file, relative to the manifest's folder; on Kubernetes, to the volume."""
+    """CSV file, relative to the manifest's folder or, on Kubernetes, to the volume."""
     column: ShortText | None = None
     """Column with the delays."""
     values: list[Annotated[float, Field(ge=0)]] = Field([], max_length=4096)
-    """Delays written out, instead of a file."""
+    """The delays themselves, instead of a file."""
 
 
 class DelaySpec(Block):
-    """When a sampler may adopt new weights. Draws are clamped to [lower, upper]."""
+    """When a sampler may adopt new weights; sampled delays are clamped to [lower, upper]."""
 
     distribution: Literal["none", "constant", "lognormal", "weibull", "exponential", "trace"] = "none"
-    """Law of the delay."""
+    """Distribution of the delay."""
     model: Literal["hold", "transit"] = "hold"
-    """hold: adopt the newest once the delay has passed since the last swap; transit: see a version a delay after it."""
+    """hold: adopt the newest weights once the delay has passed since the last swap; transit: see each version late."""
     unit: Literal["seconds", "steps"] = "seconds"
-    """Seconds, or learner steps counted by the newest published version."""
+    """Unit of the delay: seconds, or learner steps as counted by the newest published version."""
     lower: float = Field(60.0, ge=0, le=1_000_000)
-    """Lower quantile of the law and least delay, in the unit; the delay itself when constant."""
+    """Lower quantile of the distribution and minimum delay; the delay itself if constant."""
     upper: float = Field(1920.0, ge=0, le=1_000_000)
-    """Upper quantile of the law and greatest delay, in the unit."""
+    """Upper quantile of the distribution and maximum delay."""
     confidence: float = Field(0.995, gt=0.5, lt=1)
-    """Probability below the upper quantile, and above the lower one."""
+    """Probability that a delay is below the upper quantile, and that it is above the lower one."""
     subtract: float = Field(0.0, ge=0, le=1_000_000)
-    """Subtracted from each draw before clamping: time the real system already takes (400 in the paper's 1L2S)."""
+    """Subtracted from each sampled delay before clamping: time that real work takes (400 in the paper's 1L2S)."""
     trace: DelayTraceSpec = DelayTraceSpec()
     """The recorded delays (`distribution: trace`)."""
     seed: Seed = 0
-    """Seed of the draws; every slot derives its own."""
+    """Seed of the sampled delays; each sampler derives its own."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
-        """The law's bounds make sense; a trace is there."""
+        """The bounds of the distribution make sense; a trace is given."""
         if self.distribution in ("lognormal", "weibull", "exponential") and self.lower >= self.upper:
             yield (
                 "lower",
                 (
                     f"is {self.lower:g} and must be below upper, which is {self.upper:g};"
-                    " for a fixed delay write distribution: constant"
+                    " for a fixed delay set distribution: constant"
                 ),
             )
         if self.distribution in ("lognormal", "weibull") and self.lower <= 0:
-            yield "lower", f"is {self.lower:g} and must be above 0 for a {self.distribution} law"
+            yield "lower", f"is {self.lower:g} and must be above 0 for a {self.distribution} distribution"
         if self.distribution == "trace" and bool(self.trace.path) == bool(self.trace.values):
-            yield "trace", "needs either path (a CSV file, with column) or values"
+            yield "trace", "needs either path (a CSV file, together with column) or values"
         if self.trace.path and not self.trace.column:
-            yield "trace.column", "is needed by trace.path: the file may hold several runs"
+            yield "trace.column", "is required with trace.path; set it to the column with the delays"
 
 
 class WindowSpec(Block):
-    """A span of the run, in seconds since its start."""
+    """A time window, in seconds since the start of the run."""
 
     start_seconds: float = Field(ge=0)
-    """Start of the span."""
+    """Start of the window."""
     end_seconds: float = Field(gt=0)
-    """End of the span (exclusive)."""
+    """End of the window (exclusive)."""
     replicas: int = Field(ge=0, le=1024)
-    """Replicas during the span."""
+    """Replicas during the window."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
         """It ends after it starts."""
@@ -584,108 +584,108 @@ class WindowSpec(Block):
 
 
 class ChurnSpec(Block):
-    """Each replica goes up and down on its own, with exponential times."""
+    """Each replica goes up and down independently, with exponentially distributed times."""
 
     mean_up_seconds: float = Field(600.0, gt=0, le=10_000_000)
-    """Mean time a replica stays up."""
+    """Mean time that a replica stays up."""
     mean_down_seconds: float = Field(120.0, gt=0, le=10_000_000)
-    """Mean time it stays away."""
+    """Mean time that a replica stays down."""
     seed: Seed = 0
-    """Seed of the times; every replica derives its own."""
+    """Seed of the times; each replica derives its own."""
 
 
 class AvailabilityPointSpec(Block):
-    """From this moment on, so many replicas."""
+    """The number of replicas from a point in time on."""
 
     at_seconds: float = Field(ge=0)
-    """Seconds since the run's start."""
+    """Seconds since the start of the run."""
     replicas: int = Field(ge=0, le=1024)
-    """Replicas from then on."""
+    """Number of replicas from then on."""
 
 
 class AvailabilitySpec(Block):
-    """How many of a pool's replicas exist at a moment of the run; never more than `replicas`."""
+    """How many replicas of a pool exist at a given time of the run; never more than `replicas`."""
 
     type: Literal["always", "windows", "churn", "trace"] = "always"
     """Kind of availability."""
     windows: list[WindowSpec] = Field([], max_length=64)
-    """Spans with their replicas: the largest that holds a moment counts; outside them the pool has none."""
+    """Time windows with their replicas: where windows overlap, the largest number counts; outside them it is 0."""
     churn: ChurnSpec = ChurnSpec()
-    """Random coming and going."""
+    """Random churn of replicas."""
     trace: list[AvailabilityPointSpec] = Field([], max_length=1024, json_schema_extra=list_map("atSeconds"))
-    """Replicas over time as steps; before the first point all replicas are there."""
+    """Replicas over time, as a step function; before the first point all replicas exist."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
         """A type needs its field; times rise."""
         if self.type == "windows" and not self.windows:
-            yield "windows", "is empty, but type is windows; write at least one, or type: always"
+            yield "windows", "is empty, but type is windows; add at least one window, or set type: always"
         if self.type == "trace" and not self.trace:
-            yield "trace", "is empty, but type is trace; write at least one point, or type: always"
+            yield "trace", "is empty, but type is trace; add at least one point, or set type: always"
         times = [point.at_seconds for point in self.trace]
         if times != sorted(set(times)):
-            yield "trace", "is out of order; atSeconds must rise from point to point"
+            yield "trace", "is out of order; atSeconds must increase from point to point"
 
 
 class SamplerPoolSpec(Block):
-    """Samplers that are alike: same engine, delay law and place."""
+    """A pool of alike samplers: same engine, delay distribution and availability."""
 
     name: PoolName
     """Name of the pool."""
     replicas: int = Field(1, ge=0, le=1024)
-    """Samplers in the pool."""
+    """Number of samplers in the pool."""
     engine: Literal["vllm", "transformers"] = "vllm"
-    """vllm for real models (GPU or CPU); transformers for tiny ones and for parity tests."""
+    """Inference engine: vllm for real models (GPU or CPU); transformers for tiny models and parity tests."""
     prompts_per_batch: int = Field(8, ge=1, le=65_536)
-    """Prompts generated together; weights are swapped between batches."""
+    """Number of prompts generated together; weights are swapped between batches."""
     delay: DelaySpec = DelaySpec()
     """When new weights may be adopted."""
     availability: AvailabilitySpec = AvailabilitySpec()
-    """When replicas exist."""
+    """When the replicas exist."""
     gpus: int = Field(0, ge=0, le=64)
-    """GPUs of each replica; 0 generates on the CPU."""
+    """GPUs per replica; 0 generates on the CPU."""
     tensor_parallel: int = Field(1, ge=1, le=64)
-    """GPUs that hold one model together (vLLM)."""
+    """Tensor parallel size of vLLM."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
-    """Share of a GPU's memory that vLLM takes."""
+    """Fraction of GPU memory that vLLM may use."""
     kv_cache_bytes: int = Field(268_435_456, ge=1_048_576)
-    """Memory of vLLM's KV cache on a CPU."""
+    """Size of vLLM's KV cache on the CPU, in bytes."""
     threads: int = Field(0, ge=0, le=1024)
-    """CPU threads of each replica; 0 shares the machine's cores out evenly."""
+    """CPU threads per replica; 0 divides the cores of the machine evenly."""
     pod_template: PodTemplateSpec = PodTemplateSpec()
-    """Pods of the pool."""
+    """Pod template of the pool."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
-        """A model that is split needs its devices."""
+        """Tensor parallelism needs that many GPUs."""
         if self.gpus and self.tensor_parallel > self.gpus:
             yield (
                 "tensorParallel",
-                f"is {self.tensor_parallel}, but gpus is {self.gpus}; write gpus: {self.tensor_parallel}",
+                f"is {self.tensor_parallel}, but gpus is {self.gpus}; set gpus: {self.tensor_parallel}",
             )
 
 
 # ── exchange, evaluation, life cycle ─────────────────────────────────────────────────────────────────────────────────
 class VolumeSpec(Block):
-    """The shared volume on Kubernetes: an existing claim, or one the operator makes."""
+    """The shared volume on Kubernetes: an existing PersistentVolumeClaim, or one that the operator creates."""
 
     claim_name: ShortText | None = None
-    """Use this PersistentVolumeClaim."""
+    """Name of an existing PersistentVolumeClaim to use."""
     size: Quantity = "100Gi"
-    """Size of a new claim; it may grow, never shrink."""
+    """Size of a new claim; it can be increased but not decreased."""
     storage_class_name: ShortText | None = None
     """Storage class of a new claim."""
     access_modes: list[Literal["ReadWriteMany", "ReadWriteOnce"]] = Field(["ReadWriteMany"], min_length=1, max_length=2)
-    """Access modes of a new claim; ReadWriteOnce keeps all pods on one node."""
+    """Access modes of a new claim; with ReadWriteOnce all pods run on one node."""
 
 
 class RetentionSpec(Block):
     """What is kept on the volume."""
 
     weights: int = Field(3, ge=2, le=10_000)
-    """Newest published versions kept; those a transit delay still needs are kept as well."""
+    """Number of newest published versions to keep; versions that a transit delay still needs are kept as well."""
     keep_rollouts: bool = False
-    """Keep trained rollouts, to replay them through another loss."""
+    """Keep rollouts after training, for example to replay them with another loss."""
     volume: Literal["Retain", "Delete"] = "Retain"
-    """What happens to a claim the operator made when the run is deleted."""
+    """What happens to a claim created by the operator when the run is deleted."""
 
 
 class CanarySpec(Block):
@@ -696,66 +696,69 @@ class CanarySpec(Block):
 
 
 class ExchangeSpec(Block):
-    """The shared volume and its limits."""
+    """The exchange on the shared volume: retention, limits and checks."""
 
     volume: VolumeSpec = VolumeSpec()
     """The volume on Kubernetes."""
     retention: RetentionSpec = RetentionSpec()
-    """What is kept."""
+    """What is kept on the volume."""
     max_pending_groups: int = Field(64, ge=1, le=1_000_000)
-    """A sampler pauses while so many of its own groups wait to be trained."""
+    """Backpressure: a sampler pauses while this many of its groups are waiting to be trained on."""
     poll_seconds: float = Field(0.5, gt=0, le=3600)
-    """How often a waiting side looks at the volume."""
+    """How often a waiting process polls the volume."""
     lease_seconds: float = Field(60.0, gt=0, le=86_400)
-    """A slot whose heartbeat stands still for so long may be taken over."""
+    """Lease duration: a slot whose heartbeat has not changed for this long may be taken over."""
     canary: CanarySpec = CanarySpec()
-    """Check of adopted weights."""
+    """Check of newly adopted weights."""
 
 
 class EvaluationSpec(Block):
-    """Evaluation during the run, by a process of its own on published checkpoints."""
+    """Evaluation during the run, by a separate process on published weights."""
 
     every_steps: int = Field(0, ge=0, le=1_000_000)
-    """Evaluate at step 0, every so many steps and at the end; 0 is off."""
+    """Evaluate at step 0, every N steps and at the end; 0 disables."""
     samples_per_prompt: int = Field(1, ge=1, le=1024)
-    """Completions for each problem (k of mean@k)."""
+    """Number of completions per problem (k of mean@k)."""
     pass_k: list[Annotated[int, Field(ge=1, le=1024)]] = Field([1], max_length=16)
-    """The k of pass@k; each at most samplesPerPrompt."""
+    """The values of k for pass@k, each at most samplesPerPrompt."""
     temperature: float = Field(0.6, ge=0, le=100)
-    """Temperature; 0 is greedy."""
+    """Sampling temperature; 0 is greedy decoding."""
     top_p: float = Field(0.95, gt=0, le=1)
-    """Nucleus sampling."""
+    """Top-p (nucleus) sampling; 1 disables."""
     top_k: int = Field(0, ge=0, le=1_000_000)
-    """Sample among so many likeliest tokens; 0 is off."""
+    """Top-k sampling; 0 disables."""
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
-    """Length limit; absent: the training limit."""
+    """Maximum length of a completion; default: that of training."""
     engine: Literal["vllm", "transformers"] = "vllm"
-    """Engine of the evaluation."""
+    """Inference engine of the evaluation."""
     batch_prompts: int = Field(64, ge=1, le=65_536)
-    """Prompts generated together."""
+    """Number of prompts generated together."""
     gpus: int = Field(0, ge=0, le=64)
     """GPUs of the evaluation process."""
     seed: Seed = 0
-    """Seed of sampling."""
+    """Seed of sampling in the evaluation."""
     pod_template: PodTemplateSpec = PodTemplateSpec()
-    """Pods of the evaluation."""
+    """Pod template of the evaluation."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
         """pass@k needs k samples."""
         largest = max(self.pass_k, default=1)
         if largest > self.samples_per_prompt:
-            yield "passK", f"asks for k = {largest}, but samplesPerPrompt is {self.samples_per_prompt}; raise that"
+            yield (
+                "passK",
+                f"holds {largest}, but samplesPerPrompt is {self.samples_per_prompt}; set samplesPerPrompt: {largest}",
+            )
 
 
 class FailurePolicySpec(Block):
-    """How often a role may crash before the run fails; preemption is never charged."""
+    """How many crashes are tolerated before the run fails; preemption is never counted."""
 
     learner_restarts: int = Field(3, ge=0, le=1000)
-    """Crashes of the learner that are restarted."""
+    """Number of crashes after which the learner is still restarted."""
     sampler_restarts: int = Field(10, ge=0, le=100_000)
-    """How often each sampler may crash; once all of them have crashed more often, the run fails."""
+    """Number of crashes after which a sampler is still restarted; the run fails once all samplers exceed it."""
     min_samplers: int = Field(1, ge=0, le=1024)
-    """Samplers that must be alive (when available) for the run to count as healthy."""
+    """Number of samplers that must be ready (while available) for the run to be reported as healthy."""
 
 
 class SecretKeySpec(Block):
@@ -768,71 +771,71 @@ class SecretKeySpec(Block):
 
 
 class CredentialsSpec(Block):
-    """Secrets on Kubernetes, by reference; on one machine HF_TOKEN and WANDB_API_KEY of the environment are used."""
+    """References to Secrets on Kubernetes; on one machine the environment's HF_TOKEN and WANDB_API_KEY are used."""
 
     hub_token: SecretKeySpec | None = None
-    """Token of the Hugging Face Hub, for gated models and data."""
+    """Token of the Hugging Face Hub, for gated models and datasets."""
     wandb_api_key: SecretKeySpec | None = None
     """API key of Weights & Biases."""
 
 
 class LocalSpec(Block):
-    """Only for `heterorl run` on one machine."""
+    """Options of `heterorl run` on one machine."""
 
     share_gpus: bool = False
-    """Let learner and samplers share devices; mind gpuMemoryUtilization."""
+    """Let the learner and samplers share GPUs; lower gpuMemoryUtilization accordingly."""
 
 
 class RunSpec(Block):
-    """What to train, how, and where the samplers are."""
+    """Desired state of a run: what to train, how, and with which samplers."""
 
     mode: Literal["hetero", "online"] = "hetero"
-    """hetero: everyone at their own pace; online: samplers wait for the newest weights, lag is 0."""
+    """hetero: learner and samplers run asynchronously; online: samplers wait for the newest weights, so lag is 0."""
     seed: Seed = 0
-    """Added to every other seed, so that one number repeats or varies a whole run."""
+    """Added to every other seed, so that one number reproduces or varies the whole run."""
     model: ModelSpec = ModelSpec()
-    """The policy."""
+    """The model to train."""
     data: DataSpec = DataSpec()
-    """Training and evaluation data."""
+    """Training and evaluation datasets."""
     rewards: list[RewardSpec] = Field([RewardSpec()], min_length=1, max_length=16)
-    """Reward functions, summed by weight."""
+    """Reward functions; the reward is their weighted sum."""
     algorithm: AlgorithmSpec = AlgorithmSpec()
-    """Loss, groups, staleness."""
+    """Loss, group size, advantages and staleness."""
     generation: GenerationSpec = GenerationSpec()
-    """Sampling."""
+    """How completions are sampled."""
     learner: LearnerSpec = LearnerSpec()
     """The learner."""
     samplers: list[SamplerPoolSpec] = Field(min_length=1, max_length=32, json_schema_extra=list_map("name"))
     """Pools of samplers."""
     exchange: ExchangeSpec = ExchangeSpec()
-    """The shared volume."""
+    """The exchange on the shared volume."""
     evaluation: EvaluationSpec = EvaluationSpec()
     """Evaluation during the run."""
     monitoring: MonitoringSpec = MonitoringSpec()
-    """Metrics."""
+    """Where metrics are written."""
     failure_policy: FailurePolicySpec = FailurePolicySpec()
-    """Restart budgets."""
+    """How many crashes are tolerated."""
     credentials: CredentialsSpec = CredentialsSpec()
-    """Secrets."""
+    """References to Secrets."""
     local: LocalSpec = LocalSpec()
-    """One-machine runs."""
+    """Options of `heterorl run` on one machine."""
     time_scale: float = Field(1.0, gt=0, le=1000)
-    """Factor on delays and availability in seconds: 0.01 rehearses 1800 s in 18 s."""
+    """Factor applied to delays and availability given in seconds: 0.01 turns 1800 s into 18 s."""
     suspend: bool = False
-    """On Kubernetes: scale everything to zero and keep the volume."""
+    """On Kubernetes: scale all pods to zero and keep the volume."""
     resume: bool = False
-    """On Kubernetes: go on from what an already used volume holds."""
+    """On Kubernetes: continue from the state on a volume that has already been used."""
     ttl_seconds_after_finished: int | None = Field(None, ge=0, le=31_536_000)
-    """On Kubernetes: delete the finished run after so long; absent keeps it."""
+    """On Kubernetes: delete the run this long after it has finished; if not set, it is kept."""
     active_deadline_seconds: int | None = Field(None, ge=1, le=31_536_000)
-    """Fail the run when it takes longer."""
+    """Fail the run if it takes longer than this."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
         """Rules that span blocks."""
         yield from duplicates("samplers", [pool.name for pool in self.samplers])
         yield from duplicates("rewards", [reward.path or reward.name for reward in self.rewards])
         if self.mode == "hetero" and self.algorithm.staleness.max_steps == 0:
-            yield "algorithm.staleness.maxSteps", "is 0, which only mode: online can keep; write that, or a larger lag"
+            yield "algorithm.staleness.maxSteps", "is 0, which requires mode: online; set that, or a larger maxSteps"
         if self.mode == "online":
             yield from self._broken_rules_online()
         for pool in self.samplers:
@@ -842,7 +845,7 @@ class RunSpec(Block):
                     f"samplers.{pool.name}.delay.lower",
                     (
                         f"is {delay.lower:g} steps, but algorithm.staleness.maxSteps is {limit},"
-                        " so every rollout would be refused; raise maxSteps"
+                        " so every rollout would be too old; raise maxSteps"
                     ),
                 )
         if self.mode == "hetero" and 0 < self.algorithm.staleness.max_steps < self.learner.publish.every_steps - 1:
@@ -850,33 +853,40 @@ class RunSpec(Block):
                 "learner.publish.everySteps",
                 (
                     f"is {self.learner.publish.every_steps}, but algorithm.staleness.maxSteps is"
-                    f" {self.algorithm.staleness.max_steps}: between two versions every rollout would grow too old"
+                    f" {self.algorithm.staleness.max_steps}, so rollouts would grow too old between two versions;"
+                    " publish more often, or raise maxSteps"
                 ),
             )
         if all(pool.replicas == 0 for pool in self.samplers):
-            yield "samplers", "have 0 replicas in all, so nothing would be generated; write replicas: 1"
+            yield "samplers", "have 0 replicas in total, so nothing would be generated; set replicas: 1"
         if self.evaluation.every_steps and not self.data.evals:
-            yield "data.evals", "is empty, but evaluation.everySteps is set; name a data set, or write everySteps: 0"
+            yield "data.evals", "is empty, but evaluation.everySteps is set; add a dataset, or set everySteps: 0"
         capacity = self.exchange.max_pending_groups * len(self.slots)
         if 0 < capacity < self.learner.batch.groups:
             yield (
                 "learner.batch.groups",
                 (
-                    f"is {self.learner.batch.groups}, but {len(self.slots)} replicas pause once {capacity} groups wait;"
-                    f" raise exchange.maxPendingGroups from {self.exchange.max_pending_groups}"
+                    f"is {self.learner.batch.groups}, but the {len(self.slots)} samplers pause once {capacity} groups"
+                    f" are waiting; raise exchange.maxPendingGroups from {self.exchange.max_pending_groups}"
                 ),
             )
 
     def _broken_rules_online(self) -> Iterable[BrokenRule]:
         for pool in self.samplers:
             if pool.delay.distribution != "none":
-                yield f"samplers.{pool.name}.delay", "contradicts mode: online, which waits for the newest; remove it"
+                yield (
+                    f"samplers.{pool.name}.delay",
+                    "conflicts with mode: online, which waits for the newest weights; remove the delay",
+                )
         if self.learner.publish.every_steps != 1:
-            yield "learner.publish.everySteps", f"is {self.learner.publish.every_steps}, but mode: online needs 1"
+            yield (
+                "learner.publish.everySteps",
+                f"is {self.learner.publish.every_steps}, but mode: online requires 1; set everySteps: 1",
+            )
 
     @property
     def max_lag(self) -> int:
-        """Largest lag, in learner steps, of a rollout that may be trained."""
+        """Maximum lag, in learner steps, of a rollout that is trained on."""
         return 0 if self.mode == "online" else self.algorithm.staleness.max_steps
 
     @property
@@ -887,7 +897,7 @@ class RunSpec(Block):
 
     @property
     def slots(self) -> list[Slot]:
-        """Every slot in a stable order; a slot's place in it is its share of the data."""
+        """Every slot in a stable order; the position of a slot determines its shard of the data."""
         return [Slot(pool.name, index) for pool in self.samplers for index in range(pool.replicas)]
 
     def pool(self, name: str) -> SamplerPoolSpec:
@@ -896,14 +906,14 @@ class RunSpec(Block):
 
 
 class Metadata(Block):
-    """Kubernetes' metadata, as far as a run needs it."""
+    """The part of Kubernetes' ObjectMeta that a run uses."""
 
     name: RunName
-    """Name of the run; also its folder under runs/."""
+    """Name of the run, and of its folder under runs/."""
     namespace: ShortText | None = None
     """Namespace on Kubernetes."""
     uid: ShortText | None = None
-    """The uid that Kubernetes gave to the run; the operator writes it into the spec that pods read."""
+    """UID that Kubernetes assigned to the run; the operator writes it into the spec that pods read."""
     labels: StringMap = Field({})
     """Labels."""
     annotations: StringMap = Field({})
@@ -911,14 +921,14 @@ class Metadata(Block):
 
 
 class HeteroRLRun(Block):
-    """A reinforcement learning run with one learner and many samplers."""
+    """A reinforcement learning run with one learner and any number of samplers."""
 
     api_version: Literal["heterorl.dev/v1alpha1"]
     """Always heterorl.dev/v1alpha1."""
     kind: Literal["HeteroRLRun"]
     """Always HeteroRLRun."""
     metadata: Metadata
-    """Name and labels."""
+    """Name, labels and annotations."""
     spec: RunSpec
     """The run."""
 

@@ -1,4 +1,4 @@
-"""What the operator reports in a run's status."""
+"""The status of a run, as reported by the operator."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ VersionName = Annotated[str, StringConstraints(max_length=32)]
 
 
 class Condition(Block):
-    """Kubernetes' condition."""
+    """A condition, in the standard form of Kubernetes."""
 
     type: Annotated[str, StringConstraints(min_length=1, max_length=316)]
     """Ready, StorageReady, Prepared, LearnerReady, SamplersAvailable, Progressing, Succeeded, Failed or Suspended."""
     status: Literal["True", "False", "Unknown"]
-    """Whether it holds."""
+    """Whether the condition holds."""
     reason: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
-    """Why, in one word."""
+    """Reason for the status, in CamelCase."""
     message: Annotated[str, StringConstraints(max_length=32768)]
-    """Why, in a sentence that says what to do."""
+    """Explanation for people, with what to do."""
     last_transition_time: Moment
-    """When status last changed."""
+    """When the status last changed."""
     observed_generation: Count | None = None
-    """Generation of the spec it was judged on."""
+    """Generation of the spec that the condition was computed from."""
 
 
 class LearnerStatus(Block):
-    """How far the learner is."""
+    """Progress of the learner."""
 
     step: Count | None = None
-    """Optimizer steps done."""
+    """Optimizer steps completed."""
     weights_version: VersionName | None = None
-    """Newest published weights."""
+    """Newest published version of the weights."""
     checkpoint_step: Count | None = None
     """Step of the newest durable checkpoint."""
     restarts: Count | None = None
-    """Crashes charged to the learner's budget."""
+    """Crashes counted against the learner's restart budget."""
     reward: float | None = None
     """Mean reward of the last step."""
     lag: float | None = None
@@ -48,57 +48,57 @@ class LearnerStatus(Block):
 
 
 class SamplerStatus(Block):
-    """One pool of samplers."""
+    """Status of a pool of samplers."""
 
     name: PoolName
     """Name of the pool."""
     desired: Count | None = None
-    """Replicas that availability asks for now."""
+    """Desired number of replicas at this time, according to availability."""
     ready: Count | None = None
-    """Replicas that are ready."""
+    """Number of replicas that are ready."""
     weights_version: VersionName | None = None
-    """Oldest weights among its replicas."""
+    """Oldest version of the weights in use by its replicas."""
     rollouts: Count | None = None
-    """Groups of completions written."""
+    """Number of groups of completions written."""
     rejected: Count | None = None
-    """Weights versions that its samplers refused."""
+    """Number of weights versions that its samplers rejected."""
 
 
 class EvaluationStatus(Block):
-    """Mean accuracy over the evaluation sets."""
+    """Mean accuracy over the evaluation datasets."""
 
     best: float | None = None
-    """Best so far."""
+    """Best accuracy so far."""
     last: float | None = None
-    """Latest."""
+    """Latest accuracy."""
     gap: float | None = None
-    """Best minus last."""
+    """Best minus latest accuracy."""
     failed_steps: list[Count] = Field([], max_length=256)
-    """Steps whose evaluation failed and is not tried again."""
+    """Steps whose evaluation failed and is not retried."""
 
 
 class RunStatus(Block):
-    """The state of a run."""
+    """Observed state of a run."""
 
     observed_generation: Count | None = None
-    """Generation of the spec this status is about."""
+    """Generation of the spec that this status was computed from."""
     state: Literal["Pending", "Preparing", "Running", "Suspended", "Succeeded", "Failed"] | None = None
-    """The conditions in one word."""
+    """Summary of the conditions in one word."""
     conditions: list[Condition] = Field([], max_length=16, json_schema_extra=list_map("type"))
-    """Conditions."""
+    """Conditions of the run."""
     learner: LearnerStatus | None = None
-    """The learner."""
+    """Progress of the learner."""
     samplers: list[SamplerStatus] = Field([], max_length=32, json_schema_extra=list_map("name"))
-    """Sampler pools."""
+    """Status of each sampler pool."""
     samplers_ready: ShortText | None = None
-    """Ready of desired samplers over all pools, as 3/4."""
+    """Ready and desired samplers over all pools, such as 3/4."""
     evaluation: EvaluationStatus | None = None
-    """Evaluation."""
+    """Results of the evaluation."""
     start_time: Moment | None = None
     """When the run first started."""
     suspended_since: Moment | None = None
-    """When it was suspended; absent while it runs."""
+    """When the run was suspended; not set while it runs."""
     suspended_seconds: Annotated[float, Field(ge=0)] | None = None
-    """How long it was suspended in all, before that; availability does not count this time."""
+    """Total time of earlier suspensions, which availability does not count."""
     completion_time: Moment | None = None
-    """When it ended."""
+    """When the run ended."""

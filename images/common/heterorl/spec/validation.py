@@ -1,8 +1,8 @@
-"""Checks a manifest's contents and reports everything that is wrong at once, in sentences that say what to write.
+"""Validates a manifest and reports every problem at once, each with what to write instead.
 
-pydantic checks the fields and stops there: a rule across fields never runs beside a field that fails. So a broken field
-is recorded, then put right the way its message says (or left to its default), and validation runs again; at last the
-rules run on the whole, except where they would speak of a field already reported.
+pydantic does not run rules across fields if a field is invalid. So an invalid field is recorded, then corrected as its
+message proposes (or replaced by its default), and validation runs again; finally the rules across fields run on the
+result, except those about a field that has already been reported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun, RunSpec
 Location = tuple[str | int, ...]
 
 _MAX_REPAIRS = 8
-# Stand-ins for required fields that are missing or broken, so that the rest can still be checked.
+# Placeholders for required fields that are missing or invalid, so that the rest can still be checked.
 _PLACEHOLDERS: dict[str, Any] = {
     "apiVersion": API_VERSION,
     "kind": KIND,
@@ -50,7 +50,7 @@ _TYPES = {
     "list_type": "a list",
     "dict_type": "a mapping",
     "model_type": "a mapping",
-    "invalid_key": "text as key",
+    "invalid_key": "a text key",
 }
 _BOUNDS = {
     "greater_than_equal": ("ge", "at least {}"),
@@ -67,14 +67,14 @@ _BOUNDS = {
 
 @dataclass(frozen=True)
 class SpecProblem:
-    """Something to put right in the manifest: where, and what to write instead."""
+    """An error in the manifest: where, and what to write instead."""
 
     location: Location
     message: str
 
 
 def check(manifest: Any) -> tuple[HeteroRLRun | None, list[SpecProblem]]:
-    """The run that a manifest's contents describe, and every problem; the run is None if there are any."""
+    """The run that a manifest describes, and every problem; the run is None if there are any."""
     problems: dict[Location, SpecProblem] = {}
     suspects: dict[Location, set[str]] = {}
     repaired = copy.deepcopy(manifest)
@@ -166,7 +166,7 @@ def _block_at(location: Location) -> type[Block]:
 
 
 def _repair(manifest: dict[str, Any], location: Location, better: str | None, *, rename: bool) -> None:
-    """Put a broken field right in place: the advice, else a stand-in if it is required, else its default."""
+    """Correct an invalid field in place: as proposed, else by a placeholder if it is required, else by its default."""
     *around, key = next(location[: i + 1] for i in reversed(range(len(location))) if isinstance(location[i], str))
     parent: Any = manifest
     for step in around:
@@ -183,10 +183,10 @@ def _repair(manifest: dict[str, Any], location: Location, better: str | None, *,
 
 # ── sentences ────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _explain(location: Location, error: Any) -> tuple[str, str | None]:
-    """One of pydantic's errors in a sentence, and the name or value that it proposes."""
+    """One of pydantic's errors as a sentence, and the name or value that it proposes."""
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "missing":
-        return "is missing; write it", None
+        return "is required but missing", None
     if kind == "extra_forbidden":
         return _explain_unknown(location)
     if kind == "literal_error":
@@ -195,7 +195,7 @@ def _explain(location: Location, error: Any) -> tuple[str, str | None]:
         return _explain_type(kind, value), None
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
-        found = f"{len(value)} of them" if kind in ("too_short", "too_long") else _found(value)
+        found = f"length {len(value)}" if kind in ("too_short", "too_long") else _found(value)
         return f"found {found}, expected {words.format(format(context[name], '.12g'))}", None
     if kind == "string_pattern_mismatch":
         return f"found {_found(value)}, expected {PATTERNS[context['pattern']]}", None
@@ -206,10 +206,11 @@ def _explain_unknown(location: Location) -> tuple[str, str | None]:
     key, known = str(location[-1]), _fields(_block_at(location[:-1]))
     if near := nearest(key, known):
         return f"unknown field; did you mean {near}?", near
-    places = list(_places(to_camel(key), RunSpec, "spec"))
+    name = to_camel(key)
+    places = list(_places(name, RunSpec, "spec"))
     if 0 < len(places) <= 3:
-        return f"unknown field here; it belongs to {' or '.join(places)}", None
-    return f"unknown field; known here: {', '.join(sorted(known))}", None
+        return f"unknown field; did you mean {' or '.join(f'{place}.{name}' for place in places)}?", None
+    return f"unknown field; valid fields are {', '.join(sorted(known))}", None
 
 
 def _places(key: str, block: type[Block], path: str) -> Iterator[str]:
@@ -231,7 +232,7 @@ def _explain_choice(value: Any, choices: list[str]) -> tuple[str, str | None]:
 def _explain_type(kind: str, value: Any) -> str:
     message = f"found {_found(value)}, expected {_TYPES[kind]}"
     if value is None:
-        return f"{message}; fill it in or remove the line"
+        return f"{message}; set a value or remove the line"
     if kind == "string_type" and isinstance(value, bool | int | float):
         return f'{message}; write it in quotes: "{_found(value)}"'
     if kind in ("int_type", "float_type") and isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+", value):
@@ -239,19 +240,19 @@ def _explain_type(kind: str, value: Any) -> str:
     if kind == "bool_type" and str(value).lower() in ("yes", "on", "1", "no", "off", "0"):
         return f"{message}; write {'true' if str(value).lower() in ('yes', 'on', '1') else 'false'}"
     if kind == "list_type":
-        return f"{message}; begin each item with '- '"
+        return f"{message}; start each item with '- '"
     return message
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word most like it, whatever its case and separators; None if none is near."""
+    """The most similar known word, ignoring case and separators; None if none is similar."""
     folded = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in known}
     matches = difflib.get_close_matches(re.sub(r"[^a-z0-9]", "", word.lower()), folded, n=1, cutoff=0.6)
     return folded[matches[0]] if matches else None
 
 
 def _found(value: Any) -> str:
-    """What was found, short enough for a line."""
+    """What was found, shortened to fit on a line."""
     if value is None:
         return "nothing"
     if isinstance(value, dict | list):
