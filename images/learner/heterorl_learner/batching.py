@@ -153,5 +153,5 @@ def _longest_first(items: SequenceOf[list[Sequence]]) -> list[list[Sequence]]:
     return sorted(items, key=_num_tokens, reverse=True)  # stable: ties keep their order
 
 
-def _long(arrays: list[NDArray[np.int64]]) -> Tensor:
+def _long(arrays: SequenceOf[NDArray[np.integer]]) -> Tensor:
     return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *arrays]).astype(np.int64))

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the base class of its HTTP client
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,

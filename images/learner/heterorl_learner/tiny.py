@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from heterorl.spec.run import TinyModelSpec
 
@@ -72,7 +78,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_model(tiny: TinyModelSpec, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def build_model(tiny: TinyModelSpec, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
     """A freshly initialised model of that shape in float32; the same seed gives the same weights."""
     config = Qwen3Config(
         vocab_size=-(-len(tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
@@ -98,7 +104,7 @@ def build_model(tiny: TinyModelSpec, tokenizer: PreTrainedTokenizerFast) -> Qwen
     return model
 
 
-def examples_from(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, *, boxed: bool) -> list[Example]:
+def examples_from(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, boxed: bool) -> list[Example]:
     """The rows of a prepared data file as examples; `boxed` wraps each answer in `\\boxed{}` as the prompt asks."""
     examples = []
     for row in rows:
@@ -173,7 +179,8 @@ def _target_logp(model: Qwen3ForCausalLM, batch: Sequence[Example]) -> Tensor:
     is_target = (positions >= starts) & (positions < ends)  # [B, T]
     hidden = model.model(tokens[:, :-1], use_cache=False).last_hidden_state[is_target[:, 1:]]
     logp = model.lm_head(hidden).float().log_softmax(-1)  # [targets, V]
-    return logp.gather(-1, tokens[is_target].unsqueeze(-1)).squeeze(-1)
+    target_logp: Tensor = logp.gather(-1, tokens[is_target].unsqueeze(-1)).squeeze(-1)
+    return target_logp
 
 
 def _split(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example]]:

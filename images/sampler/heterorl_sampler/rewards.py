@@ -11,7 +11,7 @@ import functools
 import importlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -168,7 +168,7 @@ def _imported(path: str | None) -> Callable[..., Any]:
     """The function at a dotted path, or `UserError`."""
     module, _, name = (path or "").rpartition(".")
     try:
-        function = getattr(importlib.import_module(module), name)
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"custom reward {path} cannot be imported ({error}); write path: package.module.function,"
@@ -205,7 +205,7 @@ class Rewards:
         self._checker = AnswerChecker(max(limits, default=2.0), boxed_only=boxed_only)
 
     def score(
-        self, texts: list[str], lengths: list[int], truncated: list[bool], row: Row
+        self, texts: list[str], lengths: Iterable[int], truncated: Iterable[bool], row: Row
     ) -> tuple[Floats, dict[str, Floats]]:
         """The weighted sum [G] and each reward's own, unweighted values [G] by name, for one prompt's completions.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # torch binds it where its stubs do not look
 
 from heterorl.errors import UserError
 from heterorl.spec.run import LearnerSpec, RunSpec
@@ -41,7 +42,7 @@ def _join_process_group(device: torch.device, alone: bool) -> None:
         dist.init_process_group(backend, timeout=timedelta(days=1))
     elif alone:
         os.environ.setdefault("LOCAL_RANK", "0")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
 def _device(learner: LearnerSpec) -> torch.device:

@@ -34,7 +34,8 @@ class Policy(nn.Module):
             input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=logit_index
         ).logits[0]
         logits = logits.float() / temperature  # [T, vocabulary]: never made for prompt tokens
-        return logits.gather(1, target_ids[:, None])[:, 0] - logits.logsumexp(1)
+        logp: Tensor = logits.gather(1, target_ids[:, None])[:, 0] - logits.logsumexp(1)
+        return logp
 
 
 def token_logps(policy: nn.Module, batch: MicroBatch, temperature: float) -> Tensor:

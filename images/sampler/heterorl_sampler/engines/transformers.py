@@ -45,7 +45,8 @@ class TransformersEngine:
         disable_progress_bar()  # logs are read by people and collectors
         self._device = torch.device("cuda" if gpus else "cpu")
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
-        self._model = model.to(self._device).eval()
+        self._model = model.eval()
+        self._model.to(self._device)
         self._ends = torch.tensor(end_token_ids(model_dir), device=self._device)
 
     @torch.inference_mode()
@@ -67,7 +68,8 @@ class TransformersEngine:
         alive = torch.ones(len(texts), dtype=torch.bool, device=self._device)
         tokens, logps, lives = [], [], []
         for step in range(sampling.max_tokens):
-            logp = law(texts, logits).log_softmax(-1)  # [R, V]
+            # transformers asks for LongTensor and FloatTensor, classes that no tensor has had for years.
+            logp = law(texts, logits).log_softmax(-1)  # type: ignore[arg-type]  # [R, V]
             if sampling.temperature > 0:
                 token = torch.multinomial(logp.exp(), 1, generator=generator)  # [R, 1]
             else:

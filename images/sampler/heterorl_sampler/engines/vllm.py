@@ -30,6 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from vllm import CompletionOutput, EngineArgs, LLMEngine, RequestOutput, SamplingParams
 from vllm.inputs import tokens_input
+from vllm.logprobs import Logprob
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
@@ -122,7 +123,7 @@ class VLLMEngine:
         for text, request in zip(token_ids, self._run(token_ids, [params] * len(token_ids), never)):
             assert request is not None
             assert request.prompt_logprobs is not None
-            scores.append([entry[token].logprob for token, entry in zip(text[1:], request.prompt_logprobs[1:])])
+            scores.append([_logp(entry, token) for token, entry in zip(text[1:], request.prompt_logprobs[1:])])
         return scores
 
     def _run(
@@ -198,5 +199,11 @@ def _holder_of(name: str, files: list[Path]) -> Path:
 def _completion(output: CompletionOutput) -> Completion:
     assert output.logprobs is not None
     token_ids = list(output.token_ids)
-    logp = [entry[token].logprob for token, entry in zip(token_ids, output.logprobs)]
+    logp = [_logp(entry, token) for token, entry in zip(token_ids, output.logprobs)]
     return Completion(token_ids, logp, truncated=output.finish_reason == "length")
+
+
+def _logp(entry: dict[int, Logprob] | None, token: int) -> float:
+    """The token's log-probability; only a prompt's first token has no entry."""
+    assert entry is not None
+    return entry[token].logprob
