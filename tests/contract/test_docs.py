@@ -72,3 +72,17 @@ def test_links_of_the_reference_lead_to_its_sections():
     text = spec_markdown()
     sections = {title.lower() for title in re.findall(r"^### (\w+)$", text, re.MULTILINE)}
     assert set(re.findall(r"\(#(\w+)\)", text)) <= sections
+
+
+def test_paths_named_in_the_pages_exist():
+    named = re.compile(
+        r"(?<![\w./-])((?:charts|crds|docs|examples|images|operator|tests)/[\w./*-]*[\w*/]|heterorl(?:_\w+)?/[\w./]+\.py)"
+    )
+    places = [ROOT, *(ROOT / "images").iterdir(), ROOT / "operator"]
+    missing = [
+        f"{page.name}: {path}"
+        for page in PAGES
+        for path in sorted(set(named.findall(page.read_text())))
+        if not any(any(place.glob(path)) for place in places)
+    ]
+    assert missing == []
