@@ -276,7 +276,7 @@ def test_the_rest_changes_at_any_time(lasting, patch):
         lasting.try_patch(name, patch)
 
 
-ENDED = "the run has ended, so only ttlSecondsAfterFinished can change; to continue, create a new run with resume: true"
+ENDED = "the run has ended, so only ttlSecondsAfterFinished can change; to resume a failed run"
 
 
 def test_a_run_that_ended_refuses_edits_instead_of_ignoring_them(runs):

@@ -194,7 +194,7 @@ def test_a_learner_that_ends_early_gives_its_exit_code_to_the_pod(exchange, code
 
 def test_an_error_for_the_user_leaves_the_pod_idle_and_tells_why(exchange):
     run, stop = exchange(), threading.Event()
-    pod, thread, codes = served(run, "print('error: no GPU here'); raise SystemExit(2)", stop)
+    pod, thread, codes = served(run, "print('error: no such optimizer'); raise SystemExit(2)", stop)
     wait_until(lambda: ends(run) == [("crashed", 2)])
     thread.join(timeout=0.3)
     assert thread.is_alive()
@@ -202,7 +202,7 @@ def test_an_error_for_the_user_leaves_the_pod_idle_and_tells_why(exchange):
     progress = parse_progress(pod.metrics().decode())
     assert progress.gave_up == (
         "UserError",
-        "pod 0 of the learner ended with an error to be put right: error: no GPU here",
+        "the learner ended with what its user has to put right: exit code 2: error: no such optimizer",
     )
     stop.set()
     thread.join()

@@ -9,12 +9,13 @@ HeteroRLError
 ├── ExchangeError        something on the shared volume is not what the protocol says
 │   ├── CorruptFile      sizes, checksums or contents do not fit the manifest
 │   └── CanaryMismatch   an engine computes other log-probabilities than the learner
+├── SiteError            something is wrong with this node (GPU, disk, memory, clock): exit code 3
 └── TrainingError        the learner cannot go on: non-finite loss, gradient
 """
 
 from __future__ import annotations
 
-from heterorl.exit_codes import USER_ERROR
+from heterorl.exit_codes import SITE_ERROR, USER_ERROR
 
 
 class HeteroRLError(Exception):
@@ -64,6 +65,12 @@ class CorruptFile(ExchangeError):
 
 class CanaryMismatch(ExchangeError):
     """The engine's log-probabilities of the canary differ from the learner's beyond tolerance."""
+
+
+class SiteError(HeteroRLError):
+    """This node cannot do the work; another one may."""
+
+    exit_code = SITE_ERROR
 
 
 class TrainingError(HeteroRLError):

@@ -109,15 +109,15 @@ class LearnerPod:
             return f"waiting for the volume: {error}"
 
     def _nothing_to_do(self) -> str | None:
-        budget = self.exchange.spec.failure_policy.learner_restarts
-        why = gave_up(attempts_of(self.exchange), budget, self.exchange.successor)
+        policy = self.exchange.spec.failure_policy
+        why = gave_up(attempts_of(self.exchange), policy, self.exchange.successor)
         if why and why[0] == VOLUME_IN_USE:
             return f"idling, because {why[1]}"
         if self.exchange.prepared is None:
             return "waiting until the preparation has put model and data of this run on the volume"
         if self.exchange.trained:
             return "trained; idling until this pod is scaled away"
-        if why and (why[0] == "LearnerCrashed" or self._attempts.asked_for_its_user()):
+        if why and (why[0] != "UserError" or self._attempts.asked_for_its_user()):
             return f"idling, because {why[1]}"
         return None
 

@@ -9,7 +9,7 @@ import pytest
 
 from heterorl.exchange.crash_budget import Attempts, attempts_of, gave_up, outcome_of, outcomes
 from heterorl.exchange.exchange import Exchange
-from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun
+from heterorl.spec.run import API_VERSION, KIND, FailurePolicySpec, HeteroRLRun
 
 
 class Clock:
@@ -115,11 +115,41 @@ def test_it_is_given_up_when_the_budget_is_used_up_and_not_before(exchange):
     for _ in range(3):
         pod.begin()
         pod.end("crashed", -9, "step 3/5")
-    assert gave_up(attempts_of(exchange), 3) is None
-    assert gave_up(attempts_of(exchange), 2) == (
+    assert gave_up(attempts_of(exchange), FailurePolicySpec(learner_restarts=3)) is None
+    assert gave_up(attempts_of(exchange), FailurePolicySpec(learner_restarts=2)) == (
         "LearnerCrashed",
-        "the learner crashed 3 times, failurePolicy.learnerRestarts is 2; the last time: killed by SIGKILL, step 3/5",
+        "the learner crashed 3 times, failurePolicy.learnerRestarts is 2; the last time: killed by SIGKILL: step 3/5",
     )
+
+
+def test_crashes_made_before_the_run_was_taken_up_again_are_charged_no_more(exchange):
+    pod = Attempts(exchange, 0, "pod-a")
+    pod.begin()
+    pod.end("crashed", 1)
+    assert gave_up(attempts_of(exchange), FailurePolicySpec(learner_restarts=0)) is not None
+    assert gave_up(attempts_of(exchange), FailurePolicySpec(learner_restarts=0, resumes=1)) is None
+
+
+def test_a_crash_is_charged_at_the_step_the_learner_had_reached(exchange):
+    pod = Attempts(exchange, 0, "pod-a")
+    for step in (10, 30):
+        exchange.write_learner({"step": step})
+        pod.begin()
+        pod.end("crashed", 1)
+    # 20 steps lie between the two crashes: with one restart back every 20 steps the first is made good, every 40 not.
+    assert gave_up(attempts_of(exchange), FailurePolicySpec(learner_restarts=1, refill_steps=20)) is None
+    assert gave_up(attempts_of(exchange), FailurePolicySpec(learner_restarts=0, refill_steps=20)) is not None
+
+
+def test_a_failure_of_the_node_of_another_pod_is_charged_to_that_pod_and_its_echo_to_none(exchange):
+    for node, code in ((0, 1), (1, 3)):
+        Attempts(exchange, node, f"pod-{node}").begin()
+        Attempts(exchange, node, f"pod-{node}").end("crashed", code, "no CUDA device")
+    assert counted(exchange) == (0, 1, 0)
+    assert gave_up(attempts_of(exchange), FailurePolicySpec(learner_restarts=0)) is None
+    reason, message = gave_up(attempts_of(exchange), FailurePolicySpec(site_restarts=0))
+    assert reason == "SiteError"
+    assert "exit code 3 of pod 1: no CUDA device" in message
 
 
 def test_an_error_for_the_user_is_given_up_at_once_by_whichever_pod_met_it(exchange):
@@ -127,9 +157,11 @@ def test_an_error_for_the_user_is_given_up_at_once_by_whichever_pod_met_it(excha
         pod = Attempts(exchange, node, f"pod-{node}")
         pod.begin()
         pod.end(outcome_of(code), code, "error: learner.gpus is 2")
-    reason, message = gave_up(attempts_of(exchange), 9)
+    reason, message = gave_up(attempts_of(exchange), FailurePolicySpec(learner_restarts=9))
     assert reason == "UserError"
-    assert message == "pod 1 of the learner ended with an error to be put right: error: learner.gpus is 2"
+    assert message == (
+        "the learner ended with what its user has to put right: exit code 2 of pod 1: error: learner.gpus is 2"
+    )
     assert not Attempts(exchange, 0, "pod-0").asked_for_its_user()
     assert Attempts(exchange, 1, "pod-1").asked_for_its_user()
     assert not Attempts(exchange, 1, "a new pod").asked_for_its_user()

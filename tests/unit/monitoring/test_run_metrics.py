@@ -195,7 +195,7 @@ def test_why_the_learner_gave_up_is_told(exchange):
     assert progress.attempts == {"clean": 0, "signalled": 0, "crashed": 2}
     assert progress.gave_up == (
         "LearnerCrashed",
-        "the learner crashed 2 times, failurePolicy.learnerRestarts is 1; the last time: exit code 1,"
+        "the learner crashed 2 times, failurePolicy.learnerRestarts is 1; the last time: exit code 1:"
         " RuntimeError: second",
     )
 

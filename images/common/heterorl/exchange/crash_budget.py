@@ -5,7 +5,11 @@ comes next: in the same pod the container was killed under it, so it crashed; in
 
     clean       the ranks left by themselves
     signalled   somebody asked them to go, or took the pod: never charged
-    crashed     anything else, charged to the first pod's attempts alone: the others fall with it, or it with them
+    crashed     anything else. Of a failure of its node or its user each pod tells itself; a crash is charged to the
+                first pod alone: the others fall with it, or it with them
+
+What is charged, and how a budget refills, is said in `heterorl.failure_policy`. Attempts made before the run was taken
+up again (`failurePolicy.resumes`) are charged no more.
 """
 
 from __future__ import annotations
@@ -17,7 +21,9 @@ from typing import Literal
 
 from heterorl.errors import VOLUME_IN_USE
 from heterorl.exchange.exchange import Exchange
-from heterorl.exit_codes import PREEMPTED, USER_ERROR, describe_exit
+from heterorl.exit_codes import SITE_ERROR, USER_ERROR, describe_exit, failure_kind
+from heterorl.failure_policy import Failure, given_up, run_failure
+from heterorl.spec.run import FailurePolicySpec
 
 AttemptOutcome = Literal["clean", "signalled", "crashed"]
 
@@ -40,6 +46,10 @@ class Attempt:
     """Exit code of the ranks; None if nobody saw it."""
     message: str = ""
     """The last line of the ranks' log."""
+    step: int = 0
+    """Steps trained when it ended."""
+    resumes: int = 0
+    """`failurePolicy.resumes` when it started."""
     found_later: bool = False
     """Nobody wrote the end when it came: it lies somewhere between `started` and `ended`."""
 
@@ -56,22 +66,30 @@ class Attempts:
             return
         outcome: AttemptOutcome = "crashed" if last.pod == self._pod else "signalled"
         message = "the container was killed, perhaps for its memory" if outcome == "crashed" else ""
-        self._write(replace(last, ended=self._exchange.now(), outcome=outcome, message=message, found_later=True))
+        self._end(last, outcome, None, message, found_later=True)
 
     def begin(self) -> None:
         """Note that the ranks are about to start."""
-        self._write(Attempt(self._exchange.run_id, self._pod, self._exchange.now()), add=True)
+        resumes = self._exchange.spec.failure_policy.resumes
+        self._write(Attempt(self._exchange.run_id, self._pod, self._exchange.now(), resumes=resumes), add=True)
 
     def end(self, outcome: AttemptOutcome, code: int | None = None, message: str = "") -> None:
         """Note how the last attempt ended; what was noted before stands."""
         last = self._last()
         if last is not None and last.outcome is None:
-            self._write(replace(last, ended=self._exchange.now(), outcome=outcome, code=code, message=message))
+            self._end(last, outcome, code, message)
 
     def asked_for_its_user(self) -> bool:
         """Whether this very pod ended with an error that a restart does not mend; a new pod tries again."""
         last = self._last()
         return last is not None and last.pod == self._pod and last.code == USER_ERROR
+
+    def _end(
+        self, last: Attempt, outcome: AttemptOutcome, code: int | None, message: str, *, found_later: bool = False
+    ) -> None:
+        step = self._exchange.learner.get("step", 0)
+        ended = replace(last, ended=self._exchange.now(), outcome=outcome, code=code, message=message, step=step)
+        self._write(replace(ended, found_later=found_later))
 
     def _last(self) -> Attempt | None:
         return next(reversed(attempts_of(self._exchange).get(self._node, [])), None)
@@ -88,7 +106,7 @@ def outcome_of(code: int) -> AttemptOutcome:
     """How ranks that ended by themselves ended."""
     if code == 0:
         return "clean"
-    return "signalled" if code in PREEMPTED else "crashed"
+    return "crashed" if failure_kind(code) else "signalled"
 
 
 def attempts_of(exchange: Exchange) -> dict[int, list[Attempt]]:
@@ -99,7 +117,7 @@ def attempts_of(exchange: Exchange) -> dict[int, list[Attempt]]:
 
 def outcomes(attempts: Mapping[int, Sequence[Attempt]]) -> dict[str, int]:
     """How often the learner ended in each way: the first pod's ends. A crash that echoes another pod's loss is none."""
-    losses = [a for node, others in attempts.items() if node != 0 for a in others if a.outcome == "signalled"]
+    losses = _losses(attempts)
     ends = Counter(
         "signalled" if attempt.outcome == "crashed" and _is_echo(attempt, losses) else attempt.outcome
         for attempt in attempts.get(0, [])
@@ -108,7 +126,7 @@ def outcomes(attempts: Mapping[int, Sequence[Attempt]]) -> dict[str, int]:
 
 
 def gave_up(
-    attempts: Mapping[int, Sequence[Attempt]], budget: int, successor: str | None = None
+    attempts: Mapping[int, Sequence[Attempt]], policy: FailurePolicySpec, successor: str | None = None
 ) -> tuple[str, str] | None:
     """Why the learner is started no more, as (reason, message); None while it is.
 
@@ -117,19 +135,31 @@ def gave_up(
     """
     if successor and any(attempts.values()):
         return VOLUME_IN_USE, f"run {successor} has taken the volume over (resume: true) and goes on from there"
-    crashed = outcomes(attempts)["crashed"]
-    if crashed > budget:
-        last = next(a for a in reversed(attempts[0]) if a.outcome == "crashed")
-        how = describe_exit(last.code) if last.code is not None else "no exit code"
-        return (
-            "LearnerCrashed",
-            f"the learner crashed {crashed} times, failurePolicy.learnerRestarts is {budget}; the last time: {how},"
-            f" {last.message}",
-        )
-    for node, of_node in attempts.items():
-        if of_node and of_node[-1].code == USER_ERROR:
-            return "UserError", f"pod {node} of the learner ended with an error to be put right: {of_node[-1].message}"
+    for node in sorted(attempts):
+        charged = _failures(attempts, node, policy.resumes)
+        if why := run_failure(given_up("learner", charged, policy), {}):
+            return why.reason, why.message
     return None
+
+
+def _failures(attempts: Mapping[int, Sequence[Attempt]], node: int, resumes: int) -> list[Failure]:
+    """What is charged to a pod: what it or its node did; to the first one also the crashes that no other explains."""
+    losses = _losses(attempts)
+    found = []
+    for attempt in attempts[node]:
+        how = describe_exit(attempt.code) if attempt.code is not None else "no exit code"
+        where = f" of pod {node}" if node else ""
+        failure = Failure(attempt.code, attempt.step, ": ".join(filter(None, (how + where, attempt.message))))
+        own = failure.kind != "crash" or (node == 0 and not _is_echo(attempt, losses))
+        if attempt.outcome == "crashed" and attempt.resumes == resumes and own:
+            found.append(failure)
+    return found
+
+
+def _losses(attempts: Mapping[int, Sequence[Attempt]]) -> list[Attempt]:
+    """Ends of other pods than the first that take its ranks with them."""
+    others = [attempt for node, of_node in attempts.items() if node != 0 for attempt in of_node]
+    return [attempt for attempt in others if attempt.outcome == "signalled" or attempt.code == SITE_ERROR]
 
 
 def _is_echo(crash: Attempt, losses: Sequence[Attempt]) -> bool:

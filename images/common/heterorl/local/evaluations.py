@@ -43,7 +43,7 @@ class Evaluations:
         """Take note of the end of the process; a message if its version is left out."""
         assert self.version is not None
         assert self.role is not None
-        if outcome is RoleOutcome.CRASHED:
+        if outcome is RoleOutcome.RESTARTED:
             return None
         version, log = self.version, self.role.log
         self.version = self.role = None

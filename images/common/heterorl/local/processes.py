@@ -19,10 +19,15 @@ from enum import Enum
 from pathlib import Path
 from typing import IO
 
-from heterorl.exit_codes import PREEMPTED, USER_ERROR
+from heterorl.exit_codes import SITE_ERROR, USER_ERROR, describe_exit, failure_kind
+from heterorl.failure_policy import Failure, GivenUp, Role, given_up
 from heterorl.local.tee import Tee
+from heterorl.spec.run import FailurePolicySpec
 
 BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+"""Pauses before a process is started again: after one end, two in a row, and so on."""
+SITE_BACKOFF_S = (10.0, 30.0, 60.0, 120.0, 300.0)
+"""The same after a failure of the node: a device or a disk does not come back within seconds."""
 _HEALTHY_S = 60.0  # a process that lived so long starts its back-off afresh
 _PR_SET_PDEATHSIG = 1
 _prctl = getattr(ctypes.CDLL(None), "prctl", None)  # looked up before any fork; absent off Linux
@@ -79,7 +84,7 @@ class ManagedProcess:
         self.signal(signal.SIGKILL)  # the others would wait for it in a collective for ever; and what ranks started
         for rank in self._ranks:
             rank.wait()
-        worst = USER_ERROR if USER_ERROR in failed else next(iter(failed), 0)
+        worst = next((code for code in (USER_ERROR, SITE_ERROR) if code in failed), next(iter(failed), 0))
         for tee in self._tees:
             tee.join()
         self.last_line = self._tees[codes.index(worst)].last_line if self._tees else ""
@@ -97,10 +102,9 @@ class ManagedProcess:
 class RoleOutcome(Enum):
     """How a role's process ended, as far as the run has to care."""
 
-    CLEAN = "ended by itself"
-    CRASHED = "crashed, will be restarted"
-    GAVE_UP = "crashed once too often"
-    USER_ERROR = "ended with an error that a restart does not mend"
+    CLEAN = "ended by itself, or was asked to by somebody else"
+    RESTARTED = "failed, will be started again"
+    GAVE_UP = "failed, will not be started again"
     STOPPED = "stopped as asked"
 
 
@@ -109,21 +113,26 @@ class ProcessRole:
     """A process that is wanted or not, and its restarts. Call `tick` a few times a second."""
 
     name: str
+    role: Role
     start: Callable[[], ManagedProcess]
     log: Path
-    budget: int
+    policy: FailurePolicySpec
+    step: Callable[[], int] = lambda: 0
+    """Steps the learner has trained: good steps give restarts back."""
     grace_s: float = 60.0
     """Time between SIGTERM and SIGKILL."""
     wanted: bool = False
-    crashes: int = 0
-    given_up: bool = False
+    failures: list[Failure] = field(default_factory=list)
+    """What is charged to it, oldest first."""
+    given_up: GivenUp | None = None
+    """Why it is started no more."""
     exit_code: int | None = None
     """Exit code of the last process."""
     _process: ManagedProcess | None = None
     _started: float = 0.0
     _kill_at: float | None = None
     _start_at: float = 0.0
-    _failures: int = field(default=0, repr=False)
+    _in_a_row: int = field(default=0, repr=False)
 
     @property
     def running(self) -> bool:
@@ -175,18 +184,16 @@ class ProcessRole:
         if self._kill_at is not None:
             self._kill_at = None
             return RoleOutcome.STOPPED
-        if code == USER_ERROR:
-            self.given_up = True
-            return RoleOutcome.USER_ERROR
-        self._failures = 1 if now - self._started >= _HEALTHY_S else self._failures + 1
-        self._start_at = now + BACKOFF_S[min(self._failures, len(BACKOFF_S)) - 1]
-        if code in PREEMPTED:
-            return RoleOutcome.CLEAN  # somebody asked it to go: never charged
-        self.crashes += 1
-        if self.crashes > self.budget:
-            self.given_up = True
-            return RoleOutcome.GAVE_UP
-        return RoleOutcome.CRASHED
+        kind = failure_kind(code)
+        self._in_a_row = 1 if now - self._started >= _HEALTHY_S else self._in_a_row + 1
+        pauses = SITE_BACKOFF_S if kind == "site" else BACKOFF_S
+        self._start_at = now + pauses[min(self._in_a_row, len(pauses)) - 1]
+        if kind is None:
+            return RoleOutcome.CLEAN  # never charged
+        message = ": ".join(filter(None, (describe_exit(code), tail(self.log, 1))))
+        self.failures.append(Failure(code, self.step(), message))
+        self.given_up = given_up(self.role, self.failures, self.policy)
+        return RoleOutcome.GAVE_UP if self.given_up else RoleOutcome.RESTARTED
 
 
 def shown(path: Path) -> str:

@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from heterorl.exchange.exchange import Exchange
-from heterorl.exit_codes import USER_ERROR, describe_exit
-from heterorl.heterogeneity.availability import replicas_at
+from heterorl.exit_codes import CODE_OF, INTERRUPTED, SITE_ERROR, USER_ERROR, describe_exit
+from heterorl.failure_policy import Role, run_failure
+from heterorl.heterogeneity.availability import next_change, replicas_at
 from heterorl.local.evaluations import Evaluations
 from heterorl.local.live_view import ProcessState, RunDisplay, RunView
 from heterorl.local.preflight import assign_gpus, gpu_devices
@@ -29,9 +30,7 @@ from heterorl.names import Slot, Version
 TICK_S = 0.2
 GRACE_S = 120.0
 """Time between SIGTERM and SIGKILL: a learner may be in the middle of a long step, and saves a checkpoint after it."""
-INTERRUPTED = 130
 _SAVE_EVERY_S = 2.0
-_EVALUATION_RESTARTS = 1
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,8 @@ class Runner:
         self._lock = lock
         self._gpus = assign_gpus(self.spec, gpu_devices())
         self._fair_threads = max(1, cores() // (self.spec.learner.world_size + len(self.spec.slots)))
-        learner, budget = self.spec.learner, self.spec.failure_policy.learner_restarts
-        self.learner = self._role("learner", programs.learner, budget, learner.threads, ranks=learner.world_size)
+        learner = self.spec.learner
+        self.learner = self._role("learner", "learner", programs.learner, learner.threads, ranks=learner.world_size)
         self.samplers = {slot: self._sampler(slot) for slot in self.spec.slots}
         self.evaluations = Evaluations(exchange, self._evaluator)
         self._saved_at = 0.0
@@ -127,7 +126,7 @@ class Runner:
         """Put model and data onto the volume, its output shown; a verdict if the run ends here."""
         if self.exchange.prepared is not None:
             return None
-        role = self._role("prepare", self.programs.prepare, 0, cores())
+        role = self._role("prepare", "learner", self.programs.prepare, cores())
         role.wanted, started = True, time.monotonic()
         printed = role.log.stat().st_size if role.log.exists() else 0
         while True:
@@ -145,7 +144,8 @@ class Runner:
             return Verdict("stopped", INTERRUPTED, "interrupted during the preparation")
         if role.exit_code == 0 and self.exchange.prepared is not None:
             return None
-        return Verdict("failed", USER_ERROR if role.exit_code == USER_ERROR else 1, "the preparation failed")
+        code = role.exit_code if role.exit_code in (USER_ERROR, SITE_ERROR) else 1
+        return Verdict("failed", code, "the preparation failed")
 
     def supervise(self, view: RunDisplay) -> Verdict:
         """Keep the run going until it is done, fails, or is interrupted; then stop everybody."""
@@ -196,7 +196,8 @@ class Runner:
         for role in self._roles():
             outcome = role.tick()
             if outcome is not None:
-                verdict = self._ended(role, outcome, view) or verdict
+                failure = self._ended(role, outcome, view)
+                verdict = verdict or failure
         return verdict
 
     def _trained(self) -> bool:
@@ -213,31 +214,35 @@ class Runner:
     def _ended(self, role: ProcessRole, outcome: RoleOutcome, view: RunDisplay) -> Verdict | None:
         """React to the end of a process; a verdict if the run ends with it."""
         how = f"{role.name}: {describe_exit(role.exit_code)}"
-        last_lines = f"the last lines of {shown(role.log)}:\n{tail(role.log)}"
-        if outcome is RoleOutcome.USER_ERROR:
-            view.say(f"{how}; {last_lines}")
-            return Verdict("failed", USER_ERROR, f"{role.name} ended with an error that a restart does not mend")
-        if outcome is RoleOutcome.CRASHED:
+        if outcome is RoleOutcome.RESTARTED:
             self.state.restarts[role.name] = self.state.restarts.get(role.name, 0) + 1
-            view.say(f"{how}; restart {role.crashes} of {role.budget}, see {shown(role.log)}")
+            whose = "; its node is to blame" if role.exit_code == SITE_ERROR else ""
+            view.say(f"{how}{whose}; it is started again, see {shown(role.log)}")
         if outcome is RoleOutcome.GAVE_UP:
-            view.say(f"{how}; its budget of {role.budget} restarts is used up; {last_lines}")
+            assert role.given_up is not None
+            lines = tail(role.log)
+            view.say(f"{role.name} {role.given_up.message}; the last lines of {shown(role.log)}:\n{lines}")
         if role is self.evaluations.role:
             if message := self.evaluations.ended(outcome):
                 view.say(message)
             return None
-        if outcome is RoleOutcome.GAVE_UP and role is self.learner:
-            return Verdict("failed", 1, f"the learner crashed {role.crashes} times")
-        if outcome is RoleOutcome.GAVE_UP and all(sampler.given_up for sampler in self.samplers.values()):
-            return Verdict("failed", 1, "every sampler crashed too often")
         if outcome is RoleOutcome.CLEAN and not self._trained():
             view.say(f"{role.name} left before the run's end and is started again")
+        samplers = {str(slot): sampler.given_up for slot, sampler in self.samplers.items() if self._counts(slot)}
+        if outcome is RoleOutcome.GAVE_UP and (failure := run_failure(self.learner.given_up, samplers)):
+            return Verdict("failed", CODE_OF[failure.kind], failure.message)
         return None
+
+    def _counts(self, slot: Slot) -> bool:
+        """Whether the slot has worked, or will: one that availability never asks for is not waited for."""
+        pool, sampler = self.spec.pool(slot.pool), self.samplers[slot]
+        changes = next_change(pool, self.state.elapsed_s, seed=self.spec.seed, time_scale=self.spec.time_scale)
+        return bool(sampler.given_up) or sampler.wanted or changes is not None
 
     def _publish(self, view: RunDisplay, verdict: Verdict | None, now: float) -> None:
         def seen(role: ProcessRole) -> ProcessState:
             ended = None if verdict is None else "done" if verdict.status == "succeeded" else "stopped"
-            return ProcessState(ended or role.state if role.state == "away" else role.state, role.crashes)
+            return ProcessState(ended or role.state if role.state == "away" else role.state, len(role.failures))
 
         slots = {slot: seen(role) for slot, role in self.samplers.items()}
         view.show(RunView(seen(self.learner), slots, self.evaluations.version, self.state.elapsed_s))
@@ -250,18 +255,17 @@ class Runner:
         return [self.learner, *self.samplers.values(), *([self.evaluations.role] if self.evaluations.role else [])]
 
     def _sampler(self, slot: Slot) -> ProcessRole:
-        arguments = ["--pool", slot.pool, "--index", str(slot.index)]
-        threads, budget = self.spec.pool(slot.pool).threads, self.spec.failure_policy.sampler_restarts
-        return self._role(str(slot), [*self.programs.sampler, *arguments], budget, threads, log=f"sampler-{slot}")
+        program = [*self.programs.sampler, "--pool", slot.pool, "--index", str(slot.index)]
+        return self._role(str(slot), "sampler", program, self.spec.pool(slot.pool).threads, log=f"sampler-{slot}")
 
     def _evaluator(self, version: Version) -> ProcessRole:
-        return self._role("evaluate", [*self.programs.evaluate, "--version", str(version)], _EVALUATION_RESTARTS)
+        return self._role("evaluate", "evaluation", [*self.programs.evaluate, "--version", str(version)])
 
     def _role(
         self,
         name: str,
+        role: Role,
         program: Sequence[str],
-        budget: int,
         threads: int = 0,
         *,
         ranks: int = 1,
@@ -274,7 +278,10 @@ class Runner:
         def start() -> ManagedProcess:
             return ManagedProcess(command, env, log_file, ranks=ranks, keep_open=(self._lock,))
 
-        return ProcessRole(name, start, log_file, budget, grace_s=GRACE_S)
+        def step() -> int:
+            return int(self.exchange.learner.get("step", 0))
+
+        return ProcessRole(name, role, start, log_file, self.spec.failure_policy, step, grace_s=GRACE_S)
 
 
 def cores() -> int:

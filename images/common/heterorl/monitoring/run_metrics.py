@@ -74,7 +74,7 @@ class RunProgress:
     attempts: Mapping[str, int] = field(default_factory=dict)
     """Ends of the learner: clean, signalled, crashed."""
     gave_up: tuple[str, str] | None = None
-    """Why the learner is started no more: UserError, LearnerCrashed or VolumeInUse, and a sentence."""
+    """Why the learner is started no more: UserError, SiteError, LearnerCrashed or VolumeInUse, and a sentence."""
     pools: Mapping[str, PoolProgress] = field(default_factory=dict)
     evaluation_best: float | None = None
     evaluation_last: float | None = None
@@ -97,7 +97,7 @@ class RunObserver:
         known = RunProgress(
             steps=spec.learner.steps,
             attempts=outcomes(attempts),
-            gave_up=gave_up(attempts, spec.failure_policy.learner_restarts, exchange.successor),
+            gave_up=gave_up(attempts, spec.failure_policy, exchange.successor),
         )
         if exchange.prepared is None:
             return known  # whatever else is there may be another run's

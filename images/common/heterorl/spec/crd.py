@@ -275,7 +275,7 @@ def _fields(block: type[Block]) -> dict[str, type[Block] | None]:
 
 
 def _finished_rule() -> Rule:
-    """CEL at the root: a run that ended keeps its spec, but for how long it is kept itself."""
+    """CEL at the root: a run that ended keeps its spec, unless it is taken up again, but for how long it is kept."""
     kept = [(name, info) for name, info in RunSpec.model_fields.items() if name != "ttl_seconds_after_finished"]
     unchanged = " && ".join(
         # A field without a default may be absent.
@@ -284,9 +284,10 @@ def _finished_rule() -> Rule:
         for mark in ["?" if info.get_default() is None else ""]
     )
     return (
-        f"!has(oldSelf.status) || !has(oldSelf.status.completionTime) || ({unchanged})",
-        "the run has ended, so only ttlSecondsAfterFinished can change; to continue, create a new run with resume: true"
-        " on the same claim",
+        "!has(oldSelf.status) || !has(oldSelf.status.completionTime)"
+        f" || self.spec.failurePolicy.resumes > oldSelf.spec.failurePolicy.resumes || ({unchanged})",
+        "the run has ended, so only ttlSecondsAfterFinished can change; to resume a failed run, increase"
+        " failurePolicy.resumes, or create a new run with resume: true on the same claim",
     )
 
 

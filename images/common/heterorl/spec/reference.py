@@ -43,8 +43,9 @@ On Kubernetes the API server rejects changes that a run cannot follow.
 - At any time: {live}; sampler pools may be added and removed. `learner.steps` and `exchange.volume.size` can
   only be increased.
 - All other fields: only while `suspend` is true.
-- After the run has ended: only `ttlSecondsAfterFinished`. To continue, create a new run with `resume: true` on the same
-  claim.
+- After the run has ended: only `ttlSecondsAfterFinished`. To resume a failed run in place, increase
+  `failurePolicy.resumes`; set `suspend: true` in the same edit if other fields have to change first. Or create a new
+  run with `resume: true` on the same claim.
 
 Running pods follow an edit without a restart, about a minute later, when the kubelet has updated their file: the
 learner trains the added steps with the learning rate schedule of the new total, and a sampler continues with its new
