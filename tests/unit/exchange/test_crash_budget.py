@@ -7,19 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from builders import Clock, exchange_at, run_of
 from heterorl.exchange.crash_budget import Attempts, attempts_of, gave_up, outcome_of, outcomes
 from heterorl.exchange.exchange import Exchange
-from heterorl.spec.run import API_VERSION, KIND, FailurePolicySpec, HeteroRLRun
-
-
-class Clock:
-    """Time that passes when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from heterorl.spec.run import FailurePolicySpec
 
 
 @pytest.fixture
@@ -29,16 +20,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def exchange(tmp_path: Path, clock: Clock) -> Exchange:
-    exchange = Exchange(tmp_path, clock=clock)
-    exchange.create(run("demo"))
-    return exchange
-
-
-def run(name: str) -> HeteroRLRun:
-    spec = {"samplers": [{"name": "near"}]}
-    return HeteroRLRun.model_validate(
-        {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": name}, "spec": spec}
-    )
+    return exchange_at(tmp_path, run_of("demo"), clock=clock)
 
 
 def counted(exchange: Exchange) -> tuple[int, int, int]:
@@ -171,7 +153,7 @@ def test_attempts_of_another_run_on_the_volume_stay_and_are_not_counted(exchange
     Attempts(exchange, 0, "pod-a").begin()
     Attempts(exchange, 0, "pod-a").end("crashed", 1)
     other = Exchange(exchange.root, clock=exchange.now)
-    other.create(run("other"))
+    other.create(run_of("other"))
     assert counted(other) == (0, 0, 0)
     Attempts(other, 0, "pod-b").settle()
     Attempts(other, 0, "pod-b").begin()
@@ -183,11 +165,11 @@ def test_an_end_is_noted_of_the_runs_own_attempt_though_another_run_began_meanwh
     old = Attempts(exchange, 0, "pod-a")
     old.begin()
     other = Exchange(exchange.root, clock=exchange.now)
-    other.create(run("other"))
+    other.create(run_of("other"))
     Attempts(other, 0, "pod-b").begin()
-    exchange.create(run("demo"))
+    exchange.create(run_of("demo"))
     old.end("crashed", 1)
     assert counted(exchange) == (0, 0, 1)
-    other.create(run("other"))
+    other.create(run_of("other"))
     Attempts(other, 0, "pod-b").end("clean", 0)
     assert counted(other) == (1, 0, 0)

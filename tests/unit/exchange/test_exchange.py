@@ -10,63 +10,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from builders import CANARY, FAR, Clock, exchange_at, publish, rollout_of, run_of
 from heterorl.errors import CorruptFile, ExchangeError, RunFolderError
-from heterorl.exchange.exchange import Canary, Exchange, JournalEntry
+from heterorl.exchange.exchange import Exchange, JournalEntry
 from heterorl.exchange.rollout import Rollout
 from heterorl.exchange.storage import Files
 from heterorl.names import RolloutName, Slot, Version
-from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun
 
 V3 = Version(3, 1)
-FAR = Slot("far", 0)
-CANARY = Canary([[1, 2, 3]], [[-0.5, -0.25]])
-MANIFEST = {
-    "apiVersion": API_VERSION,
-    "kind": KIND,
-    "metadata": {"name": "test"},
-    "spec": {"samplers": [{"name": "far", "replicas": 2}], "exchange": {"leaseSeconds": 10}},
-}
-
-
-class Clock:
-    """Time that only passes when somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
+SPEC = {"samplers": [{"name": "far", "replicas": 2}], "exchange": {"leaseSeconds": 10}}
 
 
 @pytest.fixture
 def exchange(tmp_path: Path) -> Exchange:
     clock = Clock()
-    exchange = Exchange(tmp_path / "run", clock=clock, sleep=clock.sleep)
-    exchange.create(HeteroRLRun.model_validate(MANIFEST))
-    return exchange
+    return exchange_at(tmp_path / "run", run_of(**SPEC), clock=clock, sleep=clock.sleep)
 
 
 def rollout(reward: float = 1.0) -> Rollout:
-    return Rollout(
-        prompt_ids=np.array([5, 6], np.int32),
-        completion_ids=np.array([7, 8, 9], np.int32),
-        lengths=np.array([1, 2], np.int32),
-        logp=np.array([-0.1, -0.2, -0.3], np.float32),
-        versions=np.array([3, 3, 3], np.int32),
-        rewards=np.array([reward, 0.0], np.float32),
-        truncated=np.array([False, True]),
-        reward_terms={"accuracy": np.array([1.0, 0.0], np.float32)},
+    return rollout_of(
+        [reward, 0.0],
+        [1, 2],
+        version=3,
+        logp=[-0.1, -0.2, -0.3],
+        truncated=[False, True],
+        terms={"accuracy": [1.0, 0.0]},
         meta={"row_id": 4},
     )
-
-
-def publish(exchange: Exchange, version: Version, weights: bytes = b"weights") -> None:
-    staged = exchange.stage_weights(version)
-    (staged / "model.safetensors").write_bytes(weights)
-    exchange.commit_weights(version, CANARY)
 
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -451,7 +421,7 @@ def on_volume(tmp_path: Path) -> Callable[..., Exchange]:
     def on_volume(name: str, uid: str | None = None, **spec: object) -> Exchange:
         file = tmp_path / f"{name}-{uid}.json"
         metadata = {"name": name, "uid": uid}
-        run = HeteroRLRun.model_validate({**MANIFEST, "metadata": metadata, "spec": {**MANIFEST["spec"], **spec}})
+        run = run_of(metadata=metadata, **SPEC | spec)
         file.write_text(json.dumps(run.resolved()))
         return Exchange(tmp_path / "volume", spec_file=file)
 
@@ -519,7 +489,7 @@ def test_a_run_folder_on_one_machine_is_never_another_runs(on_volume: Callable[.
     moved.occupy()
     moved.mark_prepared({})
     here = Exchange(moved.root)
-    here.create(HeteroRLRun.model_validate(MANIFEST))
+    here.create(run_of(**SPEC))
     assert here.prepared is not None
 
 

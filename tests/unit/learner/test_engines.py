@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from builders import spec_of
 from heterorl.errors import ModelError, TrainingError, UserError
 from heterorl.spec.run import LearnerSpec, RunSpec
 from heterorl_learner.batching import MicroBatch, Sequence, micro_batch, plan
@@ -25,7 +26,7 @@ def folders(tiny_model_dir: Callable[..., Path]) -> dict[str, Path]:
 
 def run_spec(**learner: object) -> RunSpec:
     dtype = learner.pop("dtype", "float32")
-    return RunSpec.model_validate({"samplers": [{"name": "near"}], "model": {"dtype": dtype}, "learner": learner})
+    return spec_of(model={"dtype": dtype}, learner=learner)
 
 
 def drawn(number: int, seed: int = 0) -> list[Sequence]:

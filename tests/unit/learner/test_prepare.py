@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from builders import exchange_at, run_of
 from heterorl.errors import DataError, ModelError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.storage import Files
-from heterorl.spec.run import HeteroRLRun, TinyModelSpec
+from heterorl.spec.run import TinyModelSpec
 from heterorl_learner import prepare as module
 from heterorl_learner.prepare import prepare
 from heterorl_learner.tiny import build_model, build_tokenizer
@@ -23,20 +24,8 @@ TINY = {"source": "tiny", "tiny": {"hiddenSize": 32, "numLayers": 1, "targetAccu
 def exchange_with(root, *, model=TINY, train=None, files=None, **spec):
     """A run's folder whose manifest holds that model and data; nothing is prepared yet."""
     train = train or {"source": "arithmetic", "arithmetic": {"digits": 1, "rows": 50}}
-    manifest = {
-        "apiVersion": "heterorl.dev/v1alpha1",
-        "kind": "HeteroRLRun",
-        "metadata": {"name": "prepared"},
-        "spec": {
-            "model": model,
-            "data": {"train": train, **spec.pop("data", {})},
-            "samplers": [{"name": "near"}],
-            **spec,
-        },
-    }
-    exchange = Exchange(root, files=files)
-    exchange.create(HeteroRLRun.model_validate(manifest))
-    return exchange
+    data = {"train": train, **spec.pop("data", {})}
+    return exchange_at(root, run_of("prepared", model=model, data=data, **spec), files=files)
 
 
 @pytest.fixture(scope="session")

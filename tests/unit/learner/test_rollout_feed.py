@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from builders import exchange_at, rollout_name, rollout_of, run_of
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.rollout import Rollout
-from heterorl.names import RolloutName, Slot, Version
-from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun
+from heterorl.names import RolloutName
 from heterorl_learner.rollout_feed import RolloutFeed
 
 
@@ -29,32 +27,16 @@ def no_sleep(seconds: float) -> None:
 
 @pytest.fixture
 def exchange(tmp_path: Path) -> Exchange:
-    spec = {
-        "samplers": [{"name": "far"}],
-        "learner": {"batch": {"groups": 2}},
-        "algorithm": {"groupSize": 2, "staleness": {"maxSteps": 4}},
-    }
-    exchange = Exchange(tmp_path / "run", sleep=no_sleep)
-    manifest = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "test"}, "spec": spec}
-    exchange.create(HeteroRLRun.model_validate(manifest))
-    return exchange
+    algorithm = {"groupSize": 2, "staleness": {"maxSteps": 4}}
+    return exchange_at(tmp_path / "run", run_of(learner={"batch": {"groups": 2}}, algorithm=algorithm), sleep=no_sleep)
 
 
 @pytest.fixture
 def put(exchange: Exchange) -> Callable[..., RolloutName]:
     def put(seq: int, step: int = 0, *, made_by: int | None = None, group_size: int = 2) -> RolloutName:
-        name = RolloutName(Version(step, 1), Slot("far", 0), seq)
-        ones = np.ones(group_size, np.float32)
-        rollout = Rollout(
-            prompt_ids=np.array([1], np.int32),
-            completion_ids=np.arange(group_size, dtype=np.int32),
-            lengths=np.ones(group_size, np.int32),
-            logp=-ones,
-            versions=np.full(group_size, step if made_by is None else made_by, np.int32),
-            rewards=ones,
-            truncated=np.zeros(group_size, np.bool_),
-        )
-        exchange.put_rollouts({name: rollout})
+        name = rollout_name(seq, step)
+        version = step if made_by is None else made_by
+        exchange.put_rollouts({name: rollout_of([1.0] * group_size, version=version)})
         return name
 
     return put

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from builders import spec_of
 from heterorl.names import RolloutName, Slot, Version
 from heterorl.spec.run import RunSpec
 from heterorl_learner.publish import versions_to_keep
@@ -17,7 +18,7 @@ def name(step: int, slot: str, seq: int, incarnation: int = 1) -> RolloutName:
 
 
 def spec(**fields: object) -> RunSpec:
-    return RunSpec.model_validate({"samplers": [{"name": "near"}, {"name": "far"}], **fields})
+    return spec_of(**{"samplers": [{"name": "near"}, {"name": "far"}], **fields})
 
 
 # ── selection ────────────────────────────────────────────────────────────────────────────────────────────────────────

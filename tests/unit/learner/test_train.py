@@ -7,66 +7,43 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
+from builders import exchange_at, rollout_name, rollout_of, run_of
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.rollout import Rollout
 from heterorl.monitoring.metrics import Metrics
-from heterorl.names import RolloutName, Slot, Version
-from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun
+from heterorl.names import Version
+from heterorl.spec.run import HeteroRLRun
 from heterorl_learner.engines.base import TrainingEngine
 from heterorl_learner.engines.build import build_engine
 from heterorl_learner.train import Trainer
 
 
-def run_of(steps: int, **spec: Any) -> HeteroRLRun:
-    return HeteroRLRun.model_validate(
-        {
-            "apiVersion": API_VERSION,
-            "kind": KIND,
-            "metadata": {"name": "test"},
-            "spec": {
-                "model": {"dtype": "float32"},
-                "samplers": [{"name": "far"}],
-                "learner": {
-                    "steps": steps,
-                    "batch": {"groups": 1},
-                    "optimizer": {"learningRate": 0.5},
-                    "schedule": {"type": "linear", "warmupRatio": 0.0},
-                },
-                "algorithm": {"groupSize": 2},
-                "exchange": {"pollSeconds": 0.01},
-                **spec,
-            },
-        }
+def run_with(steps: int, **spec: Any) -> HeteroRLRun:
+    return run_of(
+        model={"dtype": "float32"},
+        learner={
+            "steps": steps,
+            "batch": {"groups": 1},
+            "optimizer": {"learningRate": 0.5},
+            "schedule": {"type": "linear", "warmupRatio": 0.0},
+        },
+        algorithm={"groupSize": 2},
+        **{"exchange": {"pollSeconds": 0.01}, **spec},
     )
 
 
 @pytest.fixture
 def exchange(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Exchange:
     """A prepared run of 2 steps, with rollouts for 5."""
-    exchange = Exchange(tmp_path / "run")
-    exchange.create(run_of(2))
+    exchange = exchange_at(tmp_path / "run", run_with(2))
     exchange.model_dir.symlink_to(tiny_model_dir(tokenizer=True))
     exchange.data_file("train").parent.mkdir()
     exchange.data_file("train").write_text(json.dumps({"prompt_ids": [3, 4, 5]}) + "\n")
     exchange.mark_prepared({})
     for seq in range(5):
-        exchange.put_rollouts({RolloutName(Version(0, 1), Slot("far", 0), seq): rollout()})
+        exchange.put_rollouts({rollout_name(seq): rollout_of()})
     return exchange
-
-
-def rollout() -> Rollout:
-    return Rollout(
-        prompt_ids=np.array([5, 6], np.int32),
-        completion_ids=np.array([7, 8], np.int32),
-        lengths=np.array([1, 1], np.int32),
-        logp=np.array([-0.5, -0.5], np.float32),
-        versions=np.zeros(2, np.int32),
-        rewards=np.array([1.0, 0.0], np.float32),
-        truncated=np.array([False, False]),
-    )
 
 
 @pytest.fixture
@@ -93,7 +70,7 @@ class Watch:
 def test_steps_added_to_a_live_run_are_trained_under_the_schedule_of_the_new_total(
     exchange: Exchange, engine: TrainingEngine
 ) -> None:
-    watch = Watch(lambda step: exchange.create(run_of(4)) if step == 1 else None)
+    watch = Watch(lambda step: exchange.create(run_with(4)) if step == 1 else None)
     assert Trainer(exchange, engine, Metrics([watch]), lambda: False).train()
     assert [record["step"] for record in watch.records] == [1, 2, 3, 4]
     # Linear from 0.5 to 0: the first of 2 steps, then the second, third and fourth of 4.
@@ -105,7 +82,7 @@ def test_steps_added_to_a_live_run_are_trained_under_the_schedule_of_the_new_tot
 
 
 def test_a_run_is_never_made_shorter_while_it_runs(exchange: Exchange, engine: TrainingEngine) -> None:
-    watch = Watch(lambda step: exchange.create(run_of(1)))
+    watch = Watch(lambda step: exchange.create(run_with(1)))
     assert Trainer(exchange, engine, Metrics([watch]), lambda: False).train()
     assert exchange.learner["step"] == 2
 
@@ -120,7 +97,7 @@ def test_a_finished_learner_still_tells_the_reward_and_lag_of_its_last_step(
 
 def test_rollouts_are_kept_from_the_edit_on_that_says_so(exchange: Exchange, engine: TrainingEngine) -> None:
     keep = {"exchange": {"pollSeconds": 0.01, "retention": {"keepRollouts": True}}}
-    watch = Watch(lambda step: exchange.create(run_of(2, **keep)) if step == 1 else None)
+    watch = Watch(lambda step: exchange.create(run_with(2, **keep)) if step == 1 else None)
     Trainer(exchange, engine, Metrics([watch]), lambda: False).train()
     archived = sorted(path.name for path in (exchange.root / "archive").iterdir())
     assert [name.partition("--s")[2] for name in archived] == ["0000000000.safetensors", "0000000001.safetensors"]

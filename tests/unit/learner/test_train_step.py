@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from builders import rollout_name, rollout_of, spec_of
 from heterorl.exchange.rollout import Rollout
-from heterorl.names import RolloutName, Slot, Version
 from heterorl.spec.run import RunSpec
 from heterorl_learner.engines.build import build_engine
 from heterorl_learner.rollout_feed import StepBatch
@@ -17,33 +17,18 @@ from heterorl_learner.train_step import rollout_metrics, sequences, step_totals,
 
 
 def spec(**algorithm: object) -> RunSpec:
-    return RunSpec.model_validate(
-        {
-            "samplers": [{"name": "far"}],
-            "model": {"dtype": "float32"},
-            "algorithm": {"groupSize": 2, **algorithm},
-            "generation": {"maxCompletionTokens": 4},
-        }
-    )
+    algorithm = {"groupSize": 2, **algorithm}
+    return spec_of(model={"dtype": "float32"}, algorithm=algorithm, generation={"maxCompletionTokens": 4})
 
 
 def rollout(rewards: list[float], truncated: list[bool], terms: dict[str, list[float]] | None = None) -> Rollout:
-    """Two completions, of 1 and 2 tokens."""
-    reward = np.array(rewards, np.float32)
-    return Rollout(
-        prompt_ids=np.array([5, 6], np.int32),
-        completion_ids=np.array([7, 8, 9], np.int32),
-        lengths=np.array([1, 2], np.int32),
-        logp=np.log(np.array([0.5, 0.25, 0.25], np.float32)),
-        versions=np.zeros(3, np.int32),
-        rewards=reward,
-        truncated=np.array(truncated),
-        reward_terms={name: np.array(values, np.float32) for name, values in (terms or {}).items()},
-    )
+    """Two completions, of 1 and 2 tokens, of probability 1/2 and 1/4 a token."""
+    logp = np.log([0.5, 0.25, 0.25]).tolist()
+    return rollout_of(rewards, [1, 2], logp=logp, truncated=truncated, terms=terms)
 
 
 def batch(*rollouts: Rollout, step: int = 3, version: int = 1) -> StepBatch:
-    names = [RolloutName(Version(version, 1), Slot("far", 0), seq) for seq in range(len(rollouts))]
+    names = [rollout_name(seq, version) for seq in range(len(rollouts))]
     return StepBatch(step, names, list(rollouts), wait_s=0.0)
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from builders import exchange_at, run_of
 from heterorl.exchange.exchange import Exchange
 from heterorl.local.live_view import PlainView, ProcessState, RunView, describe, duration, open_view, render, sparkline
 from heterorl.monitoring.progress import LiveProgress, ProgressReader, SlotProgress, Tail
 from heterorl.names import Slot, Version
-from heterorl.spec.run import HeteroRLRun
 
 FAR = Slot("far", 0)
 UP = ProcessState("up")
@@ -22,17 +22,7 @@ UP = ProcessState("up")
 
 @pytest.fixture
 def exchange(tmp_path: Path) -> Exchange:
-    exchange = Exchange(tmp_path / "demo")
-    exchange.create(
-        HeteroRLRun.model_validate(
-            {
-                "apiVersion": "heterorl.dev/v1alpha1",
-                "kind": "HeteroRLRun",
-                "metadata": {"name": "demo"},
-                "spec": {"learner": {"steps": 100}, "samplers": [{"name": "far"}]},
-            }
-        )
-    )
+    exchange = exchange_at(tmp_path / "demo", run_of("demo", learner={"steps": 100}))
     exchange.metrics_dir.mkdir()
     return exchange
 

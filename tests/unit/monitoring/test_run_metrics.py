@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from builders import Clock, exchange_at, publish, run_of
 from heterorl.exchange.crash_budget import Attempts
-from heterorl.exchange.exchange import Canary, Exchange
+from heterorl.exchange.exchange import Exchange
 from heterorl.monitoring.run_metrics import PoolProgress, RunObserver, RunProgress, parse_progress, to_text
 from heterorl.names import Slot, Version
-from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun
 
-MANIFEST = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "demo"}}
 SPEC = {
     "learner": {"steps": 40},
     "samplers": [{"name": "near"}, {"name": "far", "replicas": 3}],
@@ -43,16 +42,6 @@ WHOLE = RunProgress(
 )
 
 
-class Clock:
-    """Time that passes when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
@@ -60,15 +49,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def exchange(tmp_path: Path, clock: Clock) -> Exchange:
-    exchange = Exchange(tmp_path / "run", clock=clock)
-    exchange.create(HeteroRLRun.model_validate({**MANIFEST, "spec": SPEC}))
-    return exchange
-
-
-def publish(exchange: Exchange, *versions: Version) -> None:
-    for version in versions:
-        (exchange.stage_weights(version) / "model.safetensors").write_bytes(b"weights")
-        exchange.commit_weights(version, Canary([[1, 2]], [[-0.5]]))
+    return exchange_at(tmp_path / "run", run_of("demo", **SPEC), clock=clock)
 
 
 # ── there and back ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -132,7 +113,8 @@ def test_what_is_there_before_the_preparation_is_another_runs_and_not_told(excha
 def test_the_learners_heartbeat_evaluations_and_versions_are_told(exchange, clock):
     exchange.mark_prepared({})
     exchange.write_learner({"step": 12, "checkpoint_step": 10, "reward": 0.25, "lag": 3.5, "finished": False})
-    publish(exchange, *(Version(step, 1) for step in (0, 5, 10, 12)))
+    for step in (0, 5, 10, 12):
+        publish(exchange, Version(step, 1))
     exchange.write_eval(Version(0, 1), {"average": 0.5})
     clock.now += 7.5
     progress = RunObserver(exchange).observe(training_since=900.0)
@@ -159,7 +141,8 @@ def test_a_run_is_stalled_only_while_its_ranks_run(exchange, clock):
 
 def test_the_last_version_is_due_once_the_run_is_trained(exchange):
     exchange.mark_prepared({})
-    publish(exchange, Version(0, 1), Version(38, 1))
+    for step in (0, 38):
+        publish(exchange, Version(step, 1))
     exchange.write_eval(Version(0, 1), {"average": 0.5})
     exchange.write_eval(Version(30, 1), {"average": 0.5})
     exchange.write_learner({"step": 38, "finished": False})
@@ -203,7 +186,7 @@ def test_why_the_learner_gave_up_is_told(exchange):
 def test_another_runs_preparation_and_attempts_do_not_count(tmp_path):
     file = tmp_path / "spec.json"
     for uid in ("first", "second"):
-        run = HeteroRLRun.model_validate({**MANIFEST, "metadata": {"name": "demo", "uid": uid}, "spec": SPEC})
+        run = run_of("demo", metadata={"uid": uid}, **SPEC)
         file.write_text(json.dumps(run.resolved()))
         exchange = Exchange(tmp_path / "run", spec_file=file)
         seen = RunObserver(exchange).observe()

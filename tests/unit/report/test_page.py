@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from builders import exchange_at, run_of
 from heterorl.errors import RunFolderError
 from heterorl.exchange.exchange import Exchange
 from heterorl.names import Version
 from heterorl.report.page import read_runs, render_page, write_report
 from heterorl.report.series import RunSeries, active_clock, lives, mean_of, series, smooth, waiting_shares
-from heterorl.spec.run import HeteroRLRun
 
 
 def make_run(root: Path, name: str = "quickstart", *, seed: int = 0, **spec) -> Path:
@@ -23,13 +23,8 @@ def make_run(root: Path, name: str = "quickstart", *, seed: int = 0, **spec) -> 
         {"name": "near", "engine": "transformers"},
         {"name": "far", "engine": "transformers", "delay": {"distribution": "lognormal", "lower": 60, "upper": 1920}},
     ]
-    manifest = {
-        "apiVersion": "heterorl.dev/v1alpha1",
-        "kind": "HeteroRLRun",
-        "metadata": {"name": name},
-        "spec": {"seed": seed, "timeScale": 0.01, "samplers": samplers, "learner": {"steps": 40}, **spec},
-    }
-    Exchange(root).create(HeteroRLRun.model_validate(manifest))
+    run = run_of(name, **{"seed": seed, "timeScale": 0.01, "samplers": samplers, "learner": {"steps": 40}, **spec})
+    exchange_at(root, run)
     (root / "metrics").mkdir()
     return root
 

@@ -6,51 +6,31 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
+from builders import exchange_at, rollout_name, rollout_of, run_of
 from heterorl.exchange.exchange import Exchange, JournalEntry
-from heterorl.exchange.rollout import Rollout
 from heterorl.monitoring.metrics import JsonLines
-from heterorl.names import RolloutName, Slot, Version
+from heterorl.names import Slot, Version
 from heterorl.report.summary import in_words, summarise, write_summary
-from heterorl.spec.run import HeteroRLRun
 
 SLOT = Slot("far", 0)
 
 
 @pytest.fixture
 def exchange(tmp_path: Path) -> Exchange:
-    exchange = Exchange(tmp_path / "demo")
-    exchange.create(
-        HeteroRLRun.model_validate(
-            {
-                "apiVersion": "heterorl.dev/v1alpha1",
-                "kind": "HeteroRLRun",
-                "metadata": {"name": "demo"},
-                "spec": {"learner": {"steps": 20}, "samplers": [{"name": "far"}]},
-            }
-        )
-    )
+    exchange = exchange_at(tmp_path / "demo", run_of("demo", learner={"steps": 20}))
     exchange.metrics_dir.mkdir()
     return exchange
 
 
-def name(seq: int, step: int = 0) -> RolloutName:
-    return RolloutName(Version(step, 1), SLOT, seq)
-
-
 def names(*seqs: int) -> list[str]:
-    return [str(name(seq)) for seq in seqs]
+    return [str(rollout_name(seq)) for seq in seqs]
 
 
 def publish(exchange: Exchange, *seqs: int) -> None:
-    one = np.ones(1, np.float32)
     for seq in seqs:
-        ids = np.array([seq], np.int32)
-        step = np.zeros(1, np.int32)
-        rollout = Rollout(ids, ids, np.ones(1, np.int32), -one, step, one, np.zeros(1, np.bool_))
-        exchange.put_rollouts({name(seq): rollout})
+        exchange.put_rollouts({rollout_name(seq): rollout_of([1.0])})
 
 
 def record(exchange: Exchange, process: str, *records: dict[str, Any]) -> None:
@@ -64,7 +44,7 @@ def test_a_rollout_found_nowhere_is_lost_and_every_other_is_accounted_for(exchan
     record(exchange, "sampler-far-0", {"names": names(0, 1, 2)}, {"names": names(3, 4, 5)})
     # 0 and 1 are trained (1 is not deleted yet), 2 too old, 3 damaged, 4 waits; 5 is in none of these places
     publish(exchange, 1, 3, 4)
-    exchange.quarantine_rollout(name(3), "damaged")
+    exchange.quarantine_rollout(rollout_name(3), "damaged")
     exchange.append_journal(JournalEntry(step=0, incarnation=1, names=names(0)))
     exchange.append_journal(JournalEntry(step=1, incarnation=1, names=names(1), dropped=names(2)))
     result = summarise(exchange.root)

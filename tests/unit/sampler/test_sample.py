@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from builders import exchange_at, run_of
 from heterorl.exchange.exchange import Canary, Exchange
 from heterorl.monitoring.metrics import Metrics
 from heterorl.names import Slot, Version
-from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun
+from heterorl.spec.run import HeteroRLRun
 from heterorl_sampler.__main__ import serve
 from heterorl_sampler.engines.base import Completion
 from heterorl_sampler.engines.build import build_engine
@@ -29,17 +30,15 @@ ROWS = [{"id": i, "prompt_ids": [2 + i, 5], "answer": str(i), "columns": {}} for
 @pytest.fixture
 def exchange(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Exchange:
     """A run of one sampler whose learner has published its first weights."""
-    exchange = Exchange(tmp_path / "run")
-    spec = {
-        "model": {"dtype": "float32"},
-        "samplers": [{"name": "far", "engine": "transformers", "promptsPerBatch": 3}],
-        "algorithm": {"groupSize": 2},
-        "generation": {"maxCompletionTokens": 4},
-        "learner": {"batch": {"groups": 1}},
-        "exchange": {"pollSeconds": 0.01, "maxPendingGroups": 6},
-    }
-    manifest = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "test"}, "spec": spec}
-    exchange.create(HeteroRLRun.model_validate(manifest))
+    run = run_of(
+        model={"dtype": "float32"},
+        samplers=[{"name": "far", "engine": "transformers", "promptsPerBatch": 3}],
+        algorithm={"groupSize": 2},
+        generation={"maxCompletionTokens": 4},
+        learner={"batch": {"groups": 1}},
+        exchange={"pollSeconds": 0.01, "maxPendingGroups": 6},
+    )
+    exchange = exchange_at(tmp_path / "run", run)
     model, version = tiny_model_dir(tokenizer=True), Version(0, 1)
     shutil.copy(model / "model.safetensors", exchange.stage_weights(version))
     engine = build_engine("transformers", model, dtype="float32", max_model_len=64)

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import builders
+from builders import exchange_at, run_of
 from heterorl.exchange.exchange import Canary, Exchange
 from heterorl.heterogeneity.delay import Adoption
 from heterorl.names import Version
-from heterorl.spec.run import API_VERSION, KIND, DelaySpec, HeteroRLRun
+from heterorl.spec.run import DelaySpec
 from heterorl_sampler.weight_sync import Swap, WeightSync
 
 TEXTS = [[1, 2], [3, 4]]
@@ -32,15 +34,7 @@ class OneNumberEngine:
 
 @pytest.fixture
 def exchange(tmp_path: Path) -> Exchange:
-    exchange = Exchange(tmp_path / "run")
-    samplers = [{"name": "far"}]
-    spec = {"samplers": samplers, "model": {"dtype": "float32"}}
-    exchange.create(
-        HeteroRLRun.model_validate(
-            {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "test"}, "spec": spec}
-        )
-    )
-    return exchange
+    return exchange_at(tmp_path / "run", run_of(model={"dtype": "float32"}))
 
 
 @pytest.fixture
@@ -54,11 +48,8 @@ def follower(exchange: Exchange, engine: OneNumberEngine, tmp_path: Path) -> Wei
 
 
 def publish(exchange: Exchange, step: int, weight: float, *, canary: float | None = None) -> Version:
-    version = Version(step, 1)
-    (exchange.stage_weights(version) / "model.safetensors").write_text(str(weight))
     expected = weight if canary is None else canary
-    exchange.commit_weights(version, Canary(TEXTS, [[expected], [expected]]))
-    return version
+    return builders.publish(exchange, Version(step, 1), str(weight).encode(), Canary(TEXTS, [[expected], [expected]]))
 
 
 def settle(follower: WeightSync) -> list[Swap]:
