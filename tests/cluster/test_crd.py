@@ -19,7 +19,7 @@ from heterorl.spec.run import HeteroRLRun
 pytestmark = pytest.mark.usefixtures("crd")
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "tests" / "unit" / "golden"
+GOLDEN = ROOT / "tests" / "unit" / "kubernetes" / "golden"
 # The last has every field of a podTemplate.
 EXAMPLES = [*sorted((ROOT / "examples").rglob("*.yaml")), GOLDEN / "far-site.run.yaml"]
 BROKEN_MANIFESTS = yaml.safe_load((ROOT / "tests" / "broken_manifests.yaml").read_text())
