@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 
-from heterorl.entry import exit_code
+from heterorl.entry import exit_code, leave
 from heterorl.exchange.exchange import Exchange
 from heterorl.logs import setup_logging
 from heterorl.monitoring.metrics import Metrics
@@ -30,8 +29,9 @@ def main() -> int:
 
 
 def learn(exchange: Exchange, rank: int, stop: threading.Event) -> None:
-    """Train on the prepared model, leave."""
-    from heterorl_learner.engines.build import build_engine  # slow to import, and `--help` needs none of it
+    """Train on the prepared model, until every rank is done."""
+    from heterorl_learner import ranks  # slow to import, and `--help` needs none of these
+    from heterorl_learner.engines.build import build_engine
     from heterorl_learner.train import Trainer
 
     spec = exchange.spec
@@ -43,8 +43,8 @@ def learn(exchange: Exchange, rank: int, stop: threading.Event) -> None:
         )
     with metrics:
         Trainer(exchange, engine, metrics, stop.is_set).train()
-    engine.close()
+    ranks.part()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

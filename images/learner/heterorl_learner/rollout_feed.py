@@ -12,12 +12,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
 from heterorl.errors import CorruptFile
 from heterorl.exchange.exchange import Exchange, JournalEntry
 from heterorl.exchange.rollout import Rollout
 from heterorl.names import RolloutName
+from heterorl_learner import ranks
 from heterorl_learner.selection import select_rollouts
 
 log = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ class RolloutFeed:
         """`step`: updates already in the weights; journalled steps from there on are replayed first."""
         self._exchange, self._incarnation, self._stop = exchange, incarnation, stop
         self._spec = exchange.spec
-        self._is_first = not dist.is_initialized() or dist.get_rank() == 0
+        self._is_first = ranks.rank() == 0
         self.dropped = 0
         self.taken: dict[str, int] = {}
         self._entries: deque[JournalEntry] = deque()
@@ -60,13 +59,12 @@ class RolloutFeed:
         """The batch of the step after `step` updates, waiting for it if need be; None when told to stop first."""
         started = time.monotonic()
         found = self._find(step) if self._is_first else None
-        if not dist.is_initialized():
-            return self._batch(step, found, started)
-        message: list[list[str] | None] = [None if found is None else [str(name) for name in found]]
-        dist.broadcast_object_list(message)
-        if not self._is_first and message[0] is not None:
-            found = self._read_all([RolloutName.parse(name) for name in message[0]])
-        return self._batch(step, found, started)
+        names = ranks.agree(None if found is None else list(found))
+        if names is None:
+            return None
+        if found is None:
+            found = self._read_all(names)
+        return StepBatch(step, names, [found[name] for name in names], time.monotonic() - started)
 
     def retire(self, step: int) -> None:
         """Delete, or archive, what was trained or dropped before `step`, because a durable checkpoint covers it."""
@@ -164,8 +162,3 @@ class RolloutFeed:
                         raise
                     self._exchange.sleep(0.1)
         return rollouts
-
-    def _batch(self, step: int, found: dict[RolloutName, Rollout] | None, started: float) -> StepBatch | None:
-        if found is None:
-            return None
-        return StepBatch(step, list(found), list(found.values()), time.monotonic() - started)

@@ -17,12 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from heterorl.errors import CorruptFile
 from heterorl.exchange.exchange import Exchange
 from heterorl.monitoring.metrics import Metrics
 from heterorl.spec.run import LearnerSpec
+from heterorl_learner import ranks
 from heterorl_learner.completion_log import completions_log
 from heterorl_learner.engines.base import TrainingEngine
 from heterorl_learner.hf_export import write_model
@@ -50,10 +49,10 @@ class Trainer:
         self.exchange, self.engine, self.metrics = exchange, engine, metrics
         self.spec = exchange.spec
         self.state = self._resume()
-        self.incarnation: int = self._agree(exchange.learner.get("incarnation", 0) + 1)
+        self.incarnation: int = ranks.agree(exchange.learner.get("incarnation", 0) + 1)
         self.feed = RolloutFeed(exchange, self.state.step, self.incarnation, stop)
         self.publisher = Publisher(exchange, engine, self.incarnation)
-        self.learner: LearnerSpec = self._agree(exchange.spec.learner)
+        self.learner: LearnerSpec = ranks.agree(exchange.spec.learner)
         self.told: dict[str, float] = {}  # of the last step, for the heartbeat
         self.log_completions = completions_log(exchange) if engine.rank == 0 else lambda batch: None
 
@@ -81,7 +80,7 @@ class Trainer:
 
     def _goes_on(self) -> bool:
         """Whether there are steps to train. Rank 0 reads that anew: they may be added to a live run."""
-        self.learner = self._agree(self.exchange.spec.learner)
+        self.learner = ranks.agree(self.exchange.spec.learner)
         return self.state.step < self.learner.steps
 
     # ── beginning and end ────────────────────────────────────────────────────────────────────────────────────────────
@@ -97,7 +96,7 @@ class Trainer:
                 except (CorruptFile, FileNotFoundError) as error:
                     log.error("checkpoint of step %d is damaged (%s); trying the one before", step, error)
                     self.exchange.remove_checkpoint(step)
-        found = self._agree(found)
+        found = ranks.agree(found)
         if found is None:
             return TrainerState()
         folder, state = found
@@ -121,7 +120,7 @@ class Trainer:
 
     def _finish(self) -> bool:
         finished = self.state.step >= self.learner.steps
-        if self._agree(self.state.step not in self.exchange.list_checkpoints()):
+        if ranks.agree(self.state.step not in self.exchange.list_checkpoints()):
             self._checkpoint()
         if finished:
             write_model(self.exchange, self.engine, self.exchange.output_dir)
@@ -135,17 +134,17 @@ class Trainer:
         step = self.state.step
         if self.engine.rank == 0:
             self.exchange.stage_checkpoint(step)
-        self._barrier()
+        ranks.barrier()
         folder = self.exchange.staged_checkpoint(step)
         self.engine.save(folder)
         write_model(self.exchange, self.engine, folder / "model")
-        self._barrier()
+        ranks.barrier()
         if self.engine.rank == 0:
             self.exchange.commit_checkpoint(step, asdict(self.state))
             for old in self.exchange.list_checkpoints()[: -self.spec.learner.checkpoint.keep]:
                 self.exchange.remove_checkpoint(old)
             self.feed.retire(self._covered())
-        self._barrier()
+        ranks.barrier()
 
     def _covered(self) -> int:
         """Rollouts of steps before this one are in every checkpoint that is kept."""
@@ -198,16 +197,3 @@ class Trainer:
                     "lag": self.told.get("lag/mean"),
                 }
             )
-
-    # ── ranks ────────────────────────────────────────────────────────────────────────────────────────────────────────
-    def _agree(self, value: Any) -> Any:
-        """Rank 0's value on every rank."""
-        if not dist.is_initialized():
-            return value
-        message = [value]
-        dist.broadcast_object_list(message)
-        return message[0]
-
-    def _barrier(self) -> None:
-        if dist.is_initialized():
-            dist.barrier()

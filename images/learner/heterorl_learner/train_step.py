@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from heterorl.exchange.rollout import Rollout
 from heterorl.spec.run import LearnerSpec, RunSpec
+from heterorl_learner import ranks
 from heterorl_learner.advantages import resolve_scale, step_advantages
 from heterorl_learner.batching import MicroBatch, Sequence, plan
 from heterorl_learner.engines.base import TrainingEngine
@@ -36,7 +36,7 @@ def train_on(engine: TrainingEngine, spec: RunSpec, batch: StepBatch) -> dict[st
         return loss
 
     engine.forward_backward(plans[engine.rank], spec.generation.temperature, loss_function)
-    everywhere = _from_all_ranks(engine, parts)
+    everywhere = [part for of_rank in ranks.gather(parts) for part in of_rank]
     if not everywhere:  # every completion was cut and is masked: a step without a gradient
         return {"loss": 0.0, "kl_to_sampler": 0.0}
     return summarise(combine(everywhere))
@@ -127,11 +127,3 @@ def learning_rate(learner: LearnerSpec, step: int) -> float:
 def num_tokens(rollouts: list[Rollout]) -> int:
     """Prompt and completion tokens that the learner reads for these rollouts."""
     return sum(len(r.prompt_ids) * len(r.lengths) + len(r.completion_ids) for r in rollouts)
-
-
-def _from_all_ranks(engine: TrainingEngine, parts: list[LossMetrics]) -> list[LossMetrics]:
-    if engine.world_size == 1:
-        return parts
-    everyone: list[list[LossMetrics]] = [[] for _ in range(engine.world_size)]
-    dist.all_gather_object(everyone, parts)
-    return [part for rank in everyone for part in rank]

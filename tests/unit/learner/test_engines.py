@@ -11,9 +11,8 @@ from builders import spec_of
 from heterorl.errors import ModelError, TrainingError, UserError
 from heterorl.spec.run import LearnerSpec, RunSpec
 from heterorl_learner.batching import MicroBatch, Sequence, micro_batch, plan
-from heterorl_learner.engines.base import TrainingEngine
-from heterorl_learner.engines.build import build_engine
-from heterorl_learner.engines.model import load_policy, token_logps
+from heterorl_learner.engines.base import TrainingEngine, token_logps
+from heterorl_learner.engines.build import build_engine, load_policy
 from heterorl_learner.train_step import learning_rate
 
 VOCABULARY = 24

@@ -54,7 +54,6 @@ def test_a_step_whose_completions_are_all_masked_changes_nothing(tiny_model_dir:
     assert engine.step(1e-3) == 0.0
     after = engine.full_state_dict()
     assert all(np.array_equal(before[name].numpy(), after[name].numpy()) for name in before)
-    engine.close()
 
 
 def test_metrics_of_a_step_are_those_of_its_rollouts() -> None:

@@ -1,4 +1,4 @@
-"""The training engine: forward, backward, optimizer, weights, over one or many ranks.
+"""The policy, and the training engine: forward, backward, optimizer, weights, over one or many ranks.
 
 The trainer calls, on every rank alike: `forward_backward` with that rank's micro-batches of the step (as many on each
 rank), then `step`. The loss function's values are shares: their sum over micro-batches and ranks is the step's loss,
@@ -7,24 +7,57 @@ whatever the engine does underneath (DDP and ZeRO average over ranks, so the sha
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from heterorl.errors import TrainingError
 from heterorl.spec.run import LearnerSpec, RunSpec
+from heterorl_learner import ranks
 from heterorl_learner.batching import MicroBatch
-from heterorl_learner.engines.model import token_logps
 
 LossFunction = Callable[[MicroBatch, Tensor], Tensor]
 """(micro-batch, log-probabilities [T]) -> its share of the step's loss, a scalar."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Policy(nn.Module):
+    """Wraps the language model, so that what DDP and DeepSpeed call as `forward` yields log-probabilities."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, logit_index: Tensor, target_ids: Tensor, temperature: float
+    ) -> Tensor:
+        """Log-probability of every target token; the tensors are those of a `MicroBatch`.
+
+        Without attention_mask and cache, transformers reads the sequences' borders from the positions (block-diagonal
+        mask, or varlen attention with flash_attention_2); with either given, sequences silently see each other.
+        """
+        logits = self.model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=logit_index
+        ).logits[0]
+        logits = logits.float() / temperature  # [T, vocabulary]: never made for prompt tokens
+        logp: Tensor = logits.gather(1, target_ids[:, None])[:, 0] - logits.logsumexp(1)
+        return logp
+
+
+def token_logps(policy: nn.Module, batch: MicroBatch, temperature: float) -> Tensor:
+    """Log-probability of every completion token at the generation's temperature: float32 [T], in the batch's order.
+
+    `policy` is a `Policy`, bare or wrapped by DDP or DeepSpeed.
+    """
+    logp: Tensor = policy(batch.input_ids, batch.position_ids, batch.logit_index, batch.target_ids, temperature)
+    return logp
 
 
 class TrainingEngine(ABC):
@@ -34,8 +67,7 @@ class TrainingEngine(ABC):
     """A `Policy` as wrapped by the engine; called, never looked into."""
 
     def __init__(self, spec: RunSpec, device: torch.device) -> None:
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank, self.world_size = ranks.rank(), ranks.size()
         self.device = device
         self.dtype = DTYPES[spec.model.dtype]
         self._loss = 0.0
@@ -84,12 +116,6 @@ class TrainingEngine(ABC):
     def load(self, folder: Path) -> None:
         """Goes on from what `save` wrote with the same strategy and number of ranks. Every rank calls it."""
 
-    def close(self) -> None:
-        """Leaves the process group, all ranks together: gloo may abort a rank whose peer went first."""
-        if dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
-
     # ── for the subclasses ───────────────────────────────────────────────────────────────────────────────────────────
     def _logps(self, batch: MicroBatch, temperature: float) -> Tensor:
         return token_logps(self.policy, batch, temperature)
@@ -102,13 +128,8 @@ class TrainingEngine(ABC):
 
     def _refuse_non_finite(self, name: str, value: float) -> None:
         """Every rank learns of every rank's value, so that all stop or none."""
-        found = torch.tensor([value], dtype=torch.float64)
-        everyone = [torch.zeros_like(found) for _ in range(self.world_size)]
-        if self.world_size > 1:
-            dist.all_gather(everyone, found)
-        else:
-            everyone = [found]
-        bad = [f"rank {rank}: {name} {v.item():g}" for rank, v in enumerate(everyone) if not v.isfinite()]
+        everyone = enumerate(ranks.gather(value))
+        bad = [f"rank {rank}: {name} {found:g}" for rank, found in everyone if not math.isfinite(found)]
         if bad:
             raise TrainingError(
                 f"loss and gradient must be finite, found {', '.join(bad)}. The weights were not changed: resume from"

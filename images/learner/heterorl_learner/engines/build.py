@@ -1,48 +1,76 @@
-"""The factory of training engines: devices, process group, and the engine of the chosen strategy."""
+"""The factory of training engines: the device, the other ranks, the policy, and the engine of the chosen strategy."""
 
 from __future__ import annotations
 
 import os
-from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.distributed import HashStore  # type: ignore[attr-defined]  # torch binds it where its stubs do not look
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
-from heterorl.errors import UserError
+from heterorl.errors import ModelError, UserError
 from heterorl.spec.run import LearnerSpec, RunSpec
-from heterorl_learner.engines.base import TrainingEngine
+from heterorl_learner import ranks
+from heterorl_learner.engines.base import DTYPES, Policy, TrainingEngine
 
 
 def build_engine(folder: Path, spec: RunSpec) -> TrainingEngine:
     """The engine of `learner.strategy` with the weights of a Hugging Face folder.
 
-    Under torchrun it joins the process group first, and leaves it in `close`. Raises ModelError for the folder and
-    UserError for missing GPUs.
+    It meets the other ranks first. Raises ModelError for the folder and UserError for missing GPUs.
     """
-    device = _device(spec.learner)
-    if not dist.is_initialized():
-        _join_process_group(device, alone=spec.learner.strategy != "torch")
-    if spec.learner.strategy == "torch":
+    learner, dtype = spec.learner, DTYPES[spec.model.dtype]
+    device = _device(learner)
+    plain = learner.strategy == "torch"
+    ranks.join(device, group_of_one=not plain)
+    attention = choose_attention(spec.model.attn_implementation, dtype)
+    policy = load_policy(folder, torch.float32 if plain else dtype, attention, learner.gradient_checkpointing)
+    if plain:
         from heterorl_learner.engines.torch_ddp import TorchEngine
 
-        return TorchEngine(folder, spec, device)
+        return TorchEngine(policy.to(device), spec, device)
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # read when DeepSpeed is imported
     from heterorl_learner.engines.deepspeed_zero import DeepSpeedEngine
 
-    return DeepSpeedEngine(folder, spec, device)
+    return DeepSpeedEngine(policy.to(device), spec, device)
 
 
-def _join_process_group(device: torch.device, alone: bool) -> None:
-    """Joins torchrun's ranks; with `alone` a single process makes a group of one, as DeepSpeed needs it."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Rank 0 may wait for rollouts for hours while the others wait for rank 0.
-        dist.init_process_group(backend, timeout=timedelta(days=1))
-    elif alone:
-        os.environ.setdefault("LOCAL_RANK", "0")
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+def load_policy(folder: Path, dtype: torch.dtype, attention: str, gradient_checkpointing: bool = False) -> Policy:
+    """The model of a Hugging Face folder, on the CPU, ready to train.
+
+    Dropout is switched off: with it the learner's probabilities would never match the samplers'.
+    Raises ModelError when the folder holds no model that can be read.
+    """
+    disable_progress_bar()  # logs are read by people and collectors
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        config.update({key: 0.0 for key, value in config.to_dict().items() if "drop" in key and type(value) is float})
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{folder} holds no causal language model that can be read: {reason}") from error
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Policy(model).train()
+
+
+def choose_attention(wanted: str, dtype: torch.dtype) -> str:
+    """The attention kernel for `model.attnImplementation`; auto is flash_attention_2 where it can run, otherwise sdpa.
+
+    Raises ModelError when flash_attention_2 is asked for and cannot run.
+    """
+    flash = find_spec("flash_attn") is not None and torch.cuda.is_available() and dtype == torch.bfloat16
+    if wanted == "auto":
+        return "flash_attention_2" if flash else "sdpa"
+    if wanted == "flash_attention_2" and not flash:
+        raise ModelError(
+            "model.attnImplementation is flash_attention_2, which needs a GPU, the flash-attn package"
+            " and dtype bfloat16; write auto, or put that right"
+        )
+    return wanted
 
 
 def _device(learner: LearnerSpec) -> torch.device:

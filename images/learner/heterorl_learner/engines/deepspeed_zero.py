@@ -9,13 +9,12 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from heterorl.errors import UserError
 from heterorl.spec.run import RunSpec
-from heterorl_learner.engines.base import TrainingEngine, build_optimizer, unique_tensors
-from heterorl_learner.engines.model import Policy, choose_attention, load_policy
+from heterorl_learner import ranks
+from heterorl_learner.engines.base import Policy, TrainingEngine, build_optimizer, unique_tensors
 
 CHECKPOINT_TAG = "deepspeed"
 BUCKET_ELEMENTS = 200_000_000
@@ -27,13 +26,12 @@ class DeepSpeedEngine(TrainingEngine):
     _zero: Any
     """`policy` again, by DeepSpeed's own interface, which is untyped."""
 
-    def __init__(self, folder: Path, spec: RunSpec, device: torch.device) -> None:
+    def __init__(self, policy: Policy, spec: RunSpec, device: torch.device) -> None:
         super().__init__(spec, device)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # None of DeepSpeed's own kernels is used; declared unavailable, none is compiled, which takes over a minute.
         deepspeed.ops.__compatible_ops__ = {}
-        attention = choose_attention(spec.model.attn_implementation, self.dtype)
-        self._bare = load_policy(folder, self.dtype, attention, spec.learner.gradient_checkpointing).to(device)
+        self._bare = policy
         engine, *_ = deepspeed.initialize(
             model=self._bare,
             optimizer=build_optimizer(self._bare, spec.learner),
@@ -64,7 +62,7 @@ class DeepSpeedEngine(TrainingEngine):
 
     def save(self, folder: Path) -> None:
         self._zero.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False)
-        dist.barrier()
+        ranks.barrier()
 
     def load(self, folder: Path) -> None:
         saved = len(list((folder / CHECKPOINT_TAG).glob("*_optim_states.pt")))

@@ -6,15 +6,14 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from heterorl.spec.run import RunSpec
+from heterorl_learner import ranks
 from heterorl_learner.batching import MicroBatch
-from heterorl_learner.engines.base import TrainingEngine, build_optimizer, unique_tensors
-from heterorl_learner.engines.model import choose_attention, load_policy
+from heterorl_learner.engines.base import Policy, TrainingEngine, build_optimizer, unique_tensors
 
 STATE_FILE = "engine.pt"
 
@@ -25,10 +24,9 @@ class TorchEngine(TrainingEngine):
     In bfloat16 itself an update below 1/256 of a weight would be lost, and at a rate of 1e-6 nearly all are.
     """
 
-    def __init__(self, folder: Path, spec: RunSpec, device: torch.device) -> None:
+    def __init__(self, policy: Policy, spec: RunSpec, device: torch.device) -> None:
         super().__init__(spec, device)
-        attention = choose_attention(spec.model.attn_implementation, self.dtype)
-        self._bare = load_policy(folder, torch.float32, attention, spec.learner.gradient_checkpointing).to(device)
+        self._bare = policy
         self._optimizer = build_optimizer(self._bare, spec.learner)
         self._max_grad_norm = spec.learner.optimizer.max_grad_norm
         self.policy = self._bare
@@ -59,8 +57,7 @@ class TorchEngine(TrainingEngine):
         if self.rank == 0:
             state = {"policy": self._bare.state_dict(), "optimizer": self._optimizer.state_dict()}
             torch.save(state, folder / STATE_FILE)
-        if self.world_size > 1:
-            dist.barrier()
+        ranks.barrier()
 
     def load(self, folder: Path) -> None:
         state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
