@@ -2,8 +2,9 @@
 
     kopf's watches ──▶ cache, workqueue ──▶ reconcile ──▶ lifecycle ──▶ apply ──▶ conditions ──▶ status
 
-`handlers` only note what was seen and which run it concerns. `reconcile` takes one run as a whole, whatever happened to
-it: `lifecycle.decide` and `conditions.status_of` are pure functions of what is known, everything else is I/O.
+`handlers` only update the cache and queue the run that an event concerns. `reconcile` takes one run as a whole,
+whatever happened to it: `lifecycle.decide` and `status.status_of` are pure functions of a `context.RunContext`;
+everything else is I/O.
 
 Read first: `reconcile`, `lifecycle`, `conditions`; then `app`, which puts the parts together.
 """

@@ -17,7 +17,7 @@ log = logging.getLogger("heterorl_operator")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, set up, watch; exit code 2 for what its user has to put right, 1 for what a restart may mend."""
+    """Parse, set up, watch; exit code 2 for a user's error, 1 for what a restart may fix."""
     options = _parse(arguments)
     try:
         Operator(options).run()
@@ -51,9 +51,9 @@ def _parse(arguments: Sequence[str] | None) -> Options:
         default="auto",
         help="how to reach learners: at their pods' addresses, or by the API server; auto: the first inside a cluster",
     )
-    add("--progress-seconds", type=float, default=15.0, metavar="S", help="how often to ask a learner [15]")
-    add("--workers", type=int, default=8, metavar="N", help="runs looked at together [8]")
-    add("--resync-seconds", type=float, default=600.0, metavar="S", help="look at every run at least so often [600]")
+    add("--progress-seconds", type=float, default=15.0, metavar="S", help="how often to poll a learner [15]")
+    add("--workers", type=int, default=8, metavar="N", help="runs reconciled at the same time [8]")
+    add("--resync-seconds", type=float, default=600.0, metavar="S", help="reconcile each run at least this often [600]")
     add("--host", default="0.0.0.0", metavar="ADDRESS", help="address of /healthz and /metrics [0.0.0.0]")
     add("--port", type=int, default=8080, metavar="PORT", help="port of /healthz and /metrics [8080]")
     add("--log-format", choices=["json", "plain"], default="json", help="[json]")

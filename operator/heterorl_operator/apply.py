@@ -1,7 +1,7 @@
-"""Brings a run's objects to what is desired, and tells what stands in the way.
+"""Applies a run's objects and reports what prevents it.
 
-An object is written only when it is rendered differently than what was applied last, or when somebody else changed it.
-It is never taken from another owner: not from another object, not from another operator.
+An object is written only when it is rendered differently than at its last apply, or when it was changed since. It is
+never taken from another owner, neither another object nor another operator.
 """
 
 from __future__ import annotations
@@ -14,26 +14,25 @@ from dataclasses import dataclass
 
 from heterorl.kubernetes.merge import Object
 from heterorl.kubernetes.names import HASH_ANNOTATION, with_hash
-from heterorl_operator import metrics as telemetry
-from heterorl_operator.cache import OPERATOR_ANNOTATION, CachedChild, CachedRun, ObjectCache, child_of, mark_of
+from heterorl_operator import metrics
+from heterorl_operator.cache import ObjectCache
 from heterorl_operator.client import Api, Conflict, Forbidden, Invalid, NotFound, Transient
-from heterorl_operator.conditions import ObjectProblem
-from heterorl_operator.podstate import Trouble
-from heterorl_operator.resources import BY_NAME, CLAIM, JOB, ResourceKind
-from heterorl_operator.workqueue import RunKey
+from heterorl_operator.objects import OPERATOR_ANNOTATION, CachedChild, CachedRun, belongs_to, child_of, spec_version_of
+from heterorl_operator.problems import ObjectProblem, Problem
+from heterorl_operator.resources import BY_NAME, JOB, RUN, ResourceKind, RunKey
 
 log = logging.getLogger(__name__)
 
 MANAGER_PREFIX = "heterorl-operator/"
 
 _REFUSED_S = 300.0
-"""After so long a refused object is tried again: what refused it, as a webhook, may have changed."""
+"""After this long a refused object is tried again: what refused it, as a webhook, may have changed."""
 _UNSEEN_S = 60.0
-"""What no watch has brought so long after it was applied is gone, or lost its label."""
+"""What no watch has reported this long after its apply is gone, or lost its label."""
 
 
 class ManagedByAnotherOperator(Exception):
-    """Another operator keeps this run's objects; `operator` is its field manager."""
+    """Another operator manages this run's objects; `operator` is its field manager."""
 
     def __init__(self, operator: str) -> None:
         self.operator = operator
@@ -45,7 +44,7 @@ class _Applied:
     """What we know of our last apply of an object."""
 
     rendered: str
-    mark: str
+    spec_version: str
     resource_version: int
     at: float
     """Monotonic seconds."""
@@ -53,7 +52,7 @@ class _Applied:
 
 @dataclass(frozen=True, slots=True)
 class _Refused:
-    """An object that was not acceptable."""
+    """An object that the API server refused."""
 
     rendered: str
     problem: ObjectProblem
@@ -65,10 +64,10 @@ class Applier:
     """Applies the objects of runs. Safe to use from several threads, one run in one of them."""
 
     def __init__(
-        self, api: Api, store: ObjectCache, *, take_over: bool = False, clock: Callable[[], float] = time.monotonic
+        self, api: Api, cache: ObjectCache, *, take_over: bool = False, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`store` is told of what is written, before the watches tell. `take_over`: take another operator's runs."""
-        self._store = store
+        """`cache` gets what is written before the watches report it. `take_over`: take another operator's runs."""
+        self._cache = cache
         self._api, self._take_over, self._clock = api, take_over, clock
         self._lock = threading.Lock()
         self._applied: dict[RunKey, dict[tuple[str, str], _Applied]] = {}
@@ -80,19 +79,19 @@ class Applier:
         desired: Iterable[Object],
         known: Mapping[tuple[str, str], CachedChild],
         *,
-        trusting: bool = False,
+        first_pass: bool = False,
     ) -> list[ObjectProblem]:
         """Write what needs writing; the problems met. ManagedByAnotherOperator before anything is written.
 
-        `trusting`: an object whose annotation says that it was rendered like this is left alone for now, though
-        somebody may have edited it while nobody watched. It does not count as applied: the next apply writes it.
+        `first_pass`: an object whose annotation says that it was rendered like this is left alone for now, though
+        it may have been edited while no operator ran. It does not count as applied: the next apply writes it.
 
-        Raises ApiError when it is worth another try; what was written until then is remembered.
+        Raises ApiError when it should be retried; what was written until then is remembered.
         """
         self.check(known)
         problems = []
         for each in desired:
-            problem = self._apply_one(run, self._signed(each), known, trusting)
+            problem = self._apply_one(run, self._signed(each), known, first_pass)
             if problem:
                 problems.append(problem)
         return problems
@@ -105,19 +104,28 @@ class Applier:
             return ObjectProblem(child.kind, child.name, forbidden(f"delete {child.kind} {child.name}", error))
         return None
 
+    def delete_run(self, run: CachedRun) -> None:
+        """Delete the run itself, whose record has been kept long enough; what it owns goes with it."""
+        self._api.delete(RUN, run.key.namespace, run.key.name, run.uid)
+
     def check(self, known: Mapping[tuple[str, str], CachedChild]) -> None:
         """ManagedByAnotherOperator if one of a run's objects is another operator's."""
         for child in known.values():
             self._check_operator(child)
 
-    def forget(self, key: RunKey, kind: str | None = None, name: str | None = None) -> None:
-        """An object of the run is gone, or the run is."""
+    def forget(self, key: RunKey) -> None:
+        """The run is gone."""
         with self._lock:
             for memory in (self._applied, self._refused):
-                if name is None or kind is None:
-                    memory.pop(key, None)
-                else:
-                    memory.get(key, {}).pop((kind, name), None)
+                memory.pop(key, None)
+
+    def object_deleted(self, key: RunKey, kind: str, name: str) -> None:
+        """An object of the run, or the run itself, was deleted."""
+        if kind == RUN.name:
+            return self.forget(key)
+        with self._lock:
+            for memory in (self._applied, self._refused):
+                memory.get(key, {}).pop((kind, name), None)
 
     def _signed(self, desired: Object) -> Object:
         metadata = desired["metadata"]
@@ -126,7 +134,7 @@ class Applier:
 
     # ── one object ───────────────────────────────────────────────────────────────────────────────────────────────────
     def _apply_one(
-        self, run: CachedRun, desired: Object, known: Mapping[tuple[str, str], CachedChild], trusting: bool
+        self, run: CachedRun, desired: Object, known: Mapping[tuple[str, str], CachedChild], first_pass: bool
     ) -> ObjectProblem | None:
         kind, name = BY_NAME[desired["kind"]], desired["metadata"]["name"]
         place, rendered = (kind.name, name), desired["metadata"]["annotations"][HASH_ANNOTATION]
@@ -135,8 +143,8 @@ class Applier:
             last = self._applied.get(run.key, {}).get(place)
             refused = self._refused.get(run.key, {}).get(place)
         if refused and refused.rendered == rendered and self._clock() - refused.at < _REFUSED_S:
-            return refused.problem  # it was not acceptable, and is still the same
-        if child and is_of(child, run) and (kind is JOB or (trusting and child.rendered == rendered)):
+            return refused.problem  # it was refused, and has not changed
+        if child and belongs_to(child, run) and (kind is JOB or (first_pass and child.rendered == rendered)):
             return None  # a Job is made once, never changed
         if last and last.rendered == rendered and not self._has_drifted(child, last):
             return None
@@ -148,21 +156,21 @@ class Applier:
             outlived = child is not None and child.owner_uid is None
             answer = self._create(run, desired) if kind is JOB else self._write(kind, desired, force=outlived)
         except _NotOurs as error:
-            return ObjectProblem(kind.name, name, error.trouble)
+            return ObjectProblem(kind.name, name, error.cause)
         except (Invalid, Forbidden, NotFound) as error:
             return self._problem(run.key, place, rendered, error)
         except Transient as error:
             if error.status < 500:
-                raise  # throttled, or away: so it would be with the next object
-            trouble = f"the API server could not write {kind.name} {name}: {error}; it is tried again"
-            return ObjectProblem(kind.name, name, Trouble("ApiServerError", trouble))
+                raise  # throttled or unreachable, as it would be for the next object
+            problem = f"the API server could not write {kind.name} {name}: {error}; it is retried"
+            return ObjectProblem(kind.name, name, Problem("ApiServerError", problem))
         with self._lock:
             version = int(answer["metadata"]["resourceVersion"])
-            applied = _Applied(rendered, mark_of(kind.name, answer), version, self._clock())
+            applied = _Applied(rendered, spec_version_of(kind.name, answer), version, self._clock())
             self._applied.setdefault(run.key, {})[place] = applied
             self._refused.get(run.key, {}).pop(place, None)
-        self._store.put(kind.name, answer)  # so that the watch's word of it is no news
-        telemetry.APPLIES.labels(kind.name).inc()
+        self._cache.put(kind.name, answer)  # so that the watch's event does not count as new
+        metrics.APPLIES.labels(kind.name).inc()
         return None
 
     def _create(self, run: CachedRun, job: Object) -> Object:
@@ -171,23 +179,23 @@ class Applier:
         except Conflict:
             if not (found := self._check_name(run, JOB, job["metadata"]["name"])):
                 raise
-            return found  # ours, and only not seen yet
+            return found  # the run's, and not in the cache yet
 
     def _write(self, kind: ResourceKind, desired: Object, *, force: bool) -> Object:
         try:
             return self._api.apply(kind, desired, force=force or self._take_over)
         except Conflict as error:
-            # The server names the managers that hold the fields: other people's edits are undone, another operator's
-            # objects are left alone.
+            # The server names the managers that hold the fields: manual edits are reverted, another operator's objects
+            # are left alone.
             message = str(error)
             if MANAGER_PREFIX in message and f'"{self._api.manager}"' not in message:
                 start = message.index(MANAGER_PREFIX)
                 raise ManagedByAnotherOperator(message[start:].split('"')[0]) from error
-            log.info("%s %s was edited by hand and is set right: %s", kind.name, desired["metadata"]["name"], message)
+            log.info("%s %s was edited and is reverted: %s", kind.name, desired["metadata"]["name"], message)
             return self._api.apply(kind, desired, force=True)
 
     def _check_operator(self, child: CachedChild) -> None:
-        """Whether the object may be ours. A claim that outlived its run, and perhaps its operator, is free."""
+        """Raise if another operator manages the object; a claim that outlived its run, and its operator, is free."""
         foreign = child.operator is not None and child.operator != self._api.manager
         if foreign and child.operator and child.owner_uid and not self._take_over:
             raise ManagedByAnotherOperator(child.operator)
@@ -200,63 +208,56 @@ class Applier:
 
     def _check_owner(self, run: CachedRun, child: CachedChild) -> None:
         self._check_operator(child)
-        if not is_of(child, run):
+        if not belongs_to(child, run):
             raise _NotOurs(child, run)
 
     def _has_drifted(self, child: CachedChild | None, last: _Applied) -> bool:
-        """Whether somebody changed it since; that the watch has not brought it yet is no sign of that, for a while."""
+        """Whether it was changed since; that no watch has reported it yet does not mean so, for a while."""
         if child is None:
             return self._clock() - last.at > _UNSEEN_S
-        return child.resource_version > last.resource_version and child.mark != last.mark
+        return child.resource_version > last.resource_version and child.spec_version != last.spec_version
 
     def _problem(
         self, key: RunKey, place: tuple[str, str], rendered: str, error: Invalid | Forbidden | NotFound
     ) -> ObjectProblem:
         kind, name = place
-        problem = ObjectProblem(kind, name, _trouble(f"{kind} {name}", error))
+        problem = ObjectProblem(kind, name, _problem_for(f"{kind} {name}", error))
         if isinstance(error, Invalid):
             with self._lock:
                 self._refused.setdefault(key, {})[place] = _Refused(rendered, problem, self._clock())
         return problem
 
 
-def _trouble(what: str, error: Invalid | Forbidden | NotFound) -> Trouble:
+def _problem_for(what: str, error: Invalid | Forbidden | NotFound) -> Problem:
     """Why an object cannot be written, and what to do."""
     if isinstance(error, Invalid):
         way_out = "correct the podTemplate or the field it names"
-        return Trouble("InvalidPodTemplate", f"the API server refuses {what}: {error}; {way_out}")
+        return Problem("InvalidPodTemplate", f"the API server refuses {what}: {error}; {way_out}")
     if isinstance(error, NotFound):
-        return Trouble("NamespaceGone", f"{what} cannot be made: {error}")
+        return Problem("NamespaceGone", f"{what} cannot be created: {error}")
     if "exceeded quota" in str(error):
-        return Trouble("QuotaExceeded", f"{what} cannot be made: {error}; raise the quota or ask for less")
+        return Problem("QuotaExceeded", f"{what} cannot be created: {error}; raise the quota or ask for less")
     if " cannot " not in str(error):  # as the API server says of rights
         way_out = "change what it names, or have the rule changed"
-        return Trouble("Refused", f"a rule of the cluster refuses {what}: {error}; {way_out}")
+        return Problem("Refused", f"a rule of the cluster refuses {what}: {error}; {way_out}")
     return forbidden(f"write {what}", error)
 
 
-def forbidden(doing: str, error: object) -> Trouble:
+def forbidden(doing: str, error: object) -> Problem:
     """The operator lacks a right."""
     way_out = "give its service account the chart's Role in this namespace (watch.namespaces)"
-    return Trouble("Forbidden", f"the operator may not {doing}: {error}; {way_out}")
+    return Problem("Forbidden", f"the operator may not {doing}: {error}; {way_out}")
 
 
 class _NotOurs(Exception):
     """The name is taken."""
 
     def __init__(self, child: CachedChild, run: CachedRun) -> None:
-        there = f"there is a {child.kind} {child.name} already, and it belongs to"
+        there = f"there is a {child.kind} {child.name} already, and it has"
         if child.owner_uid and child.run == run.key.name:
-            waits = f"{there} an earlier run of this name; the cluster is about to clear it away"
-            self.trouble = Trouble("ClearingAway", waits)
+            waits = f"{there} an earlier run of this name; the cluster is deleting it"
+            self.cause = Problem("Terminating", waits)
             return
-        whose = f"another object (uid {child.owner_uid})" if child.owner_uid else "nobody that the operator knows"
+        whose = f"another object (uid {child.owner_uid})" if child.owner_uid else "no owner"
         way_out = "the operator does not touch it: delete it, or give the run another name"
-        self.trouble = Trouble("NameConflict", f"{there} {whose}; {way_out}")
-
-
-def is_of(child: CachedChild, run: CachedRun) -> bool:
-    """Whether the object is this very run's, and not that of an earlier one of its name or of somebody else."""
-    if child.owner_uid is None and child.kind == CLAIM.name:
-        return child.run == run.key.name  # a claim that is retained has no owner, so that it outlives its run
-    return child.owner_uid == run.uid
+        self.cause = Problem("NameConflict", f"{there} {whose}; {way_out}")

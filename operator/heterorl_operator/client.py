@@ -1,11 +1,11 @@
-"""Talks to the API server: few verbs on plain dicts, and errors told apart by what to do about them.
+"""Talks to the API server: few verbs on plain dicts, and errors classified by what to do about them.
 
 The `kubernetes` package brings configuration, credentials, TLS and the connection pool. Objects stay JSON: thousands of
 typed models would cost more than the requests themselves.
 
 ApiError
 ├── Transient    throttled, overloaded, unreachable: try again later
-├── Conflict     somebody else holds a field (apply), or the name is taken (create)
+├── Conflict     another manager holds a field (apply), or the name is taken (create)
 ├── Invalid      the object is refused: what the user wrote does not work
 ├── Forbidden    the operator lacks a right
 └── NotFound     no such object, or no such namespace
@@ -24,7 +24,7 @@ from kubernetes import config
 from kubernetes.client import ApiClient, Configuration
 
 from heterorl.kubernetes.merge import Object
-from heterorl_operator import metrics as telemetry
+from heterorl_operator import metrics
 from heterorl_operator.resources import POD, ResourceKind
 
 _TIMEOUT_S = (5.0, 30.0)  # to connect, to answer
@@ -172,7 +172,7 @@ class Api:
         for auth in settings.auth_settings().values():  # asked each time: tokens are renewed
             headers[auth["key"]] = auth["value"]
         if method != "GET":
-            telemetry.WRITES.inc()
+            metrics.WRITES.inc()
         url = f"{settings.host}{path}?{urlencode(query)}" if query else f"{settings.host}{path}"
         try:
             answer = self._client.rest_client.pool_manager.request(
@@ -184,20 +184,20 @@ class Api:
                 retries=False,
             )
         except urllib3.exceptions.HTTPError as error:
-            telemetry.ERRORS.labels("unreachable").inc()
+            metrics.ERRORS.labels("unreachable").inc()
             raise Transient(0, "Unreachable", f"the API server does not answer: {error}") from error
         if answer.status >= 400:
-            telemetry.ERRORS.labels(str(answer.status)).inc()
+            metrics.ERRORS.labels(str(answer.status)).inc()
             raise _error(answer.status, answer.data, answer.headers.get("Retry-After"))
         return bytes(answer.data)
 
 
 def _error(status: int, body: bytes, retry_after: str | None) -> ApiError:
     try:
-        told = json.loads(body)
+        parsed = json.loads(body)
     except ValueError:
-        told = None
-    answer: dict[str, Any] = told if isinstance(told, dict) else {}  # a pod behind the proxy may say anything
+        parsed = None
+    answer: dict[str, Any] = parsed if isinstance(parsed, dict) else {}  # a pod behind the proxy may send anything
     reason = answer.get("reason") or f"HTTP{status}"
     message = answer.get("message") or body[:1024].decode(errors="replace") or reason
     kinds = {403: Forbidden, 404: NotFound, 409: Conflict, 400: Invalid, 415: Invalid, 422: Invalid}

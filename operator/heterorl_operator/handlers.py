@@ -1,4 +1,4 @@
-"""What kopf's watches bring is noted, and the run it concerns is looked at. Nothing else happens here.
+"""Puts what kopf's watches report into the cache, and the run it concerns into the queue. Nothing else happens here.
 
 Only `on.event` handlers: they leave no annotation and no finalizer on anything, so that `kubectl delete` works while
 the operator is away.
@@ -7,41 +7,41 @@ the operator is away.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import kopf
 
 from heterorl.kubernetes.names import RUN_LABEL
-from heterorl_operator.apply import Applier
 from heterorl_operator.cache import ObjectCache
-from heterorl_operator.resources import LABELLED, RUN, ResourceKind
+from heterorl_operator.resources import LABELLED, RUN, ResourceKind, RunKey
 from heterorl_operator.workqueue import WorkQueue
 
-_TOGETHER_S = 1.0
-"""A run's objects change in bursts: what they report is looked at together, and after runs that are new or edited."""
+_BATCH_S = 1.0
+"""A run's objects change in bursts: they are reconciled together, and after runs that are new or edited."""
 
 
 class Watcher:
-    """Notes what was seen."""
+    """Keeps the cache up to date."""
 
-    def __init__(self, store: ObjectCache, queue: WorkQueue, applier: Applier) -> None:
-        self._store, self._queue, self._applier = store, queue, applier
-        self.heard = Counter[str]()
-        """Events that the watches brought, by kind."""
+    def __init__(self, cache: ObjectCache, queue: WorkQueue, on_deleted: Callable[[RunKey, str, str], None]) -> None:
+        """`on_deleted` is called with the run, kind and name of an object that is gone, or of the run itself."""
+        self._cache, self._queue, self._on_deleted = cache, queue, on_deleted
+        self.event_counts = Counter[str]()
+        """Events that the watches reported, by kind."""
 
-    def saw(self, kind: ResourceKind, event_type: str | None, body: dict[str, Any]) -> bool:
-        """An object as a watch shows it, `event_type` DELETED for one that is gone; whether that was news."""
+    def handle(self, kind: ResourceKind, event_type: str | None, body: dict[str, Any]) -> bool:
+        """Take in what a watch or list reports, `event_type` DELETED for an object that is gone; whether it was new."""
         if event_type == "DELETED":
-            key = self._store.remove(kind.name, body)
+            key = self._cache.remove(kind.name, body)
             if key:
-                self._applier.forget(key, *(() if kind is RUN else (kind.name, body["metadata"]["name"])))
+                self._on_deleted(key, kind.name, body["metadata"]["name"])
         else:
-            key = self._store.put(kind.name, body)
+            key = self._cache.put(kind.name, body)
         if key and kind is RUN:
             self._queue.add(key)
         elif key:
-            self._queue.add_after(key, _TOGETHER_S, urgent=False)
+            self._queue.add_after(key, _BATCH_S, urgent=False)
         return key is not None
 
 
@@ -55,10 +55,10 @@ def registry_for(watcher: Watcher, kinds: Iterable[ResourceKind]) -> kopf.Operat
 
 
 def _register(registry: kopf.OperatorRegistry, watcher: Watcher, kind: ResourceKind) -> None:
-    @kopf.on.event(kind.group, kind.version, kind.plural, registry=registry, id=f"saw-{kind.plural}")
-    async def saw(event: Any, **_: Any) -> None:  # async, so that it needs no thread
-        watcher.heard[kind.name] += 1
-        watcher.saw(kind, event["type"], event["object"])
+    @kopf.on.event(kind.group, kind.version, kind.plural, registry=registry, id=f"on-{kind.plural}")
+    async def on_event(event: Any, **_: Any) -> None:  # async, so that it needs no thread
+        watcher.event_counts[kind.name] += 1
+        watcher.handle(kind, event["type"], event["object"])
 
 
 def _login(**kwargs: Any) -> kopf.ConnectionInfo | None:
@@ -76,14 +76,14 @@ def settings() -> kopf.OperatorSettings:
     chosen.watching.chunk_size = 100  # a page of bodies is in memory at once
     chosen.networking.request_timeout = 30
     chosen.queueing.idle_timeout = 0.1  # until then an object's whole body stays in memory
-    chosen.persistence.diffbase_storage = _NothingToCompare()
+    chosen.persistence.diffbase_storage = _NoDiffs()
     for kind in LABELLED:
         chosen.watching.label_selectors[kind.group, kind.version, kind.plural] = RUN_LABEL
     return chosen
 
 
-class _NothingToCompare(kopf.DiffBaseStorage):
-    """Keeps kopf from copying every object to find differences that nobody asks for: most of its time, otherwise."""
+class _NoDiffs(kopf.DiffBaseStorage):
+    """Keeps kopf from copying every object to compute differences that no handler uses; most of its time otherwise."""
 
     def build(self, **_: Any) -> Any:
         return {}

@@ -1,78 +1,34 @@
-"""What should be, now: a pure function of a run's manifest, of all that was seen of it, and of the time.
+"""What should run now: a pure function of a run's manifest, of what is known about it, and of the time.
 
     Pending ─▶ Preparing ─▶ Running ─▶ Succeeded ──grace──▶ learner to zero ──TTL──▶ deleted
                   ▲            │
                   └ Suspended ◀┴─▶ Failed
 
-It is asked again and again and remembers nothing: what has to be remembered stands in the run's status.
+It is called again and again and keeps no state: what has to be remembered is in the run's status.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from heterorl.errors import VOLUME_IN_USE
 from heterorl.heterogeneity.availability import next_change, replicas_at
 from heterorl.kubernetes.manifests import ReplicaCounts
 from heterorl.kubernetes.names import evaluation_name, prepare_name
-from heterorl.monitoring.run_metrics import RunProgress
 from heterorl.names import Version
-from heterorl.spec.run import HeteroRLRun, RunSpec, SamplerPoolSpec
-from heterorl.spec.status import RunStatus
-from heterorl_operator.cache import CachedChild, CachedPod
-from heterorl_operator.podstate import Trouble, has_user_error, is_given_up
+from heterorl.spec.run import RunSpec, SamplerPoolSpec
+from heterorl_operator.context import RunContext
+from heterorl_operator.objects import CachedChild
+from heterorl_operator.podstate import has_user_error, is_given_up
+from heterorl_operator.problems import Problem
 from heterorl_operator.resources import JOB
 from heterorl_operator.timestamps import seconds
 
 CLAIM_PATIENCE_S = 10.0
-"""How long a claim may wait for its volume before the run says so."""
+"""How long a claim may wait for its volume before the run reports it."""
 
 _LAST_EVALUATION_S = 3600.0  # a finished learner, which keeps the weights for it, waits no longer
-
-
-@dataclass(frozen=True)
-class RunContext:
-    """Everything known about a run at one moment."""
-
-    run: HeteroRLRun
-    uid: str
-    generation: int
-    before: RunStatus
-    """The status as it was written last."""
-    children: Mapping[tuple[str, str], CachedChild]
-    """By kind and name."""
-    pods: Sequence[CachedPod]
-    progress: RunProgress | None
-    """What the learner's pod last said; None before it said anything."""
-    unreachable: str
-    """Why it did not answer when last asked; empty when it did."""
-    claim: CachedChild | None
-    """The claim of the shared volume, whoever made it."""
-    now: float
-    """Seconds since 1970."""
-
-    @property
-    def name(self) -> str:
-        """Of the run."""
-        return self.run.metadata.name
-
-    def child(self, kind: str, name: str) -> CachedChild | None:
-        """An object of the run."""
-        return self.children.get((kind, name))
-
-    def pods_of(self, role: str, pool: str = "") -> list[CachedPod]:
-        """Pods that are not on their way out."""
-        return [pod for pod in self.pods if pod.role == role and pod.pool == pool and not pod.deleting]
-
-    def pods_under(self, owner: CachedChild | None) -> list[CachedPod]:
-        """Pods of a Job that are not on their way out, oldest first."""
-        found = [pod for pod in self.pods if owner and pod.owner_uid == owner.uid and not pod.deleting]
-        return sorted(found, key=lambda pod: pod.created)
-
-    def condition(self, kind: str) -> str:
-        """Status of a condition as it was written last; Unknown if it was not."""
-        return next((each.status for each in self.before.conditions if each.type == kind), "Unknown")
 
 
 @dataclass(frozen=True)
@@ -104,7 +60,7 @@ class RunEnd:
 
 @dataclass(frozen=True)
 class Decision:
-    """What should be, and when to ask again."""
+    """What should run, and when to decide again."""
 
     clock: RunClock
     end: RunEnd | None
@@ -117,24 +73,24 @@ class Decision:
     """Whether Jobs may run."""
     expired: bool
     """The record has been kept long enough: delete the run."""
-    look_again_s: float | None
-    """When time alone changes the answer."""
+    requeue_s: float | None
+    """When time alone changes the decision."""
 
 
-def decide(view: RunContext) -> Decision:
-    """The whole of it."""
-    clock = _clock(view)
-    end = _end(view, clock)
+def decide(context: RunContext) -> Decision:
+    """What should run now."""
+    clock = _clock(context)
+    end = _end(context, clock)
     if end and clock.completion is None:
-        clock = replace(clock, completion=view.now)
-    failed = _failed_evaluations(view)
+        clock = replace(clock, completion=context.now)
+    failed = _failed_evaluations(context)
     open_evaluations = (
-        [] if view.progress is None else [v for v in view.progress.evaluations_due if v.step not in failed]
+        [] if context.progress is None else [v for v in context.progress.evaluations_due if v.step not in failed]
     )
-    evaluating = _evaluating(view)
-    with_jobs = not view.run.spec.suspend and (end is None or end.succeeded)
-    replicas = _replicas(view, clock, end, busy=evaluating or bool(open_evaluations))
-    # Only a learner tells that a version is evaluated: with none to come its Job would be made again and again.
+    evaluating = _evaluating(context)
+    with_jobs = not context.run.spec.suspend and (end is None or end.succeeded)
+    replicas = _replicas(context, clock, end, busy=evaluating or bool(open_evaluations))
+    # Only a learner reports that a version is evaluated: without one its Job would be created again and again.
     may_evaluate = with_jobs and not evaluating and replicas.learner > 0
     return Decision(
         clock=clock,
@@ -143,35 +99,35 @@ def decide(view: RunContext) -> Decision:
         failed_evaluations=failed,
         evaluation=open_evaluations[0] if may_evaluate and open_evaluations else None,
         with_jobs=with_jobs,
-        expired=_remaining(_expiry(view, clock), view.now) == 0.0,
-        look_again_s=_look_again(view, clock, end),
+        expired=_remaining(_expiry(context, clock), context.now) == 0.0,
+        requeue_s=_requeue_s(context, clock, end),
     )
 
 
 # ── time ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _clock(view: RunContext) -> RunClock:
-    before, suspend = view.before, view.run.spec.suspend
-    start = seconds(before.start_time) if before.start_time else None if suspend else view.now
+def _clock(context: RunContext) -> RunClock:
+    before, suspend = context.before, context.run.spec.suspend
+    start = seconds(before.start_time) if before.start_time else None if suspend else context.now
     since = seconds(before.suspended_since) if before.suspended_since else None
     total = before.suspended_seconds or 0.0
     completion = seconds(before.completion_time) if before.completion_time else None
     if completion is None and suspend:
-        since = view.now if since is None else since
+        since = context.now if since is None else since
     elif completion is None and since is not None:
-        # Suspended before it ever started: that was no time of the run.
-        total += view.now - since if before.start_time else 0.0
+        # A run that is suspended before it ever started has no time yet.
+        total += context.now - since if before.start_time else 0.0
         since = None
     return RunClock(start, since, total, completion)
 
 
-def _look_again(view: RunContext, clock: RunClock, end: RunEnd | None) -> float | None:
-    spec, elapsed = view.run.spec, clock.elapsed_s(view.now)
-    times: list[float | None] = [_remaining(_expiry(view, clock), view.now)]
-    if view.claim and view.claim.phase == "Pending":
-        times.append(_remaining(seconds(view.claim.created) + CLAIM_PATIENCE_S, view.now))
+def _requeue_s(context: RunContext, clock: RunClock, end: RunEnd | None) -> float | None:
+    spec, elapsed = context.run.spec, clock.elapsed_s(context.now)
+    times: list[float | None] = [_remaining(_expiry(context, clock), context.now)]
+    if context.claim and context.claim.phase == "Pending":
+        times.append(_remaining(seconds(context.claim.created) + CLAIM_PATIENCE_S, context.now))
     if end:
         for idle_s in (spec.learner.finish_grace_seconds, _LAST_EVALUATION_S):
-            times.append(_remaining((clock.completion or view.now) + idle_s, view.now))
+            times.append(_remaining((clock.completion or context.now) + idle_s, context.now))
     elif not spec.suspend:
         if spec.active_deadline_seconds:
             times.append(spec.active_deadline_seconds - elapsed)
@@ -181,8 +137,8 @@ def _look_again(view: RunContext, clock: RunClock, end: RunEnd | None) -> float 
     return min((max(0.0, time) for time in times if time is not None and time != 0.0), default=None)
 
 
-def _expiry(view: RunContext, clock: RunClock) -> float | None:
-    ttl = view.run.spec.ttl_seconds_after_finished
+def _expiry(context: RunContext, clock: RunClock) -> float | None:
+    ttl = context.run.spec.ttl_seconds_after_finished
     return None if ttl is None or clock.completion is None else clock.completion + ttl
 
 
@@ -191,21 +147,25 @@ def _remaining(at: float | None, now: float) -> float | None:
 
 
 # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _end(view: RunContext, clock: RunClock) -> RunEnd | None:
-    for each in view.before.conditions:
+def _end(context: RunContext, clock: RunClock) -> RunEnd | None:
+    for each in context.before.conditions:
         if each.type in ("Succeeded", "Failed") and each.status == "True":
             return RunEnd(each.type == "Succeeded", each.reason, each.message)  # for good
-    spec, progress = view.run.spec, view.progress
+    if context.before.state in ("Succeeded", "Failed") or clock.completion is not None:
+        # By another version of the operator, whose conditions this one does not understand. Over is over.
+        message = "the run ended under another version of the operator; its learner's log says how"
+        return RunEnd(context.before.state == "Succeeded", "Ended", message)
+    spec, progress = context.run.spec, context.progress
     if progress and progress.finished:
         return RunEnd(True, "Trained", f"{progress.step} steps are trained; the model is in output/ on the volume")
     if progress and progress.gave_up:
         reason, message = progress.gave_up
         way_out = "; put it right and start a new run on the volume with resume: true"
         return RunEnd(False, reason, f"the learner: {message}{'' if reason == VOLUME_IN_USE else way_out}")
-    if trouble := _samplers_lost(view, clock) or _preparation_failed(view):
-        return RunEnd(False, *trouble)
+    if problem := _samplers_lost(context, clock) or _preparation_failed(context):
+        return RunEnd(False, *problem)
     deadline = spec.active_deadline_seconds
-    if deadline and clock.elapsed_s(view.now) >= deadline:
+    if deadline and clock.elapsed_s(context.now) >= deadline:
         return RunEnd(
             False,
             "DeadlineExceeded",
@@ -215,42 +175,42 @@ def _end(view: RunContext, clock: RunClock) -> RunEnd | None:
     return None
 
 
-def _preparation_failed(view: RunContext) -> Trouble | None:
-    trouble = preparation_trouble(view)
-    return None if trouble is None or trouble.reason == VOLUME_IN_USE else trouble
+def _preparation_failed(context: RunContext) -> Problem | None:
+    problem = preparation_problem(context)
+    return None if problem is None or problem.reason == VOLUME_IN_USE else problem
 
 
-def preparation_trouble(view: RunContext) -> Trouble | None:
+def preparation_problem(context: RunContext) -> Problem | None:
     """Why the preparation failed for good; None when it did not."""
-    job = view.child(JOB.name, prepare_name(view.run))
+    job = context.child(JOB.name, prepare_name(context.run))
     if job is None or job.phase != "Failed":
         return None
-    if said := _said_of_volume(view):
-        return said  # its pod may be gone by now
-    messages = [message for pod in view.pods_under(job) if (message := pod.exit_message.strip())]
+    if refused := _volume_refused(context):
+        return refused  # its pod may be gone by now
+    messages = [message for pod in context.pods_under(job) if (message := pod.exit_message.strip())]
     last = messages[-1] if messages else job.message
     line = last.splitlines()[-1] if last else "it left no message"
     if VOLUME_IN_USE in line:
-        return Trouble(VOLUME_IN_USE, line[line.index(VOLUME_IN_USE) :])
-    return Trouble(
+        return Problem(VOLUME_IN_USE, line[line.index(VOLUME_IN_USE) :])
+    return Problem(
         "PreparationFailed",
         f"the preparation failed: {line}; see `kubectl logs job/{job.name}`, put it right, delete the run and apply it"
         " again",
     )
 
 
-def _said_of_volume(view: RunContext) -> Trouble | None:
-    said = (each for each in view.before.conditions if each.type == "Prepared" and each.reason == VOLUME_IN_USE)
-    return next((Trouble(each.reason, each.message) for each in said), None)
+def _volume_refused(context: RunContext) -> Problem | None:
+    known = (each for each in context.before.conditions if each.type == "Prepared" and each.reason == VOLUME_IN_USE)
+    return next((Problem(each.reason, each.message) for each in known), None)
 
 
-def _samplers_lost(view: RunContext, clock: RunClock) -> Trouble | None:
-    spec, elapsed = view.run.spec, clock.elapsed_s(view.now)
-    pools = {pool.name: view.pods_of("sampler", pool.name) for pool in spec.samplers}
+def _samplers_lost(context: RunContext, clock: RunClock) -> Problem | None:
+    spec, elapsed = context.run.spec, clock.elapsed_s(context.now)
+    pools = {pool.name: context.pods_of("sampler", pool.name) for pool in spec.samplers}
     pods = [pod for of_pool in pools.values() for pod in of_pool]
     if mistaken := next((pod for pod in pods if has_user_error(pod)), None):
         line = (mistaken.exit_message.strip().splitlines() or ["it left no message"])[-1]
-        return Trouble(
+        return Problem(
             "UserError",
             f"sampler pod {mistaken.name}: {line}; put it right and start a new run on the volume with resume: true",
         )
@@ -261,7 +221,7 @@ def _samplers_lost(view: RunContext, clock: RunClock) -> Trouble | None:
         if not pools[pool.name]
     )
     if pods and all(is_given_up(pod, budget) for pod in pods) and not any(still_to_come):
-        return Trouble(
+        return Problem(
             "SamplersCrashed",
             f"every sampler crashed more than {budget} times"
             f" (failurePolicy.samplerRestarts); see `kubectl logs -p {pods[0].name}`",
@@ -270,19 +230,19 @@ def _samplers_lost(view: RunContext, clock: RunClock) -> Trouble | None:
 
 
 # ── pods and Jobs ────────────────────────────────────────────────────────────────────────────────────────────────────
-def _replicas(view: RunContext, clock: RunClock, end: RunEnd | None, *, busy: bool) -> ReplicaCounts:
-    spec, elapsed = view.run.spec, clock.elapsed_s(view.now)
-    nobody = {pool.name: 0 for pool in spec.samplers}
+def _replicas(context: RunContext, clock: RunClock, end: RunEnd | None, *, busy: bool) -> ReplicaCounts:
+    spec, elapsed = context.run.spec, clock.elapsed_s(context.now)
+    no_samplers = {pool.name: 0 for pool in spec.samplers}
     if end:
-        ended = clock.completion or view.now
-        grace_over = view.now >= ended + spec.learner.finish_grace_seconds
-        busy = busy and view.now < ended + _LAST_EVALUATION_S
+        ended = clock.completion or context.now
+        grace_over = context.now >= ended + spec.learner.finish_grace_seconds
+        busy = busy and context.now < ended + _LAST_EVALUATION_S
         idles = end.reason not in ("DeadlineExceeded", "PreparationFailed") and (
             not grace_over or (end.succeeded and busy)
         )
-        return ReplicaCounts(spec.learner.replicas if idles and not spec.suspend else 0, nobody)
-    if spec.suspend or preparation_trouble(view):
-        return ReplicaCounts(0, nobody)
+        return ReplicaCounts(spec.learner.replicas if idles and not spec.suspend else 0, no_samplers)
+    if spec.suspend or preparation_problem(context):
+        return ReplicaCounts(0, no_samplers)
     return ReplicaCounts(spec.learner.replicas, {pool.name: _wanted(pool, spec, elapsed) for pool in spec.samplers})
 
 
@@ -294,19 +254,19 @@ def _next_change(pool: SamplerPoolSpec, spec: RunSpec, elapsed: float) -> float 
     return next_change(pool, elapsed, seed=spec.seed, time_scale=spec.time_scale)
 
 
-def evaluation_jobs(view: RunContext) -> Iterable[tuple[int, CachedChild]]:
+def evaluation_jobs(context: RunContext) -> Iterable[tuple[int, CachedChild]]:
     """Steps and their Jobs."""
-    prefix = evaluation_name(view.name, 0).removesuffix("0")
-    for (kind, name), child in view.children.items():
+    prefix = evaluation_name(context.name, 0).removesuffix("0")
+    for (kind, name), child in context.children.items():
         step = name.removeprefix(prefix)
         if kind == JOB.name and name.startswith(prefix) and step.isdigit():
             yield int(step), child
 
 
-def _evaluating(view: RunContext) -> bool:
-    return any(not job.phase for _, job in evaluation_jobs(view))
+def _evaluating(context: RunContext) -> bool:
+    return any(not job.phase for _, job in evaluation_jobs(context))
 
 
-def _failed_evaluations(view: RunContext) -> frozenset[int]:
-    before = view.before.evaluation.failed_steps if view.before.evaluation else []
-    return frozenset(before) | {step for step, job in evaluation_jobs(view) if job.phase == "Failed"}
+def _failed_evaluations(context: RunContext) -> frozenset[int]:
+    before = context.before.evaluation.failed_steps if context.before.evaluation else []
+    return frozenset(before) | {step for step, job in evaluation_jobs(context) if job.phase == "Failed"}

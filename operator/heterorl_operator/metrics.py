@@ -1,4 +1,4 @@
-"""The operator's own metrics: what it does, and how far its runs are."""
+"""The operator's own metrics, and its runs' progress."""
 
 from __future__ import annotations
 
@@ -9,36 +9,39 @@ from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from heterorl.spec.status import LearnerStatus, RunStatus
 from heterorl_operator.cache import ObjectCache
-from heterorl_operator.workqueue import RunKey
+from heterorl_operator.resources import RunKey
 
-RECONCILES = Counter("heterorl_operator_reconcile", "Looks at a run", ["result"])
+RECONCILES = Counter("heterorl_operator_reconcile", "Reconciles of a run", ["result"])
 RECONCILE_SECONDS = Histogram(
     "heterorl_operator_reconcile_seconds",
-    "Duration of a look at a run",
+    "Duration of a reconcile",
     buckets=(0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 30),
 )
 WAIT_SECONDS = Histogram(
     "heterorl_operator_wait_seconds",
-    "Time from an event to the look at its run",
+    "Time that a run waited in the queue",
     buckets=(0.001, 0.01, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300),
 )
-QUEUE_DEPTH = Gauge("heterorl_operator_queue_depth", "Runs that wait to be looked at, or are being looked at")
-APPLIES = Counter("heterorl_operator_applies", "Objects written", ["kind"])
-WRITES = Counter("heterorl_operator_writes", "Requests that change something")
-ERRORS = Counter("heterorl_operator_errors", "Answers of the API server that were errors", ["code"])
-SYNCED = Gauge("heterorl_operator_synced", "1 once every run was looked at; edits by hand are undone after that")
-STALE = Gauge("heterorl_operator_watch_stale", "1 while the watch of a kind lags behind the API server", ["kind"])
+QUEUE_DEPTH = Gauge("heterorl_operator_queue_depth", "Runs queued or being reconciled")
+APPLIES = Counter("heterorl_operator_applies", "Objects applied or created", ["kind"])
+WRITES = Counter("heterorl_operator_writes", "Writing requests to the API server")
+ERRORS = Counter("heterorl_operator_errors", "Error responses of the API server", ["code"])
+SYNCED = Gauge(
+    "heterorl_operator_synced", "1 once every run was reconciled; edits of objects are reverted from then on"
+)
+STALE = Gauge("heterorl_operator_watch_stale", "1 while the watch of a kind is stale", ["kind"])
 
 _IDLE = ("Suspended", "Succeeded", "Failed")
-"""States in which nobody is late."""
+"""States in which no learner is meant to train."""
 
 
 class RunsCollector(Collector):
-    """How far the runs are, from their statuses."""
+    """The runs' progress, from their statuses."""
 
-    def __init__(self, store: ObjectCache, stalled_s: Callable[[RunKey], float | None]) -> None:
-        self._store, self._stalled_s = store, stalled_s
+    def __init__(self, cache: ObjectCache, stalled_s: Callable[[RunKey], float | None]) -> None:
+        self._cache, self._stalled_s = cache, stalled_s
 
     def collect(self) -> Iterator[Metric]:
         """What the registry asks for at each scrape."""
@@ -48,22 +51,22 @@ class RunsCollector(Collector):
         lag = GaugeMetricFamily("heterorl_run_lag", "Mean lag of the last step's rollouts, in steps", labels=run)
         stalled = GaugeMetricFamily("heterorl_run_stalled_seconds", "Seconds since the last step", labels=run)
         ready = GaugeMetricFamily("heterorl_run_samplers_ready", "Ready samplers", labels=[*run, "pool"])
-        desired = GaugeMetricFamily("heterorl_run_samplers_desired", "Samplers wanted now", labels=[*run, "pool"])
-        for key in self._store.run_keys():
-            if (found := self._store.run(key)) is None:
+        desired = GaugeMetricFamily("heterorl_run_samplers_desired", "Samplers desired now", labels=[*run, "pool"])
+        for key in self._cache.run_keys():
+            if (found := self._cache.run(key)) is None:
                 continue
-            status = found.previous_status
-            states[status.get("state", "Pending")] += 1
-            learner = status.get("learner", {})
-            told = [(step, learner.get("step"))]
-            if status.get("state") not in _IDLE:
-                told += [(lag, learner.get("lag")), (stalled, self._stalled_s(key))]
-            for family, value in told:
+            status = RunStatus.read(found.previous_status)
+            states[status.state or "Pending"] += 1
+            learner = status.learner or LearnerStatus()
+            values: list[tuple[GaugeMetricFamily, float | None]] = [(step, learner.step)]
+            if status.state not in _IDLE:
+                values += [(lag, learner.lag), (stalled, self._stalled_s(key))]
+            for family, value in values:
                 if value is not None:
                     family.add_metric(list(key), value)
-            for pool in status.get("samplers", []):
-                ready.add_metric([*key, pool["name"]], pool.get("ready", 0))
-                desired.add_metric([*key, pool["name"]], pool.get("desired", 0))
+            for pool in status.samplers:
+                ready.add_metric([*key, pool.name], pool.ready or 0)
+                desired.add_metric([*key, pool.name], pool.desired or 0)
         runs = GaugeMetricFamily("heterorl_operator_runs", "Runs", labels=["state"])
         for state, count in states.items():
             runs.add_metric([state], count)

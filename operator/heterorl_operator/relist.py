@@ -1,8 +1,8 @@
-"""Checks that the watches still bring what happens: kind by kind, what the API server has against what was seen.
+"""Checks that the watches still report what happens: lists kind by kind and compares with the cache.
 
-A watch that has gone deaf looks like a quiet cluster. Whatever is found missing is taken in, so runs go on; if there is
-something missing again at the next look, and the watch brought nothing in between, the operator says that it is unwell
-and is restarted. A watch that is merely late under load is not deaf.
+A watch that has gone stale looks like a quiet cluster. What it missed is taken in, so runs go on; if the next
+comparison finds something missing again, and the watch reported nothing in between, the operator turns unhealthy and is
+restarted. A watch that is merely late under load is not stale.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from heterorl.kubernetes.merge import Object
 from heterorl.kubernetes.names import RUN_LABEL
-from heterorl_operator import metrics as telemetry
-from heterorl_operator.cache import ObjectCache, remains
+from heterorl_operator import metrics
+from heterorl_operator.cache import ObjectCache, tombstone
 from heterorl_operator.client import Api, ApiError, Forbidden
 from heterorl_operator.handlers import Watcher
 from heterorl_operator.resources import LABELLED, RUN, ResourceKind
@@ -23,28 +23,26 @@ from heterorl_operator.resources import LABELLED, RUN, ResourceKind
 log = logging.getLogger(__name__)
 
 _SETTLE_S = 2.0
-"""A watch may be so far behind."""
+"""How far a watch may be behind."""
 
 
 class Relister:
-    """Looks at one kind after the other."""
+    """Lists one kind after the other."""
 
     def __init__(
-        self, api: Api, store: ObjectCache, watcher: Watcher, namespaces: Sequence[str], every_s: float
+        self, api: Api, cache: ObjectCache, watcher: Watcher, namespaces: Sequence[str], every_s: float
     ) -> None:
-        """`namespaces`: those that are watched, none for all. `every_s`: in so many seconds each kind has its turn."""
-        self._api, self._store, self._watcher = api, store, watcher
+        """`namespaces`: those that are watched, none for all. `every_s`: seconds in which every kind is listed once."""
+        self._api, self._cache, self._watcher = api, cache, watcher
         self._namespaces: list[str | None] = [*namespaces] or [None]
         self._pause_s = every_s / (1 + len(LABELLED))
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
-        self._suspects: dict[str, int] = {}  # kinds that missed something at the last look, and what was heard by then
-        self.hidden: dict[ResourceKind, str] = {}
-        """Kinds that the operator has no right to see, and the API server's words."""
-        self.unveiled = threading.Event()
-        """A hidden kind may be seen by now: the operator has to start again to watch it."""
-        self.deaf: set[str] = set()
-        """Kinds whose watch missed something at each of the last two looks and brought nothing in between."""
+        self._thread = threading.Thread(target=self._run, name="relist", daemon=True)
+        self._suspects: dict[str, int] = {}  # kinds with changes missed last time, and the watch's event count then
+        self.readable_again = threading.Event()
+        """A kind that was unreadable is readable by now: the operator has to restart to watch it."""
+        self.stale: set[str] = set()
+        """Kinds whose watch missed something in the last two comparisons and reported nothing in between."""
 
     def start(self) -> None:
         """Begin."""
@@ -55,20 +53,20 @@ class Relister:
         self._stop.set()
 
     def load(self) -> None:
-        """Take in everything there is; NotFound or Forbidden when runs are not installed or must not be seen.
+        """List everything into the cache; NotFound or Forbidden when runs are not installed or not readable.
 
-        Other kinds that the operator must not see end up in `hidden`, with the API server's words.
+        Other kinds that the operator may not list are noted in the cache as unreadable.
         """
         for kind in (RUN, *LABELLED):
             try:
                 for namespace in self._namespaces:
                     for body in self._api.list(kind, namespace, _selector(kind)):
-                        self._watcher.saw(kind, None, body)
+                        self._watcher.handle(kind, None, body)
             except Forbidden as error:
                 if kind is RUN:
                     raise
-                log.error("the operator must not see %s: %s", kind.plural, error)
-                self.hidden[kind] = str(error)
+                log.error("the operator may not list %s: %s", kind.plural, error)
+                self._cache.unreadable[kind] = str(error)
 
     def _run(self) -> None:
         for kind in itertools.cycle((RUN, *LABELLED)):
@@ -82,41 +80,41 @@ class Relister:
                 log.exception("the %s could not be compared", kind.plural)
 
     def _check(self, kind: ResourceKind) -> None:
-        before = self._store.seen(kind.name)
+        before = self._cache.versions(kind.name)
         there = {
             body["metadata"]["uid"]: (int(body["metadata"]["resourceVersion"]), body["metadata"])
             for namespace in self._namespaces
             for body in self._api.list(kind, namespace, _selector(kind), metadata_only=True)
         }
-        if kind in self.hidden:
-            self.unveiled.set()
+        if kind in self._cache.unreadable:
+            self.readable_again.set()
             return
         if self._stop.wait(_SETTLE_S):
             return
-        after = self._store.seen(kind.name)
+        after = self._cache.versions(kind.name)
         missed = [metadata for uid, (version, metadata) in there.items() if uid not in after or after[uid][0] < version]
-        ghosts = {uid: mark for uid, mark in after.items() if uid in before and uid not in there}
-        news = [each for metadata in missed if (each := self._take_in(kind, metadata))]
-        for uid, mark in ghosts.items():
-            self._watcher.saw(kind, "DELETED", remains(uid, mark))
-        self._judge(kind, len(news) + len(ghosts))
+        ghosts = {uid: known for uid, known in after.items() if uid in before and uid not in there}
+        new = [metadata for metadata in missed if self._take_in(kind, metadata)]
+        for uid, known in ghosts.items():
+            self._watcher.handle(kind, "DELETED", tombstone(uid, known))
+        self._update_staleness(kind, len(new) + len(ghosts))
 
     def _take_in(self, kind: ResourceKind, metadata: Object) -> bool:
-        """Whether the object is there and was news: one that is deleted or was seen meanwhile is not."""
+        """Whether the object exists and was new: it may have been deleted, or reported meanwhile."""
         body = self._api.get(kind, metadata["namespace"], metadata["name"])
-        return body is not None and self._watcher.saw(kind, None, body)
+        return body is not None and self._watcher.handle(kind, None, body)
 
-    def _judge(self, kind: ResourceKind, missed: int) -> None:
+    def _update_staleness(self, kind: ResourceKind, missed: int) -> None:
         if missed:
             log.warning("the watch of %ss missed %d changes; they are taken in now", kind.name, missed)
-        heard, before = self._watcher.heard[kind.name], self._suspects.pop(kind.name, None)
+        count, before = self._watcher.event_counts[kind.name], self._suspects.pop(kind.name, None)
         if missed:
-            self._suspects[kind.name] = heard
-        if missed and before == heard:
-            self.deaf.add(kind.name)
+            self._suspects[kind.name] = count
+        if missed and before == count:
+            self.stale.add(kind.name)
         else:
-            self.deaf.discard(kind.name)
-        telemetry.STALE.labels(kind.name).set(kind.name in self.deaf)
+            self.stale.discard(kind.name)
+        metrics.STALE.labels(kind.name).set(kind.name in self.stale)
 
 
 def _selector(kind: ResourceKind) -> str:

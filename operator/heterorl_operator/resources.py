@@ -1,11 +1,22 @@
-"""The kinds the operator deals with, and where the API server keeps them."""
+"""Names of what the operator deals with: kinds and where the API server keeps them, and runs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from heterorl.spec.crd import GROUP, PLURAL, VERSION
 from heterorl.spec.run import KIND
+
+
+class RunKey(NamedTuple):
+    """A run."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
 
 
 @dataclass(frozen=True)

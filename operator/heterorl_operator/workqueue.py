@@ -1,4 +1,4 @@
-"""The work queue: keys to look at, each by one worker at a time, however often it was added meanwhile.
+"""The work queue: keys to reconcile, each by one worker at a time, however often it was added meanwhile.
 
 As controller-runtime's: an added key that waits is there once; one that is being worked on is worked on again after
 that; a failed one comes back after a growing delay. What is urgent goes first.
@@ -11,19 +11,10 @@ import random
 import threading
 import time
 from collections import deque
-from typing import NamedTuple
+
+from heterorl_operator.resources import RunKey
 
 FIRST_RETRY_S, LAST_RETRY_S = 0.5, 300.0
-
-
-class RunKey(NamedTuple):
-    """A run."""
-
-    namespace: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.namespace}/{self.name}"
 
 
 class WorkQueue:
@@ -43,13 +34,13 @@ class WorkQueue:
         self._closed = False
 
     def add(self, key: RunKey, *, urgent: bool = True) -> None:
-        """Have a look at it as soon as possible, or once nothing urgent waits."""
+        """Reconcile it as soon as possible, or once nothing urgent waits."""
         with self._changed:
             self._add(key, urgent)
             self._changed.notify()
 
     def add_after(self, key: RunKey, delay_s: float, *, urgent: bool = True) -> None:
-        """Have a look at it then, or earlier if it is added meanwhile."""
+        """Reconcile it then, or earlier if it is added meanwhile."""
         with self._changed:
             at = time.monotonic() + delay_s
             if at < self._due.get((key, urgent), float("inf")):
@@ -58,7 +49,7 @@ class WorkQueue:
                 self._changed.notify()
 
     def retry(self, key: RunKey, at_least_s: float = 0.0) -> float:
-        """Have another look after a delay that doubles with each failure in a row; returns the delay."""
+        """Reconcile it after a delay that doubles with each failure in a row; returns the delay."""
         with self._changed:
             failures = self._failures[key] = self._failures.get(key, 0) + 1
             delay: float = min(FIRST_RETRY_S * 2 ** (failures - 1), LAST_RETRY_S) * self._jitter.uniform(0.8, 1.2)
@@ -93,11 +84,11 @@ class WorkQueue:
         with self._changed:
             self._working.pop(key, None)
             if key in self._waiting:
-                self._line_up(key)
+                self._append(key)
                 self._changed.notify()
 
     def close(self) -> None:
-        """Send every worker home."""
+        """End every worker."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -117,15 +108,15 @@ class WorkQueue:
         if was_urgent is None or (urgent and not was_urgent):
             self._waiting[key] = (since, urgent)
             if key not in self._working:
-                self._line_up(key)
+                self._append(key)
 
-    def _line_up(self, key: RunKey) -> None:
+    def _append(self, key: RunKey) -> None:
         (self._urgent if self._waiting[key][1] else self._ordinary).append(key)
 
     def _next(self) -> RunKey | None:
         for line in (self._urgent, self._ordinary):
             while line:
                 key = line.popleft()
-                if key in self._waiting and key not in self._working:  # else it had its turn in the other line
+                if key in self._waiting and key not in self._working:  # else it was taken from the other queue
                     return key
         return None

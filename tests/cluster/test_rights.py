@@ -167,17 +167,18 @@ def owners(cluster: Cluster, namespace: str) -> list[str]:
     return [owner["name"] for owner in claim["metadata"].get("ownerReferences", [])] if claim else []
 
 
-def look_without_watches(kubeconfig: Path, namespaces: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the operator does every few minutes, as if all of its watches had gone deaf."""
+def list_without_watches(kubeconfig: Path, namespaces: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the operator does every few minutes, as if all of its watches had gone stale."""
     monkeypatch.setattr("heterorl_operator.relist._SETTLE_S", 0.0)
     with config.new_client_from_config(str(kubeconfig)) as client:
-        api, store = Api(client, "heterorl-operator/deaf"), ObjectCache()
-        auditor = Relister(api, store, Watcher(store, WorkQueue(), Applier(api, store)), namespaces, every_s=0.1)
-        auditor.start()
+        api, cache = Api(client, "heterorl-operator/stale"), ObjectCache()
+        watcher = Watcher(cache, WorkQueue(), Applier(api, cache).object_deleted)
+        relister = Relister(api, cache, watcher, namespaces, every_s=0.1)
+        relister.start()
         try:
-            wait_for(lambda: all(store.seen(kind.name) for kind in (RUN, *LABELLED)), "every kind to be seen")
+            wait_for(lambda: all(cache.versions(kind.name) for kind in (RUN, *LABELLED)), "every kind to be listed")
         finally:
-            auditor.stop()
+            relister.stop()
 
 
 # The first of them sees all namespaces, and should find no run of another test in one that goes.
@@ -192,7 +193,7 @@ def test_the_operator_uses_every_right_of_the_chart_and_needs_no_other(cluster, 
     account, kubeconfig, granted = install(values)
     with operator(cluster, *options, kubeconfig=kubeconfig):
         live(cluster, namespace)
-    look_without_watches(kubeconfig, namespaces, monkeypatch)
+    list_without_watches(kubeconfig, namespaces, monkeypatch)
     asked = [entry for entry in audited(cluster) if entry["user"]["username"] == account]
     assert [entry for entry in asked if entry["responseStatus"]["code"] == 403] == []
     assert set(used(asked)) == granted - OWNING

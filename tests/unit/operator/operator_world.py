@@ -12,11 +12,11 @@ from typing import Any
 
 from heterorl.spec.run import HeteroRLRun
 from heterorl.spec.status import Condition, RunStatus
-from heterorl_operator.cache import CachedChild, CachedPod, ObjectCache, child_of
+from heterorl_operator.cache import ObjectCache
 from heterorl_operator.client import Conflict, NotFound
-from heterorl_operator.lifecycle import RunContext
-from heterorl_operator.resources import CLAIM, RUN, ResourceKind
-from heterorl_operator.workqueue import RunKey
+from heterorl_operator.context import RunContext
+from heterorl_operator.objects import CachedChild, CachedPod, child_of
+from heterorl_operator.resources import CLAIM, RUN, ResourceKind, RunKey
 
 Object = dict[str, Any]
 
@@ -71,10 +71,10 @@ def pod_body(role: str, name: str = "pod", version: int = 1, *, pool: str = "", 
 
 
 def pod(role: str, name: str = "pod", **fields: Any) -> CachedPod:
-    """A pod as the store has it."""
-    store = ObjectCache()
-    store.put("Pod", pod_body(role, name, **fields))
-    return store.pods(KEY)[0]
+    """A pod as the cache has it."""
+    cache = ObjectCache()
+    cache.put("Pod", pod_body(role, name, **fields))
+    return cache.pods(KEY)[0]
 
 
 def ended(code: int, message: str = "", restarts: int = 1) -> Object:
@@ -84,7 +84,7 @@ def ended(code: int, message: str = "", restarts: int = 1) -> Object:
 
 
 def children(*bodies: Object) -> dict[tuple[str, str], CachedChild]:
-    """Objects by kind and name, as the store has them."""
+    """Objects by kind and name, as the cache has them."""
     return {(each["kind"], each["metadata"]["name"]): child_of(each["kind"], each) for each in bodies}
 
 
@@ -112,10 +112,18 @@ def condition(kind: str, status: str, reason: str = "Because", since: str = STAR
     )
 
 
-def view(at: float = 0.0, *, spec: Object | None = None, before: Object | None = None, **known: Any) -> RunContext:
+def context(at: float = 0.0, *, spec: Object | None = None, before: Object | None = None, **known: Any) -> RunContext:
     """A run `at` seconds after START. `before`: fields of the status written last."""
     claim = child_of(CLAIM.name, claim_body())
-    facts: Object = {"uid": UID, "generation": 1, "children": {}, "pods": [], "progress": None, "unreachable": ""}
+    facts: Object = {
+        "uid": UID,
+        "generation": 1,
+        "children": {},
+        "pods": [],
+        "create_failures": {},
+        "progress": None,
+        "unreachable": "",
+    }
     facts |= {"claim": claim, "now": START + at, "before": RunStatus(**(before or {}))}
     return RunContext(run=run_of(**(spec or {})), **{**facts, **known})
 

@@ -44,9 +44,9 @@ def answer(operator, what):
             raise what
         return what
 
-    operator.store.put("HeteroRLRun", run_body())
+    operator.cache.put("HeteroRLRun", run_body())
     operator.reconciler.reconcile = reconcile
-    return operator._look_at(KEY)
+    return operator._reconcile(KEY)
 
 
 def next_look(operator):
@@ -90,7 +90,7 @@ def test_a_run_in_trouble_still_goes_by_the_clock(operator):
 
 def test_a_run_that_is_gone_is_not_looked_at_again(operator):
     operator.reconciler.reconcile = lambda key: None
-    assert operator._look_at(KEY) == "ok"
+    assert operator._reconcile(KEY) == "ok"
     assert operator.queue._later == []
 
 
@@ -110,12 +110,12 @@ def test_a_long_queue_is_healthy_and_a_look_without_an_end_is_not(operator, monk
 
 def test_an_operator_that_has_not_listed_what_there_is_is_not_there_yet(operator):
     operator._loaded.clear()
-    assert operator.health() == (False, "it has not listed yet what there is")
+    assert operator.health() == (False, "the first list has not finished")
 
 
 def test_a_deaf_watch_is_unhealthy(operator):
-    operator.auditor.deaf.add("Pod")
-    assert operator.health() == (False, "the watches of Pod bring nothing")
+    operator.relister.stale.add("Pod")
+    assert operator.health() == (False, "the watches of Pod are stale")
 
 
 def test_an_operator_is_named_after_its_installation(operator):

@@ -30,9 +30,9 @@ def applier(api, clock):
 
 @pytest.fixture
 def run():
-    store = ObjectCache()
-    store.put("HeteroRLRun", run_body())
-    return store.run(KEY)
+    cache = ObjectCache()
+    cache.put("HeteroRLRun", run_body())
+    return cache.run(KEY)
 
 
 def desired(kind="Deployment", name="run-sampler-near", replicas=1, **fields):
@@ -50,7 +50,7 @@ def known(api):
 
 def reason(problems):
     (problem,) = problems
-    return problem.trouble.reason
+    return problem.cause.reason
 
 
 # ── when it writes ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -82,7 +82,7 @@ def test_at_a_first_look_what_is_there_as_rendered_is_left_for_the_second(api, a
     edited = api.objects["Deployment", "run-sampler-near"]
     api.put({**edited, "spec": {"replicas": 5}})
     restarted = Applier(api, ObjectCache())
-    restarted.apply(run, [desired()], known(api), trusting=True)
+    restarted.apply(run, [desired()], known(api), first_pass=True)
     assert len(api.writes()) == 1
     restarted.apply(run, [desired()], known(api))
     assert api.objects["Deployment", "run-sampler-near"]["spec"] == {"replicas": 1}
@@ -90,7 +90,7 @@ def test_at_a_first_look_what_is_there_as_rendered_is_left_for_the_second(api, a
 
 def test_at_a_first_look_what_is_rendered_differently_is_written(api, applier, run):
     applier.apply(run, [desired()], {})
-    Applier(api, ObjectCache()).apply(run, [desired(replicas=2)], known(api), trusting=True)
+    Applier(api, ObjectCache()).apply(run, [desired(replicas=2)], known(api), first_pass=True)
     assert api.objects["Deployment", "run-sampler-near"]["spec"] == {"replicas": 2}
 
 
@@ -112,14 +112,14 @@ def test_an_older_state_that_the_watch_brings_late_is_no_change(api, applier, ru
 def test_what_was_deleted_is_made_again(api, applier, run):
     applier.apply(run, [desired()], {})
     del api.objects["Deployment", "run-sampler-near"]
-    applier.forget(KEY, "Deployment", "run-sampler-near")
+    applier.object_deleted(KEY, "Deployment", "run-sampler-near")
     applier.apply(run, [desired()], {})
     assert ("Deployment", "run-sampler-near") in api.objects
 
 
 def test_what_was_deleted_before_its_apply_was_noted_is_made_again_after_a_while(api, applier, run, clock):
     def deleted_at_once(verb, kind, name):
-        applier.forget(KEY, kind, name)  # the watch told of it while the answer was under way
+        applier.object_deleted(KEY, kind, name)  # the watch told of it while the answer was under way
 
     api.before = deleted_at_once
     applier.apply(run, [desired()], {})
@@ -156,9 +156,9 @@ def test_what_is_applied_for_one_run_is_not_taken_for_another_one_of_the_name(ap
 def test_an_object_of_somebody_else_is_left_alone_and_named(api, applier, run, kind, seen):
     api.put(body(kind, "it", owner=None, run="run" if seen else None, data={"mine": "1"}))
     (problem,) = applier.apply(run, [desired(kind, "it")], known(api) if seen else {})
-    assert problem.trouble.reason == "NameConflict"
-    assert f"there is a {kind} it already" in problem.trouble.message
-    assert "delete it, or give the run another name" in problem.trouble.message
+    assert problem.cause.reason == "NameConflict"
+    assert f"there is a {kind} it already" in problem.cause.message
+    assert "delete it, or give the run another name" in problem.cause.message
     assert api.objects[kind, "it"]["data"] == {"mine": "1"}
     del api.objects[kind, "it"]
     assert applier.apply(run, [desired(kind, "it")], {}) == []
@@ -168,7 +168,7 @@ def test_an_object_of_somebody_else_is_left_alone_and_named(api, applier, run, k
 def test_what_an_earlier_run_of_the_name_left_is_waited_for(api, applier, run):
     api.put(body("Deployment", "run-sampler-near", owner="uid-of-the-earlier"))
     problems = applier.apply(run, [desired()], known(api))
-    assert reason(problems) == "ClearingAway"
+    assert reason(problems) == "Terminating"
     assert api.writes() == []
 
 
@@ -231,8 +231,8 @@ def test_a_refusal_is_a_problem_that_says_what_to_do_and_the_other_objects_are_w
 
     api.before = refuse
     (problem,) = applier.apply(run, [desired(), desired("ConfigMap", "run-config")], {})
-    assert (problem.kind, problem.name, problem.trouble.reason) == ("Deployment", "run-sampler-near", expected)
-    assert words in problem.trouble.message
+    assert (problem.kind, problem.name, problem.cause.reason) == ("Deployment", "run-sampler-near", expected)
+    assert words in problem.cause.message
     assert ("ConfigMap", "run-config") in api.objects
 
 
@@ -282,8 +282,8 @@ def test_an_object_that_the_server_fails_on_is_told_and_the_others_are_written(a
 
     api.before = webhook
     (problem,) = applier.apply(run, [desired("ConfigMap", "run-config"), desired()], {})
-    assert (problem.kind, problem.trouble.reason) == ("ConfigMap", "ApiServerError")
-    assert "failed calling webhook" in problem.trouble.message
+    assert (problem.kind, problem.cause.reason) == ("ConfigMap", "ApiServerError")
+    assert "failed calling webhook" in problem.cause.message
     assert ("apply", "Deployment/run-sampler-near") in api.writes()
 
 

@@ -14,20 +14,21 @@ from operator_world import (
     children,
     claim_body,
     condition,
+    context,
     ended,
     job_end,
     pod,
     run_of,
-    view,
 )
 
 from heterorl.kubernetes.names import prepare_name
 from heterorl.monitoring.run_metrics import PoolProgress, RunProgress
 from heterorl.names import Version
 from heterorl.spec.status import RunStatus
-from heterorl_operator.conditions import ObjectProblem, refused, status_of, transitions
+from heterorl_operator.events import transitions
 from heterorl_operator.lifecycle import decide
-from heterorl_operator.podstate import Trouble
+from heterorl_operator.problems import ObjectProblem, Problem
+from heterorl_operator.status import refused, status_of
 from heterorl_operator.timestamps import moment
 
 PREPARE = prepare_name(run_of())
@@ -49,7 +50,7 @@ def workloads(learner=1, near=1):
 def at_work(**known):
     """A run in which all goes well, but for what is given."""
     given = {"before": GOING, "children": workloads(), "pods": [LEARNER], "progress": TRAINING}
-    return view(60, **{**given, **known})
+    return context(60, **{**given, **known})
 
 
 def status(seen, *problems):
@@ -63,7 +64,7 @@ def told(seen, kind, *problems):
 
 
 def problem(kind, reason="QuotaExceeded", name="it"):
-    return ObjectProblem(kind, name, Trouble(reason, f"{kind} {name} has a problem"))
+    return ObjectProblem(kind, name, Problem(reason, f"{kind} {name} has a problem"))
 
 
 def claim(phase, age_s=0.0):
@@ -92,11 +93,11 @@ def test_a_run_at_work_is_ready_and_every_condition_says_so():
 
 
 def test_a_run_that_is_new_says_what_it_waits_for():
-    found = status(view(claim=None))
+    found = status(context(claim=None))
     assert {each.type: (each.status, each.reason) for each in found.conditions} == {
         "Ready": ("False", "ClaimRequested"),
         "StorageReady": ("Unknown", "ClaimRequested"),
-        "Prepared": ("False", "Preparing"),
+        "Prepared": ("False", "PreparationPending"),
         "LearnerReady": ("False", "LearnerStarting"),
         "SamplersAvailable": ("False", "BelowQuorum"),
         "Progressing": ("Unknown", "NotStarted"),
@@ -111,11 +112,11 @@ def test_a_run_that_is_new_says_what_it_waits_for():
 
 def test_times_of_suspension_are_kept_and_zero_is_left_out():
     before = {**BEFORE, "suspended_since": STARTED, "suspended_seconds": 1.5}
-    found = status(view(60, spec={"suspend": True}, before=before))
+    found = status(context(60, spec={"suspend": True}, before=before))
     assert (found.suspended_since, found.suspended_seconds) == (STARTED, 1.5)
-    found = status(view(60, before=before))
+    found = status(context(60, before=before))
     assert (found.suspended_since, found.suspended_seconds) == (None, 61.5)
-    assert status(view(60, before=BEFORE)).suspended_seconds is None
+    assert status(context(60, before=BEFORE)).suspended_seconds is None
 
 
 def test_a_look_that_brings_nothing_new_gives_the_very_same_status():
@@ -154,6 +155,9 @@ def prepare_job(end=None):
     return children(body("Job", PREPARE, status=job_end(end) if end else {}))
 
 
+WAITS = ("False", "PreparationPending")
+
+
 def preparing(container=None, owner=PREPARE):
     return [pod("prepare", owner=f"uid-of-{owner}", container=container)]
 
@@ -161,7 +165,15 @@ def preparing(container=None, owner=PREPARE):
 @pytest.mark.parametrize(
     ("known", "expected", "state"),
     [
-        ({}, ("False", "Preparing"), "Pending"),
+        ({}, WAITS, "Pending"),
+        (
+            {
+                "children": prepare_job(),
+                "pods": [pod("prepare", owner=f"uid-of-{PREPARE}", status={"phase": "Pending"})],
+            },
+            WAITS,
+            "Pending",
+        ),
         ({"children": prepare_job(), "pods": preparing()}, ("False", "Preparing"), "Preparing"),
         ({"children": prepare_job("Complete")}, ("True", "Prepared"), "Running"),
         ({"progress": RunProgress(prepared=True)}, ("True", "Prepared"), "Running"),
@@ -173,12 +185,12 @@ def preparing(container=None, owner=PREPARE):
         ),
         ({"children": prepare_job(), "pods": preparing(ended(1))}, ("False", "Crashed"), "Pending"),
         # A try that was refused the volume is no matter of the next one.
-        ({"children": prepare_job(), "pods": preparing(ended(2), owner="earlier")}, ("False", "Preparing"), "Pending"),
+        ({"children": prepare_job(), "pods": preparing(ended(2), owner="earlier")}, WAITS, "Pending"),
         ({"spec": {"suspend": True}}, ("False", "Suspended"), "Suspended"),
     ],
 )
 def test_preparation_and_the_state_that_follows(known, expected, state):
-    seen = view(60, **{"before": BEFORE, **known})
+    seen = context(60, **{"before": BEFORE, **known})
     assert told(seen, "Prepared")[:2] == expected
     assert status(seen).state == state
 
@@ -283,9 +295,17 @@ def test_progressing(known, expected):
     assert told(at_work(**known), "Progressing")[:2] == expected
 
 
-def test_a_stall_is_told_without_its_seconds_so_that_it_is_not_written_anew_all_the_time():
-    messages = {told(at_work(progress=replace(TRAINING, stalled_s=s)), "Progressing")[2] for s in (1801.0, 2000.0)}
-    assert len(messages) == 1
+def test_a_stall_says_since_when_and_what_each_pool_delivers_and_stays_the_same_while_it_lasts():
+    pools = {"near": PoolProgress(7, 3, 1, "v00000002-i0001"), "far": PoolProgress()}
+    stalled = replace(TRAINING, stalled_s=1805.0, pools=pools, weights_version="v00000004-i0001")
+    seen = at_work(progress=stalled)
+    later = replace(seen, now=seen.now + 200, progress=replace(stalled, stalled_s=2005.0))
+    message = told(seen, "Progressing")[2]
+    assert told(later, "Progressing")[2] == message
+    assert message.startswith("no step since 2023-11-14T21:44Z (learner.stallSeconds 1800)")
+    assert "pool far: 0 slots alive, serving no weights, 0 rollouts written" in message
+    assert "pool near: 1 slots alive, serving v00000002-i0001 or newer, 3 versions refused, 7 rollouts" in message
+    assert "newest weights v00000004-i0001" in message
 
 
 def test_what_the_learner_says_is_reported_and_kept_while_it_is_silent():
@@ -344,7 +364,6 @@ def test_ready_names_first_what_somebody_has_to_do_something_about():
 @pytest.mark.parametrize(
     ("kind", "of"),
     [
-        ("PersistentVolumeClaim", "StorageReady"),
         ("StatefulSet", "LearnerReady"),
         ("Service", "LearnerReady"),
         ("Deployment", "SamplersAvailable"),
@@ -356,8 +375,19 @@ def test_an_object_that_could_not_be_made_shows_in_its_condition_and_in_ready(ki
     assert told(seen, "Ready", problem(kind)) == ("False", "QuotaExceeded", f"{kind} it has a problem")
 
 
+def test_a_claim_that_is_refused_is_a_problem_until_it_is_bound_and_then_holds_nothing_up():
+    refused = problem("PersistentVolumeClaim")
+    for found in (None, claim("Pending", 1)):
+        assert told(at_work(claim=found), "StorageReady", refused)[:2] == ("False", "QuotaExceeded")
+        assert told(at_work(claim=found), "Ready", refused)[:2] == ("False", "QuotaExceeded")
+    storage = told(at_work(), "StorageReady", refused)
+    assert storage[:2] == ("True", "ResizeRefused")
+    assert storage[2].endswith("PersistentVolumeClaim it has a problem")
+    assert told(at_work(), "Ready", refused)[:2] == ("True", "Running")
+
+
 def test_a_preparation_that_could_not_be_made_shows_until_it_is_done():
-    assert told(view(before=BEFORE), "Prepared", problem("Job"))[:2] == ("False", "QuotaExceeded")
+    assert told(context(before=BEFORE), "Prepared", problem("Job"))[:2] == ("False", "QuotaExceeded")
     assert told(at_work(), "Prepared", problem("Job"))[:2] == ("True", "Prepared")
 
 
@@ -407,7 +437,7 @@ def test_a_transition_time_moves_when_the_status_flips_and_not_when_the_reason_d
 
 def test_a_manifest_that_cannot_be_read_changes_ready_alone():
     before = status(at_work())
-    after = refused(before, 9, Trouble("InvalidSpec", "the manifest cannot be used"), at_work().now + 40)
+    after = refused(before, 9, Problem("InvalidSpec", "the manifest cannot be used"), at_work().now + 40)
     (ready,) = [each for each in after.conditions if each.type == "Ready"]
     assert (ready.status, ready.reason, ready.observed_generation) == ("False", "InvalidSpec", 9)
     assert ready.last_transition_time == "2023-11-14T22:15:00.000Z"  # second 100
@@ -415,8 +445,8 @@ def test_a_manifest_that_cannot_be_read_changes_ready_alone():
     assert [each for each in after.conditions if each.type != "Ready"] == [
         each for each in before.conditions if each.type != "Ready"
     ]
-    assert refused(after, 9, Trouble("InvalidSpec", "the manifest cannot be used"), at_work().now + 90) == after
-    assert refused(RunStatus(), 1, Trouble("InvalidSpec", "why"), 0.0).state == "Pending"
+    assert refused(after, 9, Problem("InvalidSpec", "the manifest cannot be used"), at_work().now + 90) == after
+    assert refused(RunStatus(), 1, Problem("InvalidSpec", "why"), 0.0).state == "Pending"
 
 
 # ── events ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -463,7 +493,7 @@ def test_pools_that_come_go_and_scale_are_events_but_not_at_the_first_look():
     after = of(samplers=[{"name": "near", "desired": 0}, {"name": "new", "desired": 4}])
     messages = {reason: message for _, reason, message in transitions(before, after)}
     assert messages == {
-        "PoolAdded": "sampler pool new is new; was that a slip, remove it from spec.samplers",
+        "PoolAdded": "sampler pool new is new; if that was a mistake, remove it from spec.samplers",
         "PoolRemoved": "sampler pool old is removed, and its samplers with it",
         "Scaled": "sampler pool near: 2 to 0 replicas",
     }

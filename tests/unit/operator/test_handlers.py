@@ -17,7 +17,7 @@ from heterorl_operator.workqueue import WorkQueue
 
 
 @pytest.fixture
-def store():
+def cache():
     return ObjectCache()
 
 
@@ -27,55 +27,55 @@ def queue():
 
 
 @pytest.fixture
-def watcher(store, queue, monkeypatch):
-    monkeypatch.setattr(handlers, "_TOGETHER_S", 0.02)
-    return Watcher(store, queue, Applier(FakeApi(), store))
+def watcher(cache, queue, monkeypatch):
+    monkeypatch.setattr(handlers, "_BATCH_S", 0.02)
+    return Watcher(cache, queue, Applier(FakeApi(), cache).object_deleted)
 
 
 def deployment(version, **fields):
     return body("Deployment", "run-sampler-near", version, **fields)
 
 
-def test_news_are_noted_and_looked_at_and_what_is_known_already_is_not(watcher, store, queue):
-    assert watcher.saw(DEPLOYMENT, "ADDED", deployment(3))
+def test_news_are_noted_and_looked_at_and_what_is_known_already_is_not(watcher, cache, queue):
+    assert watcher.handle(DEPLOYMENT, "ADDED", deployment(3))
     queue.done(queue.get()[0])
-    assert not watcher.saw(DEPLOYMENT, None, deployment(3))  # the list of a watch that was renewed
+    assert not watcher.handle(DEPLOYMENT, None, deployment(3))  # the list of a watch that was renewed
     assert len(queue) == 0
-    assert watcher.saw(DEPLOYMENT, "MODIFIED", deployment(4))
+    assert watcher.handle(DEPLOYMENT, "MODIFIED", deployment(4))
     assert queue.get()[0] == KEY
 
 
-def test_a_deletion_is_noted_and_looked_at(watcher, store, queue):
-    watcher.saw(DEPLOYMENT, "ADDED", deployment(3))
+def test_a_deletion_is_noted_and_looked_at(watcher, cache, queue):
+    watcher.handle(DEPLOYMENT, "ADDED", deployment(3))
     queue.done(queue.get()[0])
-    assert watcher.saw(DEPLOYMENT, "DELETED", deployment(4))
-    assert store.children(KEY) == {}
+    assert watcher.handle(DEPLOYMENT, "DELETED", deployment(4))
+    assert cache.children(KEY) == {}
     assert queue.get()[0] == KEY
 
 
 def test_an_edit_of_a_run_is_looked_at_at_once_and_a_burst_of_its_objects_once(watcher, queue, monkeypatch):
-    monkeypatch.setattr(handlers, "_TOGETHER_S", 30.0)
+    monkeypatch.setattr(handlers, "_BATCH_S", 30.0)
     for version in (3, 4, 5):
-        watcher.saw(DEPLOYMENT, "MODIFIED", deployment(version))
+        watcher.handle(DEPLOYMENT, "MODIFIED", deployment(version))
     assert len(queue) == 0  # not yet
-    watcher.saw(RUN, "MODIFIED", run_body(version=6))
+    watcher.handle(RUN, "MODIFIED", run_body(version=6))
     assert queue.get()[0] == KEY
 
 
 def test_what_belongs_to_no_run_is_left(watcher, queue):
-    assert not watcher.saw(DEPLOYMENT, "ADDED", body("Deployment", "theirs", run=None))
+    assert not watcher.handle(DEPLOYMENT, "ADDED", body("Deployment", "theirs", run=None))
     assert len(queue) == 0
 
 
-def test_every_kind_has_a_handler_that_leaves_nothing_on_the_object(watcher, store):
+def test_every_kind_has_a_handler_that_leaves_nothing_on_the_object(watcher, cache):
     registry = registry_for(watcher, (RUN, *LABELLED))
     watching = registry._watching.get_all_handlers()
-    assert [handler.id for handler in watching] == [f"saw-{kind.plural}" for kind in (RUN, *LABELLED)]
+    assert [handler.id for handler in watching] == [f"on-{kind.plural}" for kind in (RUN, *LABELLED)]
     assert not registry._changing.get_all_handlers()  # those would add an annotation or a finalizer
     assert not registry._spawning.get_all_handlers()
     assert not registry._indexing.get_all_handlers()  # 10,000 objects would hold every handler up
     asyncio.run(watching[0].fn(event={"type": None, "object": run_body()}))
-    assert store.run(KEY).created == CREATED
+    assert cache.run(KEY).created == CREATED
 
 
 def test_watches_end_are_renewed_and_bring_only_what_carries_a_runs_label():

@@ -14,7 +14,7 @@ from operator_world import KEY
 from heterorl.monitoring.http import Endpoint
 from heterorl.monitoring.run_metrics import RunProgress, to_text
 from heterorl_operator.client import Transient
-from heterorl_operator.learner_poller import Heard, ProgressPoller, Target
+from heterorl_operator.learner_poller import PollResult, ProgressPoller, Target
 
 
 class Learner:
@@ -70,7 +70,7 @@ def news():
 
 
 @pytest.fixture
-def progresses(news):
+def poller(news):
     asking = ProgressPoller(None, "pod-ip", 0.02, news.append, threads=2)
     asking.start()
     yield asking
@@ -85,71 +85,71 @@ def wait_for(look):
     return found
 
 
-def test_a_learner_is_asked_again_and_again_and_only_news_are_told(learner, progresses, news):
-    progresses.want(KEY, learner.target)
+def test_a_learner_is_asked_again_and_again_and_only_news_are_told(learner, poller, news):
+    poller.want(KEY, learner.target)
     wait_for(lambda: learner.asked >= 3)
     assert news == [KEY]
-    assert progresses.latest(KEY).progress == learner.progress
+    assert poller.latest(KEY).progress == learner.progress
     learner.says(step=2)
     wait_for(lambda: len(news) == 2)
-    assert progresses.latest(KEY).progress.step == 2
+    assert poller.latest(KEY).progress.step == 2
 
 
-def test_a_stall_is_news_once_a_minute(learner, progresses, news):
+def test_a_stall_is_news_once_a_minute(learner, poller, news):
     learner.says(stalled_s=1.0)
-    progresses.want(KEY, learner.target)
+    poller.want(KEY, learner.target)
     wait_for(lambda: news == [KEY])
     learner.says(stalled_s=59.0)
-    wait_for(lambda: progresses.latest(KEY).progress.stalled_s == 59.0)
+    wait_for(lambda: poller.latest(KEY).progress.stalled_s >= 59.0)
     assert news == [KEY]
     learner.says(stalled_s=61.0)
     wait_for(lambda: news == [KEY, KEY])
-    assert 61 <= progresses.stalled_s(KEY) < 66
+    assert 61 <= poller.stalled_s(KEY) < 66
 
 
-def test_time_that_nobody_was_meant_to_train_is_no_stall(learner, progresses, news):
+def test_time_that_nobody_was_meant_to_train_is_no_stall(learner, poller, news):
     learner.says(stalled_s=1.0)
-    progresses.want(KEY, learner.target)
+    poller.want(KEY, learner.target)
     wait_for(lambda: news == [KEY])
-    progresses.want(KEY, None)  # its pod is gone, and should come back
-    assert progresses.stalled_s(KEY) >= 1
-    progresses.want(KEY, None, at_rest=True)
-    assert progresses.stalled_s(KEY) is None
+    poller.want(KEY, None)  # its pod is gone, and should come back
+    assert poller.stalled_s(KEY) >= 1
+    poller.want(KEY, None, at_rest=True)
+    assert poller.stalled_s(KEY) is None
 
 
-def test_a_learner_that_falls_silent_is_news_once_and_what_it_said_stays(learner, progresses, news):
-    progresses.want(KEY, learner.target)
+def test_a_learner_that_falls_silent_is_news_once_and_what_it_said_stays(learner, poller, news):
+    poller.want(KEY, learner.target)
     wait_for(lambda: len(news) == 1)
     learner.status = 503
-    wait_for(lambda: progresses.latest(KEY).failures >= 2)
-    heard = progresses.latest(KEY)
-    assert heard.unreachable == "pod run-learner-0: it answered with 503"
-    assert heard.progress == learner.progress
+    wait_for(lambda: poller.latest(KEY).failures >= 2)
+    result = poller.latest(KEY)
+    assert result.unreachable == "pod run-learner-0: it answered with status 503"
+    assert result.progress == learner.progress
     assert len(news) == 2
     learner.status = 200
-    wait_for(lambda: not progresses.latest(KEY).unreachable)
+    wait_for(lambda: not poller.latest(KEY).unreachable)
     wait_for(lambda: len(news) == 3)
 
 
 @pytest.mark.parametrize("answer", [b"# nothing of ours\n", b"\xff\xfe", b"heterorl_run_prepared{ 1\n"])
-def test_an_answer_that_is_no_learners_is_as_good_as_silence(learner, progresses, answer):
+def test_an_answer_that_is_no_learners_is_as_good_as_silence(learner, poller, answer):
     learner.raw = answer
-    progresses.want(KEY, learner.target)
-    wait_for(lambda: progresses.latest(KEY).unreachable)
-    assert progresses.latest(KEY).progress is None
+    poller.want(KEY, learner.target)
+    wait_for(lambda: poller.latest(KEY).unreachable)
+    assert poller.latest(KEY).progress is None
 
 
-def test_nobody_there_is_told_in_words_that_stay_the_same(nobody, progresses):
+def test_nobody_there_is_told_in_words_that_stay_the_same(nobody, poller):
     words = set()
-    progresses.want(KEY, nobody)
+    poller.want(KEY, nobody)
     for failures in (1, 2, 3):
-        wait_for(lambda failures=failures: progresses.latest(KEY).failures >= failures)
-        words.add(progresses.latest(KEY).unreachable)
+        wait_for(lambda failures=failures: poller.latest(KEY).failures >= failures)
+        words.add(poller.latest(KEY).unreachable)
     assert len(words) == 1  # or each of them would be written into the status
     assert "refused" in words.pop()
 
 
-def test_an_answer_without_an_end_is_cut_off(progresses):
+def test_an_answer_without_an_end_is_cut_off(poller):
     class Endless(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
@@ -165,26 +165,26 @@ def test_an_answer_without_an_end_is_cut_off(progresses):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    progresses.want(KEY, Target("pod", "uid", "127.0.0.1", server.server_port))
-    wait_for(lambda: progresses.latest(KEY).unreachable)
+    poller.want(KEY, Target("pod", "uid", "127.0.0.1", server.server_port))
+    wait_for(lambda: poller.latest(KEY).unreachable)
     server.shutdown()
     server.server_close()
 
 
-def test_nobody_is_asked_any_more_and_what_was_said_stays_until_the_run_is_forgotten(learner, progresses):
-    progresses.want(KEY, learner.target)
-    wait_for(lambda: progresses.latest(KEY).progress)
+def test_nobody_is_asked_any_more_and_what_was_said_stays_until_the_run_is_forgotten(learner, poller):
+    poller.want(KEY, learner.target)
+    wait_for(lambda: poller.latest(KEY).progress)
     learner.status = 503
-    wait_for(lambda: progresses.latest(KEY).unreachable)
-    progresses.want(KEY, None)
+    wait_for(lambda: poller.latest(KEY).unreachable)
+    poller.want(KEY, None)
     time.sleep(0.05)
     asked = learner.asked
     time.sleep(0.1)
     assert learner.asked == asked
-    heard = progresses.latest(KEY)
-    assert (heard.progress.step, heard.unreachable, heard.failures) == (1, "", 0)
-    progresses.forget(KEY)
-    assert progresses.latest(KEY) == Heard()
+    result = poller.latest(KEY)
+    assert (result.progress.step, result.unreachable, result.failures) == (1, "", 0)
+    poller.forget(KEY)
+    assert poller.latest(KEY) == PollResult()
 
 
 def test_another_pod_is_asked_at_once_however_long_the_last_one_was_silent(learner, nobody, news):
@@ -202,9 +202,9 @@ def test_another_pod_is_asked_at_once_however_long_the_last_one_was_silent(learn
     asking.stop()
 
 
-def test_a_silent_learner_is_asked_ever_more_rarely(learner, progresses):
+def test_a_silent_learner_is_asked_ever_more_rarely(learner, poller):
     learner.status = 503
-    progresses.want(KEY, learner.target)
+    poller.want(KEY, learner.target)
     time.sleep(0.6)  # 20 ms apart that would be 30 times; doubled each time it is at 0, 20, 60, 140, 300, 620 ms
     assert 3 <= learner.asked <= 7
 

@@ -13,17 +13,17 @@ from operator_world import (
     children,
     claim_body,
     condition,
+    context,
     ended,
     job_end,
     pod,
     run_of,
-    view,
 )
 
 from heterorl.kubernetes.names import prepare_name
 from heterorl.monitoring.run_metrics import RunProgress
 from heterorl.names import Version
-from heterorl_operator.lifecycle import decide, preparation_trouble
+from heterorl_operator.lifecycle import decide, preparation_problem
 from heterorl_operator.timestamps import moment, seconds
 
 PREPARE = prepare_name(run_of())
@@ -82,20 +82,20 @@ def test_moments_are_written_to_the_millisecond():
 # ── start, suspension ────────────────────────────────────────────────────────────────────────────────────────────────
 def test_the_first_look_starts_the_run_with_all_it_asks_for():
     spec = {"samplers": [{"name": "near", "replicas": 2}, {"name": "far", "replicas": 3}], "learner": {"replicas": 2}}
-    decision = decide(view(spec=spec))
+    decision = decide(context(spec=spec))
     assert (decision.clock.start, decision.clock.completion, decision.end) == (START, None, None)
     assert counts(decision) == (2, {"near": 2, "far": 3})
     assert decision.with_jobs
     assert not decision.expired
-    assert decision.look_again_s is None  # nothing changes by time alone
+    assert decision.requeue_s is None  # nothing changes by time alone
 
 
 def test_a_run_that_is_suspended_from_the_beginning_starts_when_it_is_resumed():
-    decision = decide(view(spec={"suspend": True}))
+    decision = decide(context(spec={"suspend": True}))
     assert (decision.clock.start, decision.clock.suspended_since) == (None, START)
     assert counts(decision) == (0, {"near": 0})
     assert not decision.with_jobs
-    decision = decide(view(100, before={"suspended_since": STARTED}))
+    decision = decide(context(100, before={"suspended_since": STARTED}))
     clock = decision.clock
     assert (clock.start, clock.suspended_since, clock.suspended_s) == (START + 100, None, 0.0)
     assert counts(decision) == (1, {"near": 1})
@@ -103,14 +103,14 @@ def test_a_run_that_is_suspended_from_the_beginning_starts_when_it_is_resumed():
 
 def test_time_stands_still_while_a_run_is_suspended_and_suspensions_add_up():
     before = {**STARTED_NOW, "suspended_seconds": 10.0}
-    clock = decide(view(100, spec={"suspend": True}, before=before)).clock
+    clock = decide(context(100, spec={"suspend": True}, before=before)).clock
     assert (clock.suspended_since, clock.suspended_s) == (START + 100, 10.0)
     assert clock.elapsed_s(START + 100) == 90
     before["suspended_since"] = at(100)
-    clock = decide(view(150, spec={"suspend": True}, before=before)).clock
+    clock = decide(context(150, spec={"suspend": True}, before=before)).clock
     assert (clock.suspended_since, clock.suspended_s) == (START + 100, 10.0)
     assert clock.elapsed_s(START + 150) == 90
-    clock = decide(view(160, before=before)).clock
+    clock = decide(context(160, before=before)).clock
     assert (clock.suspended_since, clock.suspended_s) == (None, 70.0)
     assert clock.elapsed_s(START + 200) == 130
 
@@ -118,9 +118,9 @@ def test_time_stands_still_while_a_run_is_suspended_and_suspensions_add_up():
 # ── deadline, grace, TTL ─────────────────────────────────────────────────────────────────────────────────────────────
 def test_a_deadline_ends_the_run_at_its_second_and_stops_everything():
     spec = {"activeDeadlineSeconds": 3600}
-    decision = decide(view(3599, spec=spec, before=STARTED_NOW))
-    assert (decision.end, decision.look_again_s) == (None, 1.0)
-    decision = decide(view(3600, spec=spec, before=STARTED_NOW))
+    decision = decide(context(3599, spec=spec, before=STARTED_NOW))
+    assert (decision.end, decision.requeue_s) == (None, 1.0)
+    decision = decide(context(3600, spec=spec, before=STARTED_NOW))
     assert decision.end is not None
     assert (decision.end.succeeded, decision.end.reason) == (False, "DeadlineExceeded")
     assert decision.clock.completion == START + 3600
@@ -130,52 +130,52 @@ def test_a_deadline_ends_the_run_at_its_second_and_stops_everything():
 
 def test_a_deadline_does_not_count_the_time_of_suspensions():
     spec, before = {"activeDeadlineSeconds": 3600}, {**STARTED_NOW, "suspended_seconds": 600.0}
-    decision = decide(view(3700, spec=spec, before=before))
-    assert (decision.end, decision.look_again_s) == (None, 500.0)
-    assert decide(view(4200, spec=spec, before=before)).end is not None
+    decision = decide(context(3700, spec=spec, before=before))
+    assert (decision.end, decision.requeue_s) == (None, 500.0)
+    assert decide(context(4200, spec=spec, before=before)).end is not None
     suspended = {**before, "suspended_since": at(3000)}
-    assert decide(view(9000, spec={**spec, "suspend": True}, before=suspended)).end is None
+    assert decide(context(9000, spec={**spec, "suspend": True}, before=suspended)).end is None
 
 
 def test_a_finished_run_gives_its_samplers_back_at_once_and_its_learner_after_the_grace():
     spec = {"learner": {"finishGraceSeconds": 300}}
-    decision = decide(view(50, spec=spec, before=STARTED_NOW, progress=FINISHED))
+    decision = decide(context(50, spec=spec, before=STARTED_NOW, progress=FINISHED))
     assert decision.end is not None
     assert (decision.end.succeeded, decision.end.reason) == (True, "Trained")
     assert "8 steps" in decision.end.message
     assert decision.clock.completion == START + 50
     assert counts(decision) == (1, {"near": 0})
-    assert decision.look_again_s == 300.0
-    assert counts(decide(view(349, spec=spec, before=succeeded(50)))) == (1, {"near": 0})
-    decision = decide(view(350, spec=spec, before=succeeded(50)))
+    assert decision.requeue_s == 300.0
+    assert counts(decide(context(349, spec=spec, before=succeeded(50)))) == (1, {"near": 0})
+    decision = decide(context(350, spec=spec, before=succeeded(50)))
     assert counts(decision) == (0, {"near": 0})
-    assert decision.look_again_s == 3300.0  # an hour after the end at 50 s
+    assert decision.requeue_s == 3300.0  # an hour after the end at 50 s
 
 
 def test_a_finished_learner_stays_for_its_last_evaluation_but_not_for_more_than_an_hour():
     due = RunProgress(prepared=True, finished=True, evaluations_due=(Version(8, 1),))
-    assert counts(decide(view(3000, before=succeeded(), progress=due)))[0] == 1
-    assert counts(decide(view(3000, before=succeeded(), progress=FINISHED)))[0] == 0
+    assert counts(decide(context(3000, before=succeeded(), progress=due)))[0] == 1
+    assert counts(decide(context(3000, before=succeeded(), progress=FINISHED)))[0] == 0
     running = children(body("Job", "run-eval-8"))
-    assert counts(decide(view(3000, before=succeeded(), progress=FINISHED, children=running)))[0] == 1
-    assert counts(decide(view(4000, before=succeeded(), progress=due, children=running)))[0] == 0
+    assert counts(decide(context(3000, before=succeeded(), progress=FINISHED, children=running)))[0] == 1
+    assert counts(decide(context(4000, before=succeeded(), progress=due, children=running)))[0] == 0
 
 
 def test_nothing_is_evaluated_once_there_is_no_learner_to_tell_that_it_is_done():
     due = RunProgress(prepared=True, finished=True, evaluations_due=(Version(8, 1),))
-    assert decide(view(3000, before=succeeded(), progress=due)).evaluation == Version(8, 1)
-    assert decide(view(4000, before=succeeded(), progress=due)).evaluation is None
+    assert decide(context(3000, before=succeeded(), progress=due)).evaluation == Version(8, 1)
+    assert decide(context(4000, before=succeeded(), progress=due)).evaluation is None
 
 
 def test_a_record_is_deleted_when_it_was_kept_long_enough():
     spec = {"ttlSecondsAfterFinished": 1000}
-    decision = decide(view(400, spec=spec, before=succeeded(10)))
-    assert (decision.expired, decision.look_again_s) == (False, 610.0)
-    assert not decide(view(1009, spec=spec, before=succeeded(10))).expired
-    assert decide(view(1010, spec=spec, before=succeeded(10))).expired
-    assert not decide(view(1_000_000, before=succeeded(10))).expired  # without a TTL it stays
-    assert not decide(view(1_000_000, spec=spec, before=STARTED_NOW)).expired  # it has not ended
-    assert decide(view(0, spec={"ttlSecondsAfterFinished": 0}, before=STARTED_NOW, progress=FINISHED)).expired
+    decision = decide(context(400, spec=spec, before=succeeded(10)))
+    assert (decision.expired, decision.requeue_s) == (False, 610.0)
+    assert not decide(context(1009, spec=spec, before=succeeded(10))).expired
+    assert decide(context(1010, spec=spec, before=succeeded(10))).expired
+    assert not decide(context(1_000_000, before=succeeded(10))).expired  # without a TTL it stays
+    assert not decide(context(1_000_000, spec=spec, before=STARTED_NOW)).expired  # it has not ended
+    assert decide(context(0, spec={"ttlSecondsAfterFinished": 0}, before=STARTED_NOW, progress=FINISHED)).expired
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_record_is_deleted_when_it_was_kept_long_enough():
     ],
 )
 def test_an_end_is_for_good_whatever_is_seen_later(before, known, reason):
-    decision = decide(view(60, before=before, **known))
+    decision = decide(context(60, before=before, **known))
     assert decision.end is not None
     assert decision.end.reason == reason
     assert decision.clock.completion == START
@@ -196,7 +196,7 @@ def test_an_end_is_for_good_whatever_is_seen_later(before, known, reason):
 
 
 def test_an_ended_run_that_is_suspended_keeps_its_times_and_has_no_pods():
-    decision = decide(view(60, spec={"suspend": True}, before=succeeded()))
+    decision = decide(context(60, spec={"suspend": True}, before=succeeded()))
     assert decision.clock.suspended_since is None
     assert counts(decision) == (0, {"near": 0})
 
@@ -204,7 +204,7 @@ def test_an_ended_run_that_is_suspended_keeps_its_times_and_has_no_pods():
 # ── failures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_a_learner_that_gave_up_fails_the_run_in_its_own_words_and_can_be_read_for_a_while():
     gave_up = RunProgress(prepared=True, gave_up=("LearnerCrashed", "it crashed 4 times"))
-    decision = decide(view(before=STARTED_NOW, progress=gave_up))
+    decision = decide(context(before=STARTED_NOW, progress=gave_up))
     assert decision.end is not None
     assert (decision.end.succeeded, decision.end.reason) == (False, "LearnerCrashed")
     assert "it crashed 4 times" in decision.end.message
@@ -216,13 +216,13 @@ def test_a_run_whose_volume_was_taken_over_is_not_told_to_take_it_back():
     taken = RunProgress(
         gave_up=("VolumeInUse", "run other has taken the volume over (resume: true) and goes on from there")
     )
-    end = decide(view(before=STARTED_NOW, progress=taken)).end
+    end = decide(context(before=STARTED_NOW, progress=taken)).end
     assert end is not None
     assert (end.succeeded, end.reason, end.message.count("resume: true")) == (False, "VolumeInUse", 1)
 
 
 def test_a_preparation_that_failed_fails_the_run_with_its_last_line():
-    decision = decide(view(before=STARTED_NOW, **failed_preparation("loading\nmodel.path is not there\n")))
+    decision = decide(context(before=STARTED_NOW, **failed_preparation("loading\nmodel.path is not there\n")))
     assert decision.end is not None
     assert decision.end.reason == "PreparationFailed"
     assert "the preparation failed: model.path is not there;" in decision.end.message
@@ -230,7 +230,7 @@ def test_a_preparation_that_failed_fails_the_run_with_its_last_line():
 
 
 def test_a_preparation_whose_pod_is_gone_fails_the_run_with_the_words_of_its_job():
-    decision = decide(view(before=STARTED_NOW, **failed_preparation("")))
+    decision = decide(context(before=STARTED_NOW, **failed_preparation("")))
     assert decision.end is not None
     assert "the Job is Failed" in decision.end.message
 
@@ -240,23 +240,23 @@ TOLD_IN_USE = condition("Prepared", "False", "VolumeInUse", message="VolumeInUse
 
 
 def test_a_volume_of_another_run_is_no_end_but_nothing_runs():
-    decision = decide(view(before=STARTED_NOW, **failed_preparation(IN_USE)))
+    decision = decide(context(before=STARTED_NOW, **failed_preparation(IN_USE)))
     assert decision.end is None
     assert counts(decision) == (0, {"near": 0})
-    told = preparation_trouble(view(**failed_preparation(IN_USE)))
+    told = preparation_problem(context(**failed_preparation(IN_USE)))
     assert told == ("VolumeInUse", "VolumeInUse: /volume holds run other; set spec.resume: true")
 
 
 def test_an_edit_that_allows_the_volume_gives_the_preparation_another_try():
     before = {**STARTED_NOW, "conditions": [TOLD_IN_USE]}
-    decision = decide(view(spec={"resume": True}, before=before, **failed_preparation(IN_USE)))
+    decision = decide(context(spec={"resume": True}, before=before, **failed_preparation(IN_USE)))
     assert (decision.end, counts(decision)) == (None, (1, {"near": 1}))
 
 
 def test_a_volume_of_another_run_stays_no_end_when_the_pod_that_said_so_is_gone():
     before = {**STARTED_NOW, "conditions": [TOLD_IN_USE]}
-    assert decide(view(before=before, **failed_preparation(""))).end is None
-    assert preparation_trouble(view(before=before, **failed_preparation(""))) == (
+    assert decide(context(before=before, **failed_preparation(""))).end is None
+    assert preparation_problem(context(before=before, **failed_preparation(""))) == (
         "VolumeInUse",
         "VolumeInUse: /volume holds run other",
     )
@@ -285,7 +285,7 @@ WELL = {"status": {"conditions": [{"type": "Ready", "status": "True"}]}}
 )
 def test_samplers_end_the_run_by_an_error_of_its_user_or_once_all_are_given_up(pods, reason):
     spec = {"failurePolicy": {"samplerRestarts": 2}, "samplers": [{"name": "near", "replicas": 2}]}
-    end = decide(view(spec=spec, before=STARTED_NOW, pods=pods)).end
+    end = decide(context(spec=spec, before=STARTED_NOW, pods=pods)).end
     assert (end and end.reason) == reason
     if reason == "UserError":
         assert end is not None
@@ -303,13 +303,13 @@ def test_a_run_is_not_lost_while_a_pool_may_still_come():
         ({"name": "far", "replicas": 0}, 0, True),
     ):
         spec = {"failurePolicy": {"samplerRestarts": 2}, "samplers": [{"name": "near"}, pool]}
-        end = decide(view(at, spec=spec, before=STARTED_NOW, pods=crashed)).end
+        end = decide(context(at, spec=spec, before=STARTED_NOW, pods=crashed)).end
         assert bool(end) == is_lost, (pool, at)
 
 
 def test_pods_of_a_pool_that_was_removed_end_nothing():
     gone = pod("sampler", "old", pool="old", container=ended(2))
-    assert decide(view(before=STARTED_NOW, pods=[gone])).end is None
+    assert decide(context(before=STARTED_NOW, pods=[gone])).end is None
 
 
 # ── evaluations ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -332,15 +332,15 @@ DUE = RunProgress(prepared=True, evaluations_due=(Version(0, 1), Version(5, 1), 
 def test_evaluations_are_made_one_at_a_time_oldest_first_without_those_that_failed(jobs, before, evaluation, given_up):
     known = children(*(body("Job", name, status=status) for name, status in jobs.items()))
     status = {**STARTED_NOW, "evaluation": before} if before else STARTED_NOW
-    decision = decide(view(before=status, progress=DUE, children=known))
+    decision = decide(context(before=status, progress=DUE, children=known))
     assert decision.evaluation == evaluation
     assert decision.failed_evaluations == given_up
 
 
 def test_a_suspended_or_failed_run_evaluates_nothing_and_one_that_succeeded_does():
-    assert decide(view(spec={"suspend": True}, before=STARTED_NOW, progress=DUE)).evaluation is None
-    assert decide(view(before=failed("UserError"), progress=DUE)).evaluation is None
-    assert decide(view(before=succeeded(), progress=DUE)).evaluation == Version(0, 1)
+    assert decide(context(spec={"suspend": True}, before=STARTED_NOW, progress=DUE)).evaluation is None
+    assert decide(context(before=failed("UserError"), progress=DUE)).evaluation is None
+    assert decide(context(before=succeeded(), progress=DUE)).evaluation == Version(0, 1)
 
 
 # ── when to look again ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -372,24 +372,24 @@ def test_availability_sets_the_replicas_and_the_next_look(now, suspended_s, near
         {"name": "far", "replicas": 3, "availability": TRACE},
     ]
     before = {**STARTED_NOW, "suspended_seconds": float(suspended_s)}
-    decision = decide(view(now, spec={"samplers": pools}, before=before))
+    decision = decide(context(now, spec={"samplers": pools}, before=before))
     assert dict(decision.replicas.samplers) == {"near": near, "far": far}
-    assert decision.look_again_s == next_s
+    assert decision.requeue_s == next_s
 
 
 def test_a_suspended_run_is_not_looked_at_for_its_availability():
     pools = [{"name": "near", "replicas": 2, "availability": WINDOWS}]
-    assert decide(view(5, spec={"samplers": pools, "suspend": True}, before=STARTED_NOW)).look_again_s is None
+    assert decide(context(5, spec={"samplers": pools, "suspend": True}, before=STARTED_NOW)).requeue_s is None
 
 
 def test_what_comes_first_is_the_next_look():
     spec = {"activeDeadlineSeconds": 7, "samplers": [{"name": "near", "replicas": 2, "availability": WINDOWS}]}
-    assert decide(view(4, spec=spec, before=STARTED_NOW)).look_again_s == 3
+    assert decide(context(4, spec=spec, before=STARTED_NOW)).requeue_s == 3
     spec["activeDeadlineSeconds"] = 3600
-    assert decide(view(4, spec=spec, before=STARTED_NOW)).look_again_s == 6
+    assert decide(context(4, spec=spec, before=STARTED_NOW)).requeue_s == 6
 
 
 def test_a_claim_that_waits_is_looked_at_when_its_patience_ends():
     waiting = child_of("PersistentVolumeClaim", claim_body("Pending"))
-    assert decide(view(4, before=STARTED_NOW, claim=waiting)).look_again_s == 6
-    assert decide(view(11, before=STARTED_NOW, claim=waiting)).look_again_s is None
+    assert decide(context(4, before=STARTED_NOW, claim=waiting)).requeue_s == 6
+    assert decide(context(11, before=STARTED_NOW, claim=waiting)).requeue_s is None

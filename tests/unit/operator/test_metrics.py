@@ -12,9 +12,9 @@ from heterorl_operator.metrics import RunsCollector
 
 def told_of(**status: object) -> dict[str, float]:
     """Samples of a run's metrics with their labels."""
-    store, registry = ObjectCache(), CollectorRegistry()
-    store.put("HeteroRLRun", run_body(status=status))
-    registry.register(RunsCollector(store, {KEY: 7.0}.get))
+    cache, registry = ObjectCache(), CollectorRegistry()
+    cache.put("HeteroRLRun", run_body(status=status))
+    registry.register(RunsCollector(cache, {KEY: 7.0}.get))
     lines = generate_latest(registry).decode().splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from operator_world import CREATED, ended, pod
 
-from heterorl_operator.podstate import has_crashed, has_user_error, is_given_up, trouble_of
+from heterorl_operator.podstate import has_crashed, has_user_error, is_given_up, problem_of
 
 NO_NODE = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
 NO_CLAIM = "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims."
@@ -36,11 +36,11 @@ READY = {"conditions": [{"type": "Ready", "status": "True"}]}
     ],
 )
 def test_a_pod_that_does_not_run_says_why_and_what_to_do(fields, reason, words):
-    trouble = trouble_of(pod("sampler", "far", **fields))
-    assert trouble is not None
-    assert trouble.reason == reason
+    problem = problem_of(pod("sampler", "far", **fields))
+    assert problem is not None
+    assert problem.reason == reason
     for each in words:
-        assert each in trouble.message
+        assert each in problem.message
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_pod_that_does_not_run_says_why_and_what_to_do(fields, reason, words):
     ],
 )
 def test_a_pod_that_runs_or_is_on_its_way_or_was_told_to_go_is_no_trouble(fields):
-    assert trouble_of(pod("sampler", **fields)) is None
+    assert problem_of(pod("sampler", **fields)) is None
 
 
 @pytest.mark.parametrize(("code", "crashed"), [(0, False), (143, False), (1, True), (2, True), (137, True)])

@@ -27,9 +27,11 @@ from heterorl_operator.apply import Applier
 from heterorl_operator.cache import ObjectCache
 from heterorl_operator.client import Forbidden, Transient
 from heterorl_operator.events import Events
-from heterorl_operator.learner_poller import Heard, ProgressPoller
+from heterorl_operator.learner_poller import PollResult, ProgressPoller
 from heterorl_operator.reconcile import Reconciler, Unfinished
 from heterorl_operator.resources import DEPLOYMENT
+from heterorl_operator.run_reader import RunReader
+from heterorl_operator.status_writer import StatusWriter
 
 PREPARE = prepare_name(run_of())
 OBJECTS = {
@@ -48,22 +50,13 @@ class World:
     def __init__(self, api=None):
         self.now = START
         self.again, self.later = [], []  # the runs that were asked to be looked at again, at once or by the way
-        self.api, self.store = api or FakeApi(), ObjectCache()
-        self.applier = Applier(self.api, self.store, clock=lambda: self.now)
-        self.progresses = ProgressPoller(None, "pod-ip", 15.0, lambda key: None)
-        self.hidden = {}
-        self.reconciler = Reconciler(
-            self.api,
-            self.store,
-            self.applier,
-            self.progresses,
-            Events(self.api, MANAGER),
-            Images("learner", "sampler"),
-            self.hidden,
-            self.again.append,
-            self.later.append,
-            clock=lambda: self.now,
-        )
+        self.api, self.cache = api or FakeApi(), ObjectCache()
+        self.applier = Applier(self.api, self.cache, clock=lambda: self.now)
+        self.poller = ProgressPoller(None, "pod-ip", 15.0, lambda key: None)
+        writer = StatusWriter(self.api, self.cache, Events(self.api, MANAGER), self.again.append)
+        reader = RunReader(self.api, self.cache, self.poller, clock=lambda: self.now)
+        images = Images("learner", "sampler")
+        self.reconciler = Reconciler(self.cache, reader, self.applier, writer, images, self.later.append)
 
     def look(self):
         """Look at the run, and again where that was asked for by the way."""
@@ -77,12 +70,12 @@ class World:
         """Everything there is comes in, and what is gone goes."""
         for (kind, _), each in self.api.objects.items():
             if kind != "Event":
-                self.store.put(kind, each)
-        for (kind, name), child in self.store.children(KEY).items():
+                self.cache.put(kind, each)
+        for (kind, name), child in self.cache.children(KEY).items():
             if (kind, name) not in self.api.objects:
                 metadata = {"uid": child.uid, "resourceVersion": str(child.resource_version + 1)}
-                self.store.remove(kind, body(kind, name, metadata=metadata))
-                self.applier.forget(KEY, kind, name)
+                self.cache.remove(kind, body(kind, name, metadata=metadata))
+                self.applier.object_deleted(KEY, kind, name)
 
     def edit(self, spec=None, **metadata):
         """As a user does: another generation."""
@@ -95,7 +88,7 @@ class World:
         self.api.put({**self.api.objects["Job", job], "status": job_end(how)})
 
     def hears(self, **progress):
-        self.progresses._heard[KEY] = Heard(RunProgress(**progress))
+        self.poller._results[KEY] = PollResult(RunProgress(**progress))
 
     @property
     def status(self):
@@ -254,14 +247,14 @@ def test_a_refused_preparation_stays_until_an_edit_allows_the_volume_and_is_then
     world.look()
     (again,) = world.children() - OBJECTS
     assert again == ("Job", prepare_name(run_of(resume=True)))
-    assert world.reason("Prepared") == "Preparing"
+    assert world.reason("Prepared") == "PreparationPending"
     assert world.replicas("StatefulSet", "run-learner") == 1
 
 
 def test_a_refused_preparation_is_no_failure_when_its_pod_is_gone(world):
     refused_by_the_volume(world)
-    (gone,) = world.store.pods(KEY)
-    world.store.remove("Pod", pod_body("prepare", gone.name, gone.resource_version + 1))
+    (gone,) = world.cache.pods(KEY)
+    world.cache.remove("Pod", pod_body("prepare", gone.name, gone.resource_version + 1))
     world.look()
     assert world.status["state"] == "Pending"
     assert "holds run other" in next(
@@ -280,21 +273,21 @@ def test_what_an_earlier_run_of_the_name_left_says_nothing_about_this_one(world,
     with pytest.raises(Unfinished):
         world.look()  # the name is taken still
     assert world.status["state"] == "Pending"
-    assert world.reason("Ready") == "ClearingAway"
+    assert world.reason("Ready") == "Terminating"
     assert world.events() == set()
     for place in (("Job", PREPARE), ("Pod", "old")):
         del world.api.objects[place]
     world.watch()
     world.look()
     assert world.children() == OBJECTS
-    assert world.reason("Prepared") == "Preparing"
+    assert world.reason("Prepared") == "PreparationPending"
 
 
 def test_what_the_learner_of_an_earlier_run_said_is_forgotten(world):
     world.look()
     world.hears(step=9, finished=True, prepared=True)
     world.api.put(run_body(metadata={"uid": "uid-of-the-next"}))  # its deletion went by unseen
-    world.store.put("HeteroRLRun", world.api.objects["HeteroRLRun", "run"])
+    world.cache.put("HeteroRLRun", world.api.objects["HeteroRLRun", "run"])
     with pytest.raises(Unfinished):
         world.look()
     assert world.status["state"] == "Pending"
@@ -308,13 +301,13 @@ def test_a_run_that_is_gone_or_going_is_left_alone_and_forgotten(world, gone):
     world.hears(step=1)
     written = len(world.api.writes())
     if gone:
-        world.store.remove("HeteroRLRun", run_body(version=999))
+        world.cache.remove("HeteroRLRun", run_body(version=999))
     else:
         world.edit(deletionTimestamp=EARLIER)
         world.watch()
     assert world.look() is None
     assert len(world.api.writes()) == written
-    assert world.progresses.latest(KEY) == Heard()
+    assert world.poller.latest(KEY) == PollResult()
 
 
 def test_a_run_that_is_deleted_during_the_look_is_no_error(world):
@@ -325,7 +318,7 @@ def test_a_run_that_is_deleted_during_the_look_is_no_error(world):
     world.api.before = deleted_meanwhile
     assert world.look() is None
     assert world.events() == set()
-    assert world.store.run(KEY) is None  # nothing more is made for it, though no watch has told yet
+    assert world.cache.run(KEY) is None  # nothing more is made for it, though no watch has told yet
 
 
 # ── troubles ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -345,7 +338,7 @@ def test_what_may_go_away_by_itself_is_tried_again_but_time_is_kept(world):
 
 
 def test_a_kind_that_must_not_be_seen_is_told(world):
-    world.hidden[DEPLOYMENT] = "no right"
+    world.cache.unreadable[DEPLOYMENT] = "no right"
     with pytest.raises(Unfinished):
         world.look()
     assert world.reason("SamplersAvailable") == "Forbidden"
@@ -463,4 +456,70 @@ def test_what_is_said_of_a_run_is_taken_back_when_another_one_took_its_name_mean
     assert world.status == {}
     assert world.events() == set()
     assert world.again == [KEY]
-    assert world.store.run(KEY).uid == "uid-of-the-next"
+    assert world.cache.run(KEY).uid == "uid-of-the-next"
+
+
+# ── over is over ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def with_unknown_field(status):
+    status["phase"] = "Done"
+
+
+def with_unknown_state(status):
+    status["state"] = "Completed"
+
+
+def with_malformed_condition(status):
+    for each in status["conditions"]:
+        each.update(reason="", lastTransitionTime="long ago", severity="none")
+
+
+def with_other_conditions(status):
+    status.update(state="Completed", conditions=[{"type": "Complete", "status": "True"}])
+
+
+def with_a_message_beyond_bounds(status):
+    for each in status["conditions"]:
+        each["message"] = "x" * 40_000
+
+
+def with_no_number(status):
+    status["learner"]["reward"] = "NaN"
+    status["suspendedSeconds"] = "Infinity"
+
+
+@pytest.mark.parametrize("success", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_unknown_field,
+        with_unknown_state,
+        with_malformed_condition,
+        with_other_conditions,
+        with_a_message_beyond_bounds,
+        with_no_number,
+    ],
+)
+def test_a_run_that_has_ended_gets_no_pods_again_whatever_another_version_made_of_its_status(world, change, success):
+    world.look()
+    ending = {"finished": True} if success else {"gave_up": ("LearnerCrashed", "it crashed 4 times")}
+    world.hears(step=9, prepared=True, reward=1.0, **ending)
+    world.look()
+    world.now += 100_000
+    world.look()
+    assert world.replicas("StatefulSet", "run-learner") == 0
+    run = world.api.objects["HeteroRLRun", "run"]
+    change(run["status"])
+    for name in ("run-learner", "run-sampler-near"):
+        world.api.objects.pop(("StatefulSet", name), None)
+        world.api.objects.pop(("Deployment", name), None)
+    world.api.put(run)
+    restarted = World(world.api)
+    restarted.now = world.now
+    restarted.watch()
+    for _ in range(3):
+        restarted.look()
+        restarted.watch()
+    assert restarted.replicas("StatefulSet", "run-learner") == 0
+    assert restarted.replicas("Deployment", "run-sampler-near") == 0
+    assert restarted.status["state"] in ("Succeeded", "Failed")
+    assert all(len(each["message"]) <= 32768 for each in restarted.status["conditions"])

@@ -7,8 +7,7 @@ import time
 import pytest
 from operator_world import KEY, FakeApi, body, run_body
 
-from heterorl_operator import handlers
-from heterorl_operator import relist as audit
+from heterorl_operator import handlers, relist
 from heterorl_operator.apply import Applier
 from heterorl_operator.cache import ObjectCache
 from heterorl_operator.client import Forbidden, NotFound, Transient
@@ -29,7 +28,7 @@ def api():
 
 
 @pytest.fixture
-def store():
+def cache():
     return ObjectCache()
 
 
@@ -39,11 +38,11 @@ def queue():
 
 
 @pytest.fixture
-def auditor(api, store, queue, monkeypatch):
-    monkeypatch.setattr(audit, "_SETTLE_S", 0.0)
-    monkeypatch.setattr(handlers, "_TOGETHER_S", 0.0)
-    watcher = Watcher(store, queue, Applier(api, store))
-    made = Relister(api, store, watcher, (), every_s=0.08)
+def relister(api, cache, queue, monkeypatch):
+    monkeypatch.setattr(relist, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(handlers, "_BATCH_S", 0.0)
+    watcher = Watcher(cache, queue, Applier(api, cache).object_deleted)
+    made = Relister(api, cache, watcher, (), every_s=0.08)
     yield made
     made.stop()
 
@@ -55,88 +54,88 @@ def wait_for(look):
         time.sleep(0.005)
 
 
-def test_at_the_start_everything_is_taken_in_and_every_run_is_looked_at(auditor, store, queue):
-    auditor.load()
-    assert store.run_keys() == [KEY]
-    assert list(store.children(KEY)) == [NAME]
+def test_at_the_start_everything_is_taken_in_and_every_run_is_looked_at(relister, cache, queue):
+    relister.load()
+    assert cache.run_keys() == [KEY]
+    assert list(cache.children(KEY)) == [NAME]
     assert len(queue) == 1
-    assert auditor.hidden == {}
+    assert cache.unreadable == {}
 
 
-def test_a_kind_that_must_not_be_seen_is_hidden_but_runs_must_be_seen(auditor, api, store):
+def test_a_kind_that_must_not_be_seen_is_hidden_but_runs_must_be_seen(relister, api, cache):
     def forbid(verb, kind, name):
         if kind == hidden:
             raise Forbidden(403, "Forbidden", "no right")
 
     api.before, hidden = forbid, "Deployment"
-    auditor.load()
-    assert auditor.hidden == {DEPLOYMENT: "no right"}
-    assert store.run_keys() == [KEY]
+    relister.load()
+    assert cache.unreadable == {DEPLOYMENT: "no right"}
+    assert cache.run_keys() == [KEY]
     hidden = "HeteroRLRun"
     with pytest.raises(Forbidden):
-        auditor.load()
+        relister.load()
 
 
-def test_a_cluster_that_does_not_know_runs_is_an_error(auditor, api):
+def test_a_cluster_that_does_not_know_runs_is_an_error(relister, api):
     def unknown(verb, kind, name):
         raise NotFound(404, "NotFound", "no such kind")
 
     api.before = unknown
     with pytest.raises(NotFound):
-        auditor.load()
+        relister.load()
 
 
-def test_what_a_watch_missed_is_taken_in_and_its_run_is_looked_at(auditor, api, store, queue):
-    auditor.load()
+def test_what_a_watch_missed_is_taken_in_and_its_run_is_looked_at(relister, api, cache, queue):
+    relister.load()
     queue.done(queue.get()[0])
     api.put(body(*NAME, spec={"replicas": 4}))
-    auditor.start()
-    wait_for(lambda: store.children(KEY)[NAME].wanted == 4)
+    relister.start()
+    wait_for(lambda: cache.children(KEY)[NAME].wanted == 4)
     assert queue.get()[0] == KEY
 
 
-def test_a_deletion_that_a_watch_missed_is_taken_in(auditor, api, store):
-    auditor.load()
+def test_a_deletion_that_a_watch_missed_is_taken_in(relister, api, cache):
+    relister.load()
     del api.objects[NAME]
-    auditor.start()
-    wait_for(lambda: not store.children(KEY))
+    relister.start()
+    wait_for(lambda: not cache.children(KEY))
 
 
-def test_a_watch_that_misses_something_twice_in_a_row_is_deaf_until_it_misses_nothing(auditor, api):
-    auditor.load()
+def test_a_watch_that_misses_something_twice_in_a_row_is_deaf_until_it_misses_nothing(relister, api):
+    relister.load()
     deaf = []
     for is_missed in (False, True, True, True, False):
         if is_missed:
             api.put(body(*NAME))
-        auditor._check(DEPLOYMENT)
-        deaf.append(bool(auditor.deaf))
+        relister._check(DEPLOYMENT)
+        deaf.append(bool(relister.stale))
     assert deaf == [False, False, True, True, False]
 
 
-def test_a_watch_that_is_late_and_still_brings_something_is_not_deaf(auditor, api):
-    auditor.load()
+def test_a_watch_that_is_late_and_still_brings_something_is_not_deaf(relister, api):
+    relister.load()
     for _ in range(4):
-        auditor._watcher.heard["Deployment"] += 1  # as kopf's handler counts
+        relister._watcher.event_counts["Deployment"] += 1  # as kopf's handler counts
         api.put(body(*NAME))
-        auditor._check(DEPLOYMENT)
-        assert auditor.deaf == set()
+        relister._check(DEPLOYMENT)
+        assert relister.stale == set()
 
 
-def test_a_kind_that_may_be_seen_by_now_asks_for_a_new_start(auditor, api):
+def test_a_kind_that_may_be_seen_by_now_asks_for_a_new_start(relister, api):
     def forbid(verb, kind, name):
         if kind == "Deployment":
             raise Forbidden(403, "Forbidden", "no right")
 
     api.before = forbid
-    auditor.load()
-    auditor.start()
+    relister.load()
+    relister.start()
     api.before = lambda verb, kind, name: None
-    assert auditor.unveiled.wait(5)
+    assert relister.readable_again.wait(5)
 
 
 @pytest.mark.parametrize("error", [Transient(503, "ServiceUnavailable", "away"), ValueError("no JSON")])
-def test_an_audit_that_failed_is_followed_by_the_next(auditor, api, store, error):
-    auditor.load()
+def test_an_audit_that_failed_is_followed_by_the_next(relister, api, cache, error):
+    relister.load()
     failures = []
 
     def fail(verb, kind, name):
@@ -146,6 +145,6 @@ def test_an_audit_that_failed_is_followed_by_the_next(auditor, api, store, error
 
     api.before = fail
     api.put(body(*NAME, spec={"replicas": 4}))
-    auditor.start()
-    wait_for(lambda: store.children(KEY)[NAME].wanted == 4)
+    relister.start()
+    wait_for(lambda: cache.children(KEY)[NAME].wanted == 4)
     assert len(failures) == 3

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from heterorl_operator.workqueue import RunKey, WorkQueue
+from heterorl_operator.resources import RunKey
+from heterorl_operator.workqueue import WorkQueue
 
 A, B = RunKey("lab", "a"), RunKey("lab", "b")
 
