@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of the real data sets; where it is absent the test skips, under HETERORL_REQUIRE=all it fails.
+    """Folder of the real datasets; where it is absent the test skips, under HETERORL_REQUIRE=all it fails.
 
     Below it: `gsm8k/{train,test}.jsonl`, `eval/{amc23,aime24,aime25,math500}.jsonl`, and in `paper/` the authors' logged
     runs (arXiv 2508.17850) as CSV.
@@ -20,7 +20,7 @@ def shared_data() -> Path:
     beside = Path(__file__).parents[2] / "shared" / "data"
     folder = Path(os.environ.get("HETERORL_TEST_DATA", beside)).resolve()
     if not folder.is_dir():
-        reason = f"real data sets are not at {folder}; HETERORL_TEST_DATA may name another folder"
+        reason = f"real datasets are not at {folder}; HETERORL_TEST_DATA may name another folder"
         (pytest.fail if os.environ.get("HETERORL_REQUIRE") == "all" else pytest.skip)(reason)
     return folder
 

@@ -4,7 +4,7 @@ This package holds what learner, samplers, operator and command line agree on; i
 torch nor kopf. Its rooms, from the ground up, each importing only what stands above it in this list:
 
     spec            the manifest: its fields, checks and defaults, and the CRD and reference generated from it
-    data            data sets, prompts and answer checks
+    data            datasets, prompts and answer checks
     heterogeneity   when a sampler gets new weights, and when it exists at all
     kubernetes      a run as Kubernetes objects
     exchange        the shared volume: weights, rollouts, journal, checkpoints

@@ -40,7 +40,7 @@ class SpecError(UserError):
 
 
 class DataError(UserError):
-    """A data set cannot be used."""
+    """A dataset cannot be used."""
 
 
 class ModelError(UserError):

@@ -156,12 +156,12 @@ def test_a_pattern_that_does_not_match_is_a_bad_row(tmp_path: Path) -> None:
     columns = ColumnsSpec(answer_pattern="#### (.+)")
     with pytest.raises(DataError, match=r"line 1: answerPattern '#### \(\.\+\)' is not found"):
         load_rows(dataset.model_copy(update={"columns": columns}), tmp_path)
-    with pytest.raises(DataError, match="no regular expression"):
+    with pytest.raises(DataError, match="not a valid regular expression"):
         load_rows(dataset.model_copy(update={"columns": ColumnsSpec(answer_pattern="(")}), tmp_path)
 
 
 def test_half_a_surrogate_pair_is_a_bad_row(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="line 1: the problem holds half of a surrogate pair"):
+    with pytest.raises(DataError, match="line 1: the problem contains half of a surrogate pair"):
         load_rows(jsonl(tmp_path, r'{"problem": "p\ud800", "answer": "1"}'), tmp_path)
 
 
@@ -173,7 +173,7 @@ def test_all_prompts_too_long_names_the_shortest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lines", [[], ["", "  "]])
 def test_an_empty_data_set_is_refused(tmp_path: Path, lines: list[str]) -> None:
-    with pytest.raises(DataError, match=r"train.jsonl: the data set is empty"):
+    with pytest.raises(DataError, match=r"train.jsonl: the dataset is empty"):
         load_rows(jsonl(tmp_path, *lines), tmp_path)
 
 
@@ -205,8 +205,8 @@ def test_a_hub_data_set_that_cannot_be_reached_is_one_clear_line(tmp_path: Path)
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=offline, check=True)
     (line,) = done.stdout.splitlines()
-    assert line.startswith("openai/gsm8k: the data set could not be had from the Hub (")
-    assert line.endswith("or download it and write source: file")
+    assert line.startswith("openai/gsm8k: the dataset could not be loaded from the Hub (")
+    assert line.endswith("or download it and set source: file")
     assert "Traceback" not in done.stderr
 
 

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from heterorl.errors import DataError
-from heterorl.heterogeneity.delay import Adoption, draw, draws, horizon, inline_trace, law
+from heterorl.heterogeneity.delay import Adoption, draw, draws, fitted, horizon, inline_trace
 from heterorl.seeds import uniform
 from heterorl.spec.run import DelaySpec
 
@@ -24,15 +24,15 @@ class V:
     incarnation: int = 1
 
 
-def scipy_law(delay: DelaySpec):
-    fitted = law(delay)
+def scipy_distribution(delay: DelaySpec):
+    ours = fitted(delay)
     match delay.distribution:
         case "lognormal":
-            return stats.lognorm(s=fitted.sigma, scale=np.exp(fitted.mu))
+            return stats.lognorm(s=ours.sigma, scale=np.exp(ours.mu))
         case "weibull":
-            return stats.weibull_min(c=fitted.shape, scale=fitted.scale)
+            return stats.weibull_min(c=ours.shape, scale=ours.scale)
         case "exponential":
-            return stats.expon(scale=fitted.mean)
+            return stats.expon(scale=ours.mean)
 
 
 def run_adoption(adoption, events, published_every=1.0):
@@ -48,27 +48,31 @@ def run_adoption(adoption, events, published_every=1.0):
     return held
 
 
-# ── laws ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── distributions ────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("distribution", ["lognormal", "weibull"])
-def test_fitted_law_has_the_quantiles_of_the_spec(distribution):
-    reference = scipy_law(DelaySpec(distribution=distribution, **PAPER))
+def test_fitted_distribution_has_the_quantiles_of_the_spec(distribution):
+    reference = scipy_distribution(DelaySpec(distribution=distribution, **PAPER))
     assert reference.cdf(1920.0) == pytest.approx(0.995, abs=1e-12)
     assert reference.sf(60.0) == pytest.approx(0.995, abs=1e-12)
 
 
 def test_exponential_fits_the_upper_quantile():
-    assert scipy_law(DelaySpec(distribution="exponential", **PAPER)).cdf(1920.0) == pytest.approx(0.995, abs=1e-12)
+    assert scipy_distribution(DelaySpec(distribution="exponential", **PAPER)).cdf(1920.0) == pytest.approx(
+        0.995, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("distribution", ["lognormal", "weibull", "exponential"])
 def test_quantile_function_agrees_with_scipy(distribution):
     delay = DelaySpec(distribution=distribution, **PAPER)
     for probability in (1e-6, 0.1, 0.5, 0.9, 1 - 1e-9):
-        assert law(delay).quantile(probability) == pytest.approx(scipy_law(delay).ppf(probability), rel=1e-9)
+        assert fitted(delay).quantile(probability) == pytest.approx(
+            scipy_distribution(delay).ppf(probability), rel=1e-9
+        )
 
 
 def test_median_of_the_papers_lognormal_is_339_seconds():
-    assert law(DelaySpec(distribution="lognormal", **PAPER)).quantile(0.5) == pytest.approx(339.4, abs=0.05)
+    assert fitted(DelaySpec(distribution="lognormal", **PAPER)).quantile(0.5) == pytest.approx(339.4, abs=0.05)
 
 
 # ── draws ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -79,12 +83,12 @@ def test_uniform_numbers_are_uniform_and_never_touch_the_ends():
 
 
 @pytest.mark.parametrize("distribution", ["lognormal", "weibull", "exponential"])
-def test_draws_follow_the_law_between_its_bounds(distribution):
+def test_draws_follow_the_distribution_between_its_bounds(distribution):
     delay = DelaySpec(distribution=distribution, **PAPER)
     numbers = np.array(list(itertools.islice(draws(delay, seed=0, slot="far-0"), 5000)))
     # An exponential is fitted at its upper end alone, so its lower tail is an atom at the bound; compare above it.
     inside = numbers[(numbers > 60) & (numbers < 1920)]
-    reference = scipy_law(delay)
+    reference = scipy_distribution(delay)
     below, above = reference.cdf(60), reference.cdf(1920)
     assert stats.kstest(inside, lambda t: (reference.cdf(t) - below) / (above - below)).pvalue > 0.01
     assert numbers.min() >= 60
@@ -92,10 +96,10 @@ def test_draws_follow_the_law_between_its_bounds(distribution):
 
 
 def test_subtracting_makes_an_atom_at_the_lower_bound():
-    # P(T - 400 <= 60) = P(T <= 460) of the paper's 1L2S law: 0.67 by scipy; 4000 draws, standard error 0.0074.
+    # P(T - 400 <= 60) = P(T <= 460) of the paper's 1L2S distribution: 0.67 by scipy; 4000 draws, standard error 0.0074.
     delay = DelaySpec(distribution="lognormal", subtract=400.0, **PAPER)
     numbers = np.array(list(itertools.islice(draws(delay, seed=1, slot="far-0"), 4000)))
-    assert (numbers == 60.0).mean() == pytest.approx(scipy_law(delay).cdf(460.0), abs=0.03)
+    assert (numbers == 60.0).mean() == pytest.approx(scipy_distribution(delay).cdf(460.0), abs=0.03)
     assert np.median(numbers) == 60.0
 
 
@@ -141,9 +145,9 @@ def test_trace_repeats_its_column_from_the_start(tmp_path):
     [
         (None, "lag", "cannot read the delay trace"),
         ("step,lag\n1,2\n", "lags", "no column 'lags'.*one of: step, lag"),
-        ("step,lag\n1,2\n2,soon\n", "lag", "line 3: 'soon' is no delay"),
-        ("step,lag\n1,-2\n", "lag", "line 2: '-2' is no delay"),
-        ("step,lag\n1,nan\n", "lag", "'nan' is no delay"),
+        ("step,lag\n1,2\n2,soon\n", "lag", "line 3: 'soon' is not a valid delay"),
+        ("step,lag\n1,-2\n", "lag", "line 2: '-2' is not a valid delay"),
+        ("step,lag\n1,nan\n", "lag", "'nan' is not a valid delay"),
         ("step,lag\n", "lag", "holds 0 numbers"),
         ("", "lag", "no column 'lag'"),
     ],

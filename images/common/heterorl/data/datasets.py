@@ -1,8 +1,8 @@
-r"""Data sets: from a file, the Hub or thin air to rows that were all checked before the first step.
+r"""Datasets: from a file, the Hub or built-in arithmetic to rows that are all checked before the first step.
 
-A row is `{"id", "prompt", "answer", "columns"}`: its place in the source counted from 0, the problem's text, the
-reference answer, and the row as it was. `prepare_rows` adds `"prompt_ids"`. Whatever is wrong with a data set is a
-`DataError` that names the source, how many rows are concerned, and the first few of them by line.
+A row is `{"id", "prompt", "answer", "columns"}`: its position in the source counted from 0, the text of the problem,
+the reference answer, and the original row. `prepare_rows` adds `"prompt_ids"`. Every problem with a dataset is a
+`DataError` that names the source, the number of affected rows, and the first few of them by line.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _BadRow(Exception):
 
 
 def load_rows(dataset: DatasetSpec, base: Path, *, seed: int = 0) -> list[Row]:
-    """Every row of a data set, checked and with its columns mapped, without `prompt_ids`.
+    """Every row of a dataset, checked and with its columns mapped, without `prompt_ids`.
 
     Relative paths start at `base`, the manifest's folder; `seed`, the run's, is added to built-in arithmetic's.
     """
@@ -56,7 +56,7 @@ def load_rows(dataset: DatasetSpec, base: Path, *, seed: int = 0) -> list[Row]:
             problems.append((place, str(why)))
     _refuse(dataset, problems, len(rows) + len(problems))
     if not rows:
-        raise DataError(f"{source}: the data set is empty; name one with at least one row")
+        raise DataError(f"{source}: the dataset is empty; use one with at least one row")
     return rows
 
 
@@ -85,13 +85,13 @@ def prepare_rows(
         shortest = min(len(row["prompt_ids"]) for row in rows)
         raise DataError(
             f"{source_name(dataset)}: every prompt is longer than generation.maxPromptTokens {max_prompt_tokens};"
-            f" the shortest has {shortest} tokens, so write at least that"
+            f" the shortest has {shortest} tokens, so set it to at least that"
         )
     return PreparedData(kept, skipped=len(rows) - len(kept))
 
 
 def source_name(dataset: DatasetSpec) -> str:
-    """How messages call a data set: its path, its name on the Hub, or `arithmetic`."""
+    """The name of a dataset in messages: its path, its name on the Hub, or `arithmetic`."""
     return {"file": dataset.path, "hub": dataset.name, "arithmetic": None}[dataset.source] or "arithmetic"
 
 
@@ -113,7 +113,7 @@ def _open(dataset: DatasetSpec, base: Path, seed: int) -> Iterator[tuple[int, An
 
 
 def _from_jsonl(source: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """Lines as they are read, blank ones passed over; one that is no JSON comes as text, for `_mapped` to refuse."""
+    """Lines as they are read, without blank ones; one that is not JSON is yielded as text, for `_mapped` to reject."""
     try:
         with path.open(encoding="utf-8-sig") as lines:
             for place, line in enumerate(lines):
@@ -123,7 +123,9 @@ def _from_jsonl(source: str, path: Path) -> Iterator[tuple[int, Any]]:
                     except json.JSONDecodeError:
                         yield place, line
     except UnicodeDecodeError as error:
-        raise DataError(f"{source}: not UTF-8 text ({error.reason}); save it as UTF-8, a JSON object a line") from error
+        raise DataError(
+            f"{source}: not UTF-8 text ({error.reason}); save it as UTF-8, one JSON object per line"
+        ) from error
 
 
 def _from_parquet(source: str, path: Path) -> list[Any]:
@@ -144,8 +146,8 @@ def _from_hub(dataset: DatasetSpec) -> list[Any]:
         rows: list[Any] = loaded.to_list()
     except Exception as error:  # whatever the network, the cache or the builder raises, the way out is the same
         raise DataError(
-            f"{dataset.name}: the data set could not be had from the Hub ({_first_line(error)}); check name, config,"
-            " split and the network, or download it and write source: file"
+            f"{dataset.name}: the dataset could not be loaded from the Hub ({_first_line(error)}); check name, config,"
+            " split and the network, or download it and set source: file"
         ) from error
     return rows
 
@@ -177,7 +179,7 @@ def _mapped(place: int, original: Any, columns: ColumnsSpec, pattern: re.Pattern
     if not problem.strip():
         raise _BadRow("the problem is empty")
     if not problem.isascii() and any("\ud800" <= character <= "\udfff" for character in problem):
-        raise _BadRow("the problem holds half of a surrogate pair, which is no valid text")
+        raise _BadRow("the problem contains half of a surrogate pair, which is not valid text")
     answer = _answer(_column(original, columns.answer, ANSWER_ALIASES), pattern)
     # Parquet and the Hub may hold dates, bytes, decimals: columns travel as JSON, so such values travel as text.
     columns_as_json = json.loads(json.dumps(original, default=str))
@@ -188,7 +190,7 @@ def _compiled(pattern: str | None) -> re.Pattern[str] | None:
     try:
         return None if pattern is None else re.compile(pattern)
     except re.error as error:
-        raise DataError(f"columns.answerPattern {pattern!r} is no regular expression: {error}") from error
+        raise DataError(f"columns.answerPattern {pattern!r} is not a valid regular expression: {error}") from error
 
 
 def _column(original: Row, name: str, aliases: dict[str, str]) -> Any:
@@ -219,7 +221,7 @@ def _answer(value: Any, pattern: re.Pattern[str] | None) -> str:
 def _check_answers(dataset: DatasetSpec, rows: list[Row]) -> None:
     with AnswerChecker(time_limit_s=20) as checker:  # generous: a busy machine must not turn a good row into a bad one
         problems = [
-            (row["id"], f"the answer {_shortened(row['answer'])!r} is no mathematics that math-verify can read")
+            (row["id"], f"the answer {_shortened(row['answer'])!r} cannot be parsed by math-verify")
             for row in rows
             if not checker.parses(row["answer"])
         ]

@@ -1,4 +1,4 @@
-"""How many samplers of a pool exist at a moment of the run: one pure function, for the operator and the local runner.
+"""How many samplers of a pool exist at a given time of the run: one pure function, for operator and local runner.
 
 `elapsed_s` is real time since the run's start without the time it was suspended. The spec's times are multiplied by the
 run's `time_scale`. The count is what is fixed, not which replica: the replicas 0 to count - 1 are those that exist.
@@ -63,7 +63,7 @@ class _Life:
 
     def __init__(self, key: tuple[object, ...], mean_up_s: float, mean_down_s: float) -> None:
         self._key = key
-        self._laws = (Exponential(mean_up_s), Exponential(mean_down_s))
+        self._times = (Exponential(mean_up_s), Exponential(mean_down_s))
         self._toggles = [0.0]
         self._growing = Lock()
 
@@ -72,7 +72,7 @@ class _Life:
         with self._growing:
             while self._toggles[-1] <= elapsed_s:
                 n = len(self._toggles) - 1
-                self._toggles.append(self._toggles[-1] + self._laws[n % 2].quantile(uniform("churn", *self._key, n)))
+                self._toggles.append(self._toggles[-1] + self._times[n % 2].quantile(uniform("churn", *self._key, n)))
         return bisect_right(self._toggles, elapsed_s)
 
     def is_up(self, elapsed_s: float) -> bool:

@@ -1,4 +1,4 @@
-"""When a sampler may adopt new weights: laws of the delay, seeded draws, and the policy that applies them.
+"""When a sampler may adopt new weights: distributions of the delay, seeded draws, and the policy that applies them.
 
 A slot's n-th draw is a pure function of (run's seed + delay's seed, slot, n): nothing but a counter has to survive a
 restart. Units: `delay.unit`; seconds are multiplied by the run's `time_scale`, steps are not. `docs/delay.md` says how
@@ -23,9 +23,9 @@ from heterorl.spec.run import DelaySpec, DelayTraceSpec, HeteroRLRun
 MAX_TRACE_VALUES = 4096
 
 
-# ── laws ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-class Law(Protocol):
-    """A law of positive numbers, given by its quantile function."""
+# ── distributions ────────────────────────────────────────────────────────────────────────────────────────────────────
+class Distribution(Protocol):
+    """A distribution of positive numbers, given by its quantile function."""
 
     def quantile(self, probability: float) -> float:
         """The value below which a draw falls with this probability (0 < probability < 1)."""
@@ -84,8 +84,8 @@ class Exponential:
         return cls(-upper / math.log(1 - confidence))
 
 
-def law(delay: DelaySpec) -> Law:
-    """The raw law fitted to the spec's quantiles, before `subtract` and clamping; ValueError where none is fitted."""
+def fitted(delay: DelaySpec) -> Distribution:
+    """The distribution fitted to the spec's quantiles, before `subtract` and clamping; ValueError if it has no fit."""
     match delay.distribution:
         case "lognormal":
             return Lognormal.fit(delay.lower, delay.upper, delay.confidence)
@@ -94,14 +94,14 @@ def law(delay: DelaySpec) -> Law:
         case "exponential":
             return Exponential.fit(delay.upper, delay.confidence)
         case other:
-            raise ValueError(f"distribution {other} has no law to fit")
+            raise ValueError(f"distribution {other} is not fitted")
 
 
 # ── draws ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def draw(delay: DelaySpec, n: int, *, seed: int, slot: str) -> float:
     """The slot's n-th delay in the delay's unit.
 
-    Random laws: T - subtract, clamped to [lower, upper]. A constant and a trace are taken as they are written.
+    Random delays: T - subtract, clamped to [lower, upper]. A constant and a trace are taken as they are written.
     """
     match delay.distribution:
         case "none":
@@ -111,7 +111,7 @@ def draw(delay: DelaySpec, n: int, *, seed: int, slot: str) -> float:
         case "trace":
             return delay.trace.values[n % len(delay.trace.values)]
         case _:
-            raw = law(delay).quantile(uniform("delay", seed + delay.seed, slot, n))
+            raw = fitted(delay).quantile(uniform("delay", seed + delay.seed, slot, n))
             return min(max(raw - delay.subtract, delay.lower), delay.upper)
 
 
@@ -160,7 +160,7 @@ def _delay_value(path: Path, line: int, cell: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise DataError(f"{path}, line {line}: {cell!r} is no delay; write a number of at least 0")
+        raise DataError(f"{path}, line {line}: {cell!r} is not a valid delay; expected a number of at least 0")
     return value
 
 
