@@ -162,7 +162,7 @@ def test_stopping_keeps_the_groups_that_are_complete_and_leaves_no_request(engin
     assert score_difference(weights(1), engine) < TOLERANCE
 
 
-def test_log_probs_are_of_the_truncated_law_that_was_sampled(engine, weights):
+def test_log_probs_are_those_of_the_sampling_distribution(engine, weights):
     engine.load_weights(weights(0))
     (group,) = engine.generate([PROMPTS[2]], 8, Sampling(max_tokens=1, top_k=3), seed=0)
     three = logits_of(weights(0), tuple(PROMPTS[2]))[-1].topk(3)

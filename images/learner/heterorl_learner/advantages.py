@@ -73,8 +73,8 @@ def step_advantages(groups: Sequence[Rewards], scale: Scale) -> list[Advantages]
         low, high = min(group.min() for group in rewards), max(group.max() for group in rewards)
         if low < 0 or high > 1:
             raise UserError(
-                f"rewards reach from {low:g} to {high:g}, but advantage.scale beta takes rewards in [0, 1];"
-                " weight the rewards so that they stay there, or write algorithm.advantage.scale: group"
+                f"rewards range from {low:g} to {high:g}, but advantage.scale beta requires rewards in [0, 1];"
+                " change the weights of the rewards, or set algorithm.advantage.scale: group"
             )
         weights = beta_weights(np.array([group.mean() for group in rewards]))
     return [((group - group.mean()) * weight).astype(np.float32) for group, weight in zip(rewards, weights)]
@@ -83,8 +83,8 @@ def step_advantages(groups: Sequence[Rewards], scale: Scale) -> list[Advantages]
 def beta_weights(means: NDArray[np.float64]) -> NDArray[np.float64]:
     """BNPO's weights min(1 / Beta(α, β).pdf(m), 1e6) of the groups' mean rewards [N] (arXiv 2506.02864).
 
-    a and b are the moments' fit of a Beta law to the means; α = 1 + a/3 and β = 1 + b/3 give the least variance of the
-    gradient. Means without spread fit no law: then every weight is 1.
+    a and b are fitted to the means by the method of moments; α = 1 + a/3 and β = 1 + b/3 minimize the variance of the
+    gradient. Means without spread cannot be fitted: then every weight is 1.
     """
     mean, variance = means.mean(), means.var()
     if variance < 1e-12:

@@ -57,18 +57,18 @@ def test_scale_none_and_group_are_the_same_alone_and_in_a_step():
             assert np.array_equal(together, group_advantages(alone, scale))
 
 
-def test_beta_weights_are_the_inverse_density_of_the_fitted_law():
+def test_beta_weights_are_the_inverse_density_of_the_fitted_distribution():
     # means 0.25 0.5 0.75: mean 0.5, variance (0.0625+0+0.0625)/3 = 1/24, a + b = 0.25 * 24 - 1 = 5, a = b = 2.5,
     # so Beta(1 + 2.5/3, 1 + 2.5/3); scipy gives its density
-    law = stats.beta(1 + 2.5 / 3, 1 + 2.5 / 3)
-    assert beta_weights(np.array([0.25, 0.5, 0.75])) == pytest.approx(1 / law.pdf([0.25, 0.5, 0.75]))
+    fitted = stats.beta(1 + 2.5 / 3, 1 + 2.5 / 3)
+    assert beta_weights(np.array([0.25, 0.5, 0.75])) == pytest.approx(1 / fitted.pdf([0.25, 0.5, 0.75]))
 
 
 def test_beta_weights_of_a_skewed_batch_agree_with_scipy():
     means = np.array([0.125, 0.125, 0.25, 0.5, 0.875])
     size = means.mean() * (1 - means.mean()) / means.var() - 1
-    law = stats.beta(1 + size * means.mean() / 3, 1 + size * (1 - means.mean()) / 3)
-    assert beta_weights(means) == pytest.approx(1 / law.pdf(means))
+    fitted = stats.beta(1 + size * means.mean() / 3, 1 + size * (1 - means.mean()) / 3)
+    assert beta_weights(means) == pytest.approx(1 / fitted.pdf(means))
 
 
 def test_scale_beta_multiplies_the_centred_rewards_by_the_weight():

@@ -57,25 +57,25 @@ def test_behaviour_log_probs_are_those_of_a_whole_forward_at_that_temperature(ti
             np.testing.assert_allclose(completion.logp, logp[rows, completion.token_ids], atol=2e-5)
 
 
-def truncated_law(logits: np.ndarray, seen: list[int], law: Sampling) -> np.ndarray:
+def sampling_distribution(logits: np.ndarray, seen: list[int], sampling: Sampling) -> np.ndarray:
     """Log-probabilities after penalty, temperature, min_p, top_k, top_p; -inf where a token is dropped."""
     x = logits.copy()
     for token in set(seen):
-        x[token] = x[token] * law.repetition_penalty if x[token] < 0 else x[token] / law.repetition_penalty
-    x = x / law.temperature
+        x[token] = x[token] * sampling.repetition_penalty if x[token] < 0 else x[token] / sampling.repetition_penalty
+    x = x / sampling.temperature
     p = np.exp(log_softmax(x))
-    x[p < law.min_p * p.max()] = -np.inf
-    if law.top_k:
-        x[np.argsort(-x)[law.top_k :]] = -np.inf
+    x[p < sampling.min_p * p.max()] = -np.inf
+    if sampling.top_k:
+        x[np.argsort(-x)[sampling.top_k :]] = -np.inf
     p = np.exp(log_softmax(x))
     order = np.argsort(-p)
-    before = np.cumsum(p[order]) - p[order]  # mass of the likelier tokens; a token stays while that is below top_p
-    x[order[before >= law.top_p]] = -np.inf
+    before = np.cumsum(p[order]) - p[order]  # mass of the more likely tokens; a token stays while that is below top_p
+    x[order[before >= sampling.top_p]] = -np.inf
     return log_softmax(x)
 
 
 @pytest.mark.parametrize(
-    "law",
+    "sampling",
     [
         Sampling(10, temperature=0.6, top_p=0.8),
         Sampling(10, top_k=3),
@@ -84,13 +84,14 @@ def truncated_law(logits: np.ndarray, seen: list[int], law: Sampling) -> np.ndar
         Sampling(10, temperature=0.9, top_p=0.7, top_k=6, min_p=0.05, repetition_penalty=1.2),
     ],
 )
-def test_behaviour_log_probs_are_of_the_truncated_law_that_was_sampled(tiny_model_dir, law):
+def test_behaviour_log_probs_are_those_of_the_sampling_distribution(tiny_model_dir, sampling):
     folder = tiny_model_dir()
-    for prompt, group in zip(PROMPTS, engine_on(folder).generate(PROMPTS, 2, law, seed=3)):
+    for prompt, group in zip(PROMPTS, engine_on(folder).generate(PROMPTS, 2, sampling, seed=3)):
         for completion in group:
             logits = logits_of(folder, prompt + completion.token_ids)
             for i, token in enumerate(completion.token_ids):
-                expected = truncated_law(logits[len(prompt) - 1 + i], prompt + completion.token_ids[:i], law)
+                seen = prompt + completion.token_ids[:i]
+                expected = sampling_distribution(logits[len(prompt) - 1 + i], seen, sampling)
                 assert completion.logp[i] == pytest.approx(expected[token], abs=2e-5)
 
 

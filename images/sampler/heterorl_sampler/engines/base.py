@@ -1,8 +1,8 @@
-"""What a sampler asks of an inference engine, and the two that answer: vLLM, and transformers for tiny models.
+"""The interface of inference engines: vLLM, and transformers for tiny models.
 
-Tokens in, tokens and behaviour log-probabilities out. Those are of the law that was sampled from: repetition penalty,
-temperature, min_p, top_k and top_p applied in that order and renormalised, as vLLM's `processed_logprobs`. They come
-with the token, never from a second forward.
+Tokens in, tokens and behaviour log-probabilities out. Log-probabilities are those of the sampling distribution:
+repetition penalty, temperature, min-p, top-k and top-p applied in that order and renormalized, as vLLM's
+`processed_logprobs`. They come with the token, never from a second forward pass.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ class Completion:
     token_ids: list[int]
     """Generated tokens."""
     logp: list[float]
-    """Log-probability of each, of the law that was sampled from."""
+    """Log-probability of each token under the sampling distribution."""
     truncated: bool
     """Whether the length limit ended it, rather than an end-of-sequence token."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The law of a completion's tokens, and its length limit."""
+    """Sampling parameters, named as vLLM names them."""
 
     max_tokens: int
-    """Tokens at most, the end-of-sequence token included."""
+    """Maximum number of tokens, including the end-of-sequence token."""
     temperature: float = 1.0
-    """Softmax temperature; 0 takes the likeliest token, and log-probabilities are then those at temperature 1."""
+    """Sampling temperature; 0 is greedy decoding, with log-probabilities at temperature 1."""
     top_p: float = 1.0
-    """Nucleus sampling; 1 is off."""
+    """Top-p (nucleus) sampling; 1 disables."""
     top_k: int = 0
-    """Sample among so many likeliest tokens; 0 is off."""
+    """Top-k sampling; 0 disables."""
     min_p: float = 0.0
-    """Drop tokens less likely than this share of the likeliest; 0 is off."""
+    """Min-p sampling: minimum probability relative to the most likely token; 0 disables."""
     repetition_penalty: float = 1.0
-    """Divides the logits of tokens already seen, the prompt's too; 1 is off."""
+    """Repetition penalty on tokens seen so far, including those of the prompt; 1 disables."""
 
 
 def never() -> bool:

@@ -41,7 +41,7 @@ class TransformersEngine:
 
     def __init__(self, model_dir: Path, *, dtype: Dtype, gpus: int = 0) -> None:
         if gpus and not torch.cuda.is_available():
-            raise UserError(f"gpus: {gpus}, but torch finds no GPU here; write gpus: 0 or run where there is one")
+            raise UserError(f"gpus: {gpus}, but torch finds no GPU here; set gpus: 0 or run on a machine with GPUs")
         disable_progress_bar()  # logs are read by people and collectors
         self._device = torch.device("cuda" if gpus else "cpu")
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
@@ -57,7 +57,7 @@ class TransformersEngine:
         if not prompts:
             return []
         generator = torch.Generator(self._device).manual_seed(seed)
-        law = _processors(sampling)
+        processors = _processors(sampling)
         texts, mask = self._pad_left(prompts)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=self._model.config)
@@ -69,7 +69,7 @@ class TransformersEngine:
         tokens, logps, lives = [], [], []
         for step in range(sampling.max_tokens):
             # transformers asks for LongTensor and FloatTensor, classes that no tensor has had for years.
-            logp = law(texts, logits).log_softmax(-1)  # type: ignore[arg-type]  # [R, V]
+            logp = processors(texts, logits).log_softmax(-1)  # type: ignore[arg-type]  # [R, V]
             if sampling.temperature > 0:
                 token = torch.multinomial(logp.exp(), 1, generator=generator)  # [R, 1]
             else:
@@ -136,7 +136,7 @@ class TransformersEngine:
 
 
 def _processors(sampling: Sampling) -> LogitsProcessorList:
-    """The law in vLLM's order: penalty, temperature, min_p, top_k, top_p."""
+    """Logits processors in vLLM's order: penalty, temperature, min-p, top-k, top-p."""
     steps = LogitsProcessorList()
     if sampling.repetition_penalty != 1:
         steps.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
