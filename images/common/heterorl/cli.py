@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs when it runs, so that `heterorl validate` stays quick."""
+"""The command line. Each command imports what it needs when it runs, so that `heterorl validate` starts quickly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SET = click.option(
     "sets",
     multiple=True,
     metavar="PATH=VALUE",
-    help="Change a field, as algorithm.loss.type=gepo or samplers.far.replicas=2; may be repeated.",
+    help="Override a field, such as algorithm.loss.type=gepo or samplers.far.replicas=2; can be repeated.",
 )
 
 
@@ -29,10 +29,13 @@ def cli() -> None:
 @cli.command()
 @click.argument("file", type=_FILE)
 @_SET
-@click.option("--resume", is_flag=True, help="Go on from the run folder's newest checkpoint.")
+@click.option("--resume", is_flag=True, help="Resume from the newest checkpoint in the run folder.")
 @click.option("--runs-dir", type=click.Path(file_okay=False, path_type=Path), default=Path("runs"), show_default=True)
 def run(file: Path, sets: tuple[str, ...], resume: bool, runs_dir: Path) -> None:
-    """Train on this machine: learner and samplers as processes, a folder under RUNS-DIR as the shared volume."""
+    """Train on this machine.
+
+    Learner and samplers run as processes; a folder in RUNS-DIR takes the place of the shared volume.
+    """
     from heterorl.spec.load import load_run, warnings_for
 
     manifest = load_run(file, sets)
@@ -47,7 +50,7 @@ def run(file: Path, sets: tuple[str, ...], resume: bool, runs_dir: Path) -> None
 @click.argument("files", type=_FILE, nargs=-1, required=True)
 @_SET
 def validate(files: tuple[Path, ...], sets: tuple[str, ...]) -> None:
-    """Check manifests and report every problem at once."""
+    """Validate manifests and report every problem at once."""
     from heterorl.spec.load import load_run, warnings_for
 
     problems = []
@@ -67,17 +70,20 @@ def validate(files: tuple[Path, ...], sets: tuple[str, ...]) -> None:
 @cli.command()
 @click.argument("file", type=_FILE)
 @_SET
-@click.option("--namespace", "-n", help="Namespace of the objects [the manifest's, else that of kubectl].")
+@click.option("--namespace", "-n", help="Namespace of the objects [default: that of the manifest, else of kubectl].")
 @click.option(
     "--images",
     default="heterorl",
     show_default=True,
     metavar="PREFIX",
-    help="Where the images are: PREFIX/learner:TAG and PREFIX/sampler:TAG.",
+    help="Prefix of the images, which are named PREFIX/learner:TAG and PREFIX/sampler:TAG.",
 )
-@click.option("--image-tag", metavar="TAG", help="Tag of the images [this version].")
+@click.option("--image-tag", metavar="TAG", help="Tag of the images [default: this version].")
 def render(file: Path, sets: tuple[str, ...], namespace: str | None, images: str, image_tag: str | None) -> None:
-    """Print a run's Kubernetes manifests, for use without the operator: heterorl render FILE | kubectl apply -f -"""
+    """Print the Kubernetes objects of a run.
+
+    For clusters without the operator: heterorl render FILE | kubectl apply -f -
+    """
     from importlib.metadata import version
 
     from heterorl.kubernetes.manifests import Images
@@ -94,9 +100,12 @@ def render(file: Path, sets: tuple[str, ...], namespace: str | None, images: str
 
 
 @cli.command()
-@click.option("--check", is_flag=True, help="Only compare; exit 1 if a file is not up to date.")
+@click.option("--check", is_flag=True, help="Compare only; exit with 1 if a file is out of date.")
 def crd(check: bool) -> None:
-    """Write crds/heterorlrun.yaml, the CustomResourceDefinition, and the chart's copy of it from the spec."""
+    """Generate the CRD from the spec.
+
+    Writes crds/heterorlrun.yaml and the chart's copy of it.
+    """
     from heterorl.spec.crd import crd_yaml
 
     for folder in ("crds", "charts/heterorl/files"):
@@ -104,9 +113,9 @@ def crd(check: bool) -> None:
 
 
 @cli.command()
-@click.option("--check", is_flag=True, help="Only compare; exit 1 if the file is not up to date.")
+@click.option("--check", is_flag=True, help="Compare only; exit with 1 if the file is out of date.")
 def docs(check: bool) -> None:
-    """Write docs/spec.md, the reference of every field, from the spec."""
+    """Generate docs/spec.md from the spec."""
     from heterorl.spec.reference import spec_markdown
 
     _generate(Path("docs/spec.md"), spec_markdown(), "heterorl docs", check)
@@ -119,17 +128,20 @@ def docs(check: bool) -> None:
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="MODEL --data FILE...")
 def evaluate(arguments: tuple[str, ...]) -> None:
-    """Evaluate a model folder on data files; `heterorl eval --help` lists the options."""
+    """Evaluate a model on datasets."""
     sys.exit(subprocess.call([sys.executable, "-m", "heterorl_sampler.evaluate", *arguments]))
 
 
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the report [the first run's]."
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Output folder [default: that of the first run]."
 )
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
-    """Draw one or several runs over each other, as PNG and one self-contained HTML page."""
+    """Plot a run, or compare several.
+
+    Writes a PNG and a self-contained HTML page.
+    """
     from heterorl.report.page import write_report
 
     click.echo(f"wrote {write_report(list(runs), out)}")
@@ -138,7 +150,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 def _generate(path: Path, text: str, command: str, check: bool) -> None:
     if check:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            raise HeteroRLError(f"{path} is not what the spec says; run {command}")
+            raise HeteroRLError(f"{path} is out of date; run `{command}`")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
@@ -151,7 +163,7 @@ def _say(text: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; what the user can put right is printed without a stack trace, with the exit code of its class."""
+    """Run a command; expected errors are printed without a stack trace and exit with the code of their class."""
     try:
         cli.main(args=arguments, prog_name="heterorl", standalone_mode=False)
     except HeteroRLError as error:
