@@ -85,10 +85,10 @@ def train(
     losses, norms = [], []
     for step in steps:
         if publish:  # what the learner does between steps must not touch training
-            engine.score(CANARY, 1.0)
+            engine.score(CANARY)
             engine.full_state_dict()
-        batches = plan(recorded_batch(step), TOKEN_BUDGET, engine.world_size)[engine.rank]
-        loss = torch.tensor(engine.forward_backward(batches, 1.0, loss_function))
+        batches = plan(recorded_batch(step), TOKEN_BUDGET, rank=engine.rank, world_size=engine.world_size)
+        loss = torch.tensor(engine.forward_backward(batches, loss_function))
         if engine.world_size > 1:
             torch.distributed.all_reduce(loss)
         losses.append(loss.item())
@@ -99,7 +99,7 @@ def train(
 def run_through(folder: Path, strategy: str, loss_function: LossFunction = policy_gradient) -> Trajectory:
     engine = build_engine(folder, run_spec(strategy))
     losses, norms = train(engine, range(STEPS), loss_function)
-    return Trajectory(losses, norms, engine.full_state_dict(), engine.score(CANARY, 1.0))
+    return Trajectory(losses, norms, engine.full_state_dict(), engine.score(CANARY))
 
 
 def run_with_a_stop(folder: Path, strategy: str, checkpoint: Path) -> Trajectory:
@@ -111,7 +111,7 @@ def run_with_a_stop(folder: Path, strategy: str, checkpoint: Path) -> Trajectory
     second.load(checkpoint)
     after = train(second, range(STOP, STEPS), policy_gradient, publish=True)
     losses, norms = before[0] + after[0], before[1] + after[1]
-    return Trajectory(losses, norms, second.full_state_dict(), second.score(CANARY, 1.0))
+    return Trajectory(losses, norms, second.full_state_dict(), second.score(CANARY))
 
 
 def refusals(folder: Path, strategy: str) -> list[str]:
@@ -215,7 +215,10 @@ def start(folder: Path) -> dict[str, Tensor]:
 
 
 def test_the_recorded_batches_give_ranks_different_numbers_of_packs_and_some_none() -> None:
-    plans = [plan(recorded_batch(step), TOKEN_BUDGET, 2) for step in range(STEPS)]
+    plans = [
+        [plan(recorded_batch(step), TOKEN_BUDGET, rank=rank, world_size=2) for rank in range(2)]
+        for step in range(STEPS)
+    ]
     assert len({len(of_rank[0]) for of_rank in plans}) > 1
     assert any(len(batch.lengths) == 0 for of_rank in plans for batches in of_rank for batch in batches)
 

@@ -5,7 +5,7 @@ Shapes: N input tokens of a pack, T completion tokens, S sequences.
 A pack is one row of whole sequences without padding; positions start again at 0 with each sequence, which is how the
 model tells them apart. The last token of a completion is predicted but predicts nothing, so it is no input: a sequence
 of P prompt and L completion tokens takes P + L - 1. Everything here is a pure function of its arguments, so every rank
-computes the plan of all ranks and takes its own.
+plans the whole step and makes the tensors of its own share.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class Sequence:
     group: int
     """Which prompt group of the step it belongs to."""
     advantage: float
+    temperature: float = 1.0
+    """At which it was sampled, and at which its log-probabilities are taken."""
     log_expected_q: float = 0.0
     """log(sum q^2 / sum q) over the whole prompt group (GEPO's denominator)."""
 
@@ -57,6 +59,8 @@ class MicroBatch:
     """long [T]: the input position whose logits predict each completion token."""
     target_ids: Tensor
     """long [T]: the completion tokens."""
+    temperature: Tensor
+    """float32 [T]: of each token's sequence; a micro-batch may mix them."""
     sampler_logp: Tensor
     """float32 [T]."""
     seq_ids: Tensor
@@ -81,9 +85,14 @@ class MicroBatch:
 
 
 def plan(
-    sequences: SequenceOf[Sequence], token_budget: int, world_size: int = 1, *, whole_groups: bool = False
-) -> list[list[MicroBatch]]:
-    """The micro-batches of every rank, equally many for each.
+    sequences: SequenceOf[Sequence],
+    token_budget: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    whole_groups: bool = False,
+) -> list[MicroBatch]:
+    """The micro-batches of one rank, as many as those of every other.
 
     No pack exceeds `token_budget` input tokens, unless a single item does, which then goes alone. An item is a
     sequence, or with `whole_groups` a prompt group (eqp's denominator needs the learner's view of all of it).
@@ -91,9 +100,9 @@ def plan(
     items: dict[int, list[Sequence]] = {}
     for number, sequence in enumerate(sequences):
         items.setdefault(sequence.group if whole_groups else number, []).append(sequence)
-    ranks = [pack(share, token_budget) for share in balance(list(items.values()), world_size)]
-    most = max(1, *(len(packs) for packs in ranks))
-    return [[micro_batch(p) for p in packs + [[]] * (most - len(packs))] for packs in ranks]
+    packs = [pack(share, token_budget) for share in balance(list(items.values()), world_size)]
+    most = max(1, *(len(of_rank) for of_rank in packs))
+    return [micro_batch(p) for p in packs[rank] + [[]] * (most - len(packs[rank]))]
 
 
 def balance(items: SequenceOf[list[Sequence]], world_size: int) -> list[list[list[Sequence]]]:
@@ -128,7 +137,7 @@ def micro_batch(sequences: SequenceOf[Sequence]) -> MicroBatch:
     sizes = [s.num_tokens for s in sequences]
     starts = np.cumsum([0, *sizes])
     inputs = [np.concatenate([s.prompt_ids, s.completion_ids[:-1]]) for s in sequences] or [np.zeros(1, np.int64)]
-    lengths = [len(s.completion_ids) for s in sequences]
+    lengths = torch.tensor([len(s.completion_ids) for s in sequences], dtype=torch.long)
     # The logits that predict completion token j of a prompt of P tokens stand at input position P - 1 + j.
     index = [np.arange(start + len(s.prompt_ids) - 1, start + size) for s, start, size in zip(sequences, starts, sizes)]
     return MicroBatch(
@@ -136,10 +145,11 @@ def micro_batch(sequences: SequenceOf[Sequence]) -> MicroBatch:
         position_ids=_long([np.arange(len(row)) for row in inputs])[None],
         logit_index=_long(index),
         target_ids=_long([s.completion_ids for s in sequences]),
+        temperature=torch.repeat_interleave(torch.tensor([s.temperature for s in sequences]), lengths),
         sampler_logp=torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *(s.sampler_logp for s in sequences)])),
-        seq_ids=torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(lengths, dtype=torch.long)),
+        seq_ids=torch.repeat_interleave(torch.arange(len(sequences)), lengths),
         group_ids=torch.tensor([groups[s.group] for s in sequences], dtype=torch.long),
-        lengths=torch.tensor(lengths, dtype=torch.float32),
+        lengths=lengths.float(),
         advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float32),
         log_expected_q=torch.tensor([s.log_expected_q for s in sequences], dtype=torch.float32),
     )

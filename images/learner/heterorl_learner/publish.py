@@ -35,7 +35,7 @@ class Publisher:
 
     def publish(self, step: int) -> None:
         """Publish the weights after `step` updates; waits only if the version before is still being written."""
-        logp = [self._engine.score(batch, 1.0).tolist() for batch in self._batches]
+        logp = [self._engine.score(batch).tolist() for batch in self._batches]
         tensors = self._engine.full_state_dict()
         self.version = Version(step, self._incarnation)
         if self._engine.rank == 0:

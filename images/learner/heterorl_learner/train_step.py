@@ -1,45 +1,85 @@
-"""One optimizer step's arithmetic: rollouts in, loss and gradient out, and what is worth knowing about both."""
+"""One optimizer step's arithmetic: rollouts in, loss and gradient out, and what is worth knowing about both.
+
+Rollouts carry rewards; they become advantages here and nowhere else. A group is the completions of one prompt, with
+rewards [G]; every scale of advantages starts from reward - group mean.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence as SequenceOf
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from heterorl.errors import UserError
 from heterorl.exchange.rollout import Rollout
-from heterorl.spec.run import LearnerSpec, RunSpec
+from heterorl.spec.run import LearnerSpec, LossType, RunSpec
 from heterorl_learner import ranks
-from heterorl_learner.advantages import resolve_scale, step_advantages
 from heterorl_learner.batching import MicroBatch, Sequence, plan
 from heterorl_learner.engines.base import TrainingEngine
 from heterorl_learner.losses import LossInputs, LossMetrics, Totals, combine, log_expected_q, policy_loss, summarise
 from heterorl_learner.rollout_feed import StepBatch
 
+Scale = Literal["none", "group", "batch", "beta"]
+Rewards = NDArray[Any]
+Advantages = NDArray[np.float32]
+
+AUTO: dict[LossType, Scale] = {
+    # as the GEPO authors' sampler does
+    "gepo": "none",
+    "gepo_plus": "none",
+    "eqp": "none",
+    "dr_grpo": "none",
+    "delta_l": "none",
+    "gmpo": "none",
+    "grpo": "group",
+    "gspo": "group",
+    "bnpo": "beta",
+    # as the paper of the loss does
+    "dapo": "group",
+    "cispo": "group",
+    "topr": "none",
+    "impala": "none",
+}
+"""What `advantage.scale: auto` means for each loss."""
+
+STD_FLOOR = 1e-4
+"""Added to a standard deviation before dividing, as the authors and TRL do."""
+MAX_BETA_WEIGHT = 1e6
+"""Largest weight 1/pdf of a group."""
+
 
 def train_on(engine: TrainingEngine, spec: RunSpec, batch: StepBatch) -> dict[str, float]:
     """Add the step's gradient; returns the loss's metrics over all micro-batches and ranks."""
     totals = step_totals(spec, batch.rollouts)
-    plans = plan(
+    micro_batches = plan(
         sequences(spec, batch.rollouts),
         spec.learner.batch.tokens_per_micro_batch,
-        engine.world_size,
+        rank=engine.rank,
+        world_size=engine.world_size,
         whole_groups=spec.algorithm.loss.type == "eqp",
     )
     parts: list[LossMetrics] = []
 
     def loss_function(micro: MicroBatch, logp: Tensor) -> Tensor:
         loss, metrics = policy_loss(spec.algorithm, loss_inputs(micro, logp), totals)
-        parts.append({name: value.cpu() for name, value in metrics.items()})
+        parts.append(metrics)
         return loss
 
-    engine.forward_backward(plans[engine.rank], spec.generation.temperature, loss_function)
-    everywhere = [part for of_rank in ranks.gather(parts) for part in of_rank]
+    engine.forward_backward(micro_batches, loss_function)
+    mine = [_on_the_cpu(combine(parts))] if parts else []
+    everywhere = [metrics for of_rank in ranks.gather(mine) for metrics in of_rank]
     if not everywhere:  # every completion was cut and is masked: a step without a gradient
         return {"loss": 0.0, "kl_to_sampler": 0.0}
     return summarise(combine(everywhere))
+
+
+def _on_the_cpu(metrics: LossMetrics) -> LossMetrics:
+    return dict(zip(metrics, torch.stack(list(metrics.values())).cpu()))  # one transfer for all
 
 
 def sequences(spec: RunSpec, rollouts: list[Rollout]) -> list[Sequence]:
@@ -53,8 +93,17 @@ def sequences(spec: RunSpec, rollouts: list[Rollout]) -> list[Sequence]:
         expected_q = float(log_expected_q(torch.tensor([logp.mean(dtype=np.float64) for logp in logps])))
         for i, completion in enumerate(np.split(rollout.completion_ids, ends[:-1])):
             if not (spec.algorithm.mask_truncated and rollout.truncated[i]):
-                advantage = float(advantages[group][i])
-                found.append(Sequence(rollout.prompt_ids, completion, logps[i], group, advantage, expected_q))
+                found.append(
+                    Sequence(
+                        rollout.prompt_ids,
+                        completion,
+                        logps[i],
+                        group,
+                        advantage=float(advantages[group][i]),
+                        temperature=spec.generation.temperature,
+                        log_expected_q=expected_q,
+                    )
+                )
     return found
 
 
@@ -80,6 +129,59 @@ def loss_inputs(micro: MicroBatch, logp: Tensor) -> LossInputs:
     )
 
 
+# ── advantages ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def resolve_scale(loss_type: LossType, scale: Literal["auto", "none", "group", "batch", "beta"]) -> Scale:
+    """The scale a run uses: its own, or for auto the loss's."""
+    return AUTO[loss_type] if scale == "auto" else scale
+
+
+def step_advantages(groups: SequenceOf[Rewards], scale: Scale) -> list[Advantages]:
+    """Advantages [G] of each group of an optimizer step: reward - group mean, times the group's weight.
+
+    none: 1. group: 1 / (std of its rewards + 1e-4). batch: the same of all rewards of the step. beta: `beta_weights`.
+    Raises UserError where beta meets rewards outside [0, 1].
+    """
+    rewards = [group.astype(np.float64) for group in groups]
+    if scale == "none":
+        weights = np.ones(len(rewards))
+    elif scale == "group":
+        weights = np.array([1 / (group.std(ddof=1) + STD_FLOOR) for group in rewards])
+    elif scale == "batch":
+        weights = np.full(len(rewards), 1 / (np.concatenate(rewards).std(ddof=1) + STD_FLOOR))
+    else:
+        weights = _checked_beta_weights(rewards)
+    return [((group - group.mean()) * weight).astype(np.float32) for group, weight in zip(rewards, weights)]
+
+
+def _checked_beta_weights(rewards: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    low, high = min(group.min() for group in rewards), max(group.max() for group in rewards)
+    if low < 0 or high > 1:
+        raise UserError(
+            f"rewards reach from {low:g} to {high:g}, but advantage.scale beta takes rewards in [0, 1];"
+            " weight the rewards so that they stay there, or write algorithm.advantage.scale: group"
+        )
+    return beta_weights(np.array([group.mean() for group in rewards]))
+
+
+def beta_weights(means: NDArray[np.float64]) -> NDArray[np.float64]:
+    """BNPO's weights min(1 / Beta(α, β).pdf(m), 1e6) of the groups' mean rewards [N] (arXiv 2506.02864).
+
+    a and b fit a Beta distribution to the means by their moments; α = 1 + a/3 and β = 1 + b/3 give the least variance
+    of the gradient. Means without spread fit none: then every weight is 1.
+    """
+    mean, variance = means.mean(), means.var()
+    if variance < 1e-12:
+        return np.ones_like(means)
+    size = mean * (1 - mean) / variance - 1  # a + b; never negative for means in [0, 1]
+    alpha, beta = 1 + max(size * mean, 0.0) / 3, 1 + max(size * (1 - mean), 0.0) / 3
+    log_norm = math.lgamma(alpha) + math.lgamma(beta) - math.lgamma(alpha + beta)
+    inside = means.clip(1e-12, 1 - 1e-12)  # at 0 and 1 all rewards are equal, so that weight meets A = 0
+    log_pdf = (alpha - 1) * np.log(inside) + (beta - 1) * np.log1p(-inside) - log_norm
+    weights: NDArray[np.float64] = np.exp(np.minimum(-log_pdf, np.log(MAX_BETA_WEIGHT)))
+    return weights
+
+
+# ── the schedule and what is told ────────────────────────────────────────────────────────────────────────────────────
 def rollout_metrics(batch: StepBatch) -> dict[str, Any]:
     """What the step's rollouts were like: rewards, lengths, and how old each pool of samplers' were (in steps)."""
     rewards = np.concatenate([r.rewards for r in batch.rollouts])

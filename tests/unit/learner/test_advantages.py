@@ -6,7 +6,7 @@ from scipy import stats
 
 from heterorl.errors import UserError
 from heterorl.spec.run import LossType
-from heterorl_learner.advantages import AUTO, beta_weights, group_advantages, resolve_scale, step_advantages
+from heterorl_learner.train_step import AUTO, beta_weights, resolve_scale, step_advantages
 
 
 def group(*rewards: float) -> np.ndarray:
@@ -24,13 +24,13 @@ def test_auto_follows_the_authors_and_an_explicit_scale_stands():
 
 def test_scale_none_subtracts_the_mean_of_the_group():
     # mean (1+0+0+1+1)/5 = 0.6
-    assert group_advantages(group(1, 0, 0, 1, 1), "none") == pytest.approx([0.4, -0.6, -0.6, 0.4, 0.4])
+    assert step_advantages([group(1, 0, 0, 1, 1)], "none")[0] == pytest.approx([0.4, -0.6, -0.6, 0.4, 0.4])
 
 
 def test_scale_group_divides_by_the_sample_deviation():
     # mean 0.5, squares 4 * 0.25 = 1, sample variance 1/3, deviation 0.5773503; 0.5 / 0.5774503 = 0.8658755
     expected = 0.8658755
-    assert group_advantages(group(1, 0, 1, 0), "group") == pytest.approx([expected, -expected] * 2, rel=1e-6)
+    assert step_advantages([group(1, 0, 1, 0)], "group")[0] == pytest.approx([expected, -expected] * 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("scale", ["none", "group", "batch", "beta"])
@@ -54,7 +54,7 @@ def test_scale_none_and_group_are_the_same_alone_and_in_a_step():
     groups = [group(0, 1, 1), group(0.5, 0.25, 0)]
     for scale in ("none", "group"):
         for together, alone in zip(step_advantages(groups, scale), groups):
-            assert np.array_equal(together, group_advantages(alone, scale))
+            assert np.array_equal(together, step_advantages([alone], scale)[0])
 
 
 def test_beta_weights_are_the_inverse_density_of_the_fitted_distribution():

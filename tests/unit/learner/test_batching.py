@@ -66,11 +66,21 @@ def test_balance_gives_the_longest_to_whoever_has_least() -> None:
     assert [[item[0].num_tokens for item in share] for share in shares] == [[8, 5, 2], [7, 6]]
 
 
+def plans(
+    sequences: list[Sequence], budget: int, world_size: int, *, whole_groups: bool = False
+) -> list[list[MicroBatch]]:
+    """The plan of every rank."""
+    return [
+        plan(sequences, budget, rank=rank, world_size=world_size, whole_groups=whole_groups)
+        for rank in range(world_size)
+    ]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("whole_groups", [False, True])
 def test_every_sequence_is_planned_once_on_ranks_in_step(world_size: int, whole_groups: bool) -> None:
     sequences = drawn(40)
-    ranks = plan(sequences, 128, world_size, whole_groups=whole_groups)
+    ranks = plans(sequences, 128, world_size, whole_groups=whole_groups)
     assert completions(ranks) == sorted(tuple(s.completion_ids.tolist()) for s in sequences)
     assert len({len(batches) for batches in ranks}) == 1
     if not whole_groups:
@@ -78,18 +88,18 @@ def test_every_sequence_is_planned_once_on_ranks_in_step(world_size: int, whole_
 
 
 def test_more_ranks_than_sequences_leaves_empty_micro_batches() -> None:
-    ranks = plan(drawn(2), 512, 3)
+    ranks = plans(drawn(2), 512, 3)
     assert [[len(batch.lengths) for batch in batches] for batches in ranks] == [[1], [1], [0]]
 
 
 def test_whole_groups_are_never_split() -> None:
-    ranks = plan(drawn(40, group_size=8), 64, 2, whole_groups=True)
+    ranks = plans(drawn(40, group_size=8), 64, 2, whole_groups=True)
     found = [a for batches in ranks for batch in batches for a in set(batch.advantages.tolist())]  # advantage = group
     assert sorted(found) == [0, 1, 2, 3, 4]
 
 
 def test_the_same_sequences_give_the_same_plan() -> None:
-    first, second = (plan(drawn(30), 100, 2) for _ in range(2))
+    first, second = (plans(drawn(30), 100, 2) for _ in range(2))
     assert completions(first) == completions(second)
     for one, other in zip([b for r in first for b in r], [b for r in second for b in r], strict=True):
         assert torch.equal(one.input_ids, other.input_ids)
@@ -97,7 +107,7 @@ def test_the_same_sequences_give_the_same_plan() -> None:
 
 def test_ranks_carry_about_the_same_number_of_tokens_and_packs_are_full() -> None:
     sequences = drawn(200)
-    ranks = plan(sequences, 256, 2)
+    ranks = plans(sequences, 256, 2)
     loads = [sum(batch.num_tokens for batch in batches) for batches in ranks]
     assert abs(loads[0] - loads[1]) < 0.02 * sum(loads)
     assert sum(loads) > 0.95 * 256 * sum(len(batches) for batches in ranks)

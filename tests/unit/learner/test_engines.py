@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,19 +52,17 @@ def policy_gradient(batch: MicroBatch, logp: torch.Tensor) -> torch.Tensor:
 
 # ── the model ────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_packed_sequences_give_the_values_and_gradients_of_each_alone(folders: dict[str, Path]) -> None:
-    sequences = drawn(6)
+    sequences = [replace(s, temperature=(0.7, 1.0)[i % 2]) for i, s in enumerate(drawn(6))]
     policy = load_policy(folders["tied"], torch.float32, "sdpa")
     reference = AutoModelForCausalLM.from_pretrained(folders["tied"], dtype=torch.float32)
-    temperature = 0.7
-
     batch = micro_batch(sequences)
-    packed = token_logps(policy, batch, temperature)
+    packed = token_logps(policy, batch)
     policy_gradient(batch, packed).backward()
 
     alone = []
     for s in sequences:  # the plain forward of transformers over the whole sequence, one at a time
         ids = torch.tensor(np.concatenate([s.prompt_ids, s.completion_ids]), dtype=torch.long)
-        logp = torch.log_softmax(reference(ids[None]).logits[0] / temperature, dim=-1)
+        logp = torch.log_softmax(reference(ids[None]).logits[0] / s.temperature, dim=-1)
         alone.append(logp[torch.arange(len(ids) - 1), ids[1:]][len(s.prompt_ids) - 1 :])
     policy_gradient(batch, torch.cat(alone)).backward()
 
@@ -76,8 +75,8 @@ def test_a_sequence_does_not_see_its_neighbour_in_the_pack(folders: dict[str, Pa
     policy = load_policy(folders["tied"], torch.float32, "sdpa")
     first, second, other = drawn(3)
     with torch.no_grad():
-        one = token_logps(policy, micro_batch([first, second]), 1.0)[-len(second.completion_ids) :]
-        two = token_logps(policy, micro_batch([other, second]), 1.0)[-len(second.completion_ids) :]
+        one = token_logps(policy, micro_batch([first, second]))[-len(second.completion_ids) :]
+        two = token_logps(policy, micro_batch([other, second]))[-len(second.completion_ids) :]
     torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
 
 
@@ -88,7 +87,7 @@ def test_dropout_of_the_configuration_is_switched_off(folders: dict[str, Path], 
     policy = load_policy(tmp_path, torch.float32, "sdpa")
     batch = micro_batch(drawn(2))
     with torch.no_grad():
-        assert torch.equal(token_logps(policy, batch, 1.0), token_logps(policy, batch, 1.0))
+        assert torch.equal(token_logps(policy, batch), token_logps(policy, batch))
 
 
 def test_recomputing_activations_changes_no_gradient(folders: dict[str, Path]) -> None:
@@ -96,7 +95,7 @@ def test_recomputing_activations_changes_no_gradient(folders: dict[str, Path]) -
     gradients = []
     for recompute in (False, True):
         policy = load_policy(folders["tied"], torch.float32, "sdpa", gradient_checkpointing=recompute)
-        policy_gradient(batch, token_logps(policy, batch, 1.0)).backward()
+        policy_gradient(batch, token_logps(policy, batch)).backward()
         gradients.append([p.grad for p in policy.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
@@ -111,7 +110,7 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
 def train(engine: TrainingEngine, steps: range, learning_rate: float = 3e-4) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step on batches drawn for it."""
     return [
-        (engine.forward_backward(plan(drawn(8, seed=step), 64)[0], 1.0, policy_gradient), engine.step(learning_rate))
+        (engine.forward_backward(plan(drawn(8, seed=step), 64), policy_gradient), engine.step(learning_rate))
         for step in steps
     ]
 
@@ -120,7 +119,7 @@ def test_micro_batches_add_up_to_the_whole_batch(folders: dict[str, Path]) -> No
     results = []
     for budget in (1, 64, 10_000):  # one sequence a pass, a few, all
         engine = build_engine(folders["tied"], run_spec())
-        loss = engine.forward_backward(plan(drawn(8), budget)[0], 1.0, policy_gradient)
+        loss = engine.forward_backward(plan(drawn(8), budget), policy_gradient)
         results.append((loss, engine.step(3e-4)))
     assert results[1] == pytest.approx(results[0], rel=1e-5)
     assert results[2] == pytest.approx(results[0], rel=1e-5)
@@ -133,9 +132,9 @@ def test_an_update_is_adamw_with_the_gradient_clipped(folders: dict[str, Path]) 
     batch = micro_batch(drawn(4))
     before = {name: p.detach().clone() for name, p in reference.model.named_parameters()}
 
-    policy_gradient(batch, token_logps(reference, batch, 1.0)).backward()
+    policy_gradient(batch, token_logps(reference, batch)).backward()
     norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in reference.parameters()))
-    engine.forward_backward([batch], 1.0, policy_gradient)
+    engine.forward_backward([batch], policy_gradient)
     assert engine.step(3e-4) == pytest.approx(norm, rel=1e-5)
     assert norm > 0.01
 
@@ -185,7 +184,7 @@ def test_bfloat16_keeps_updates_that_its_own_precision_would_lose(folders: dict[
     name = "model.norm.weight"
     ones = torch.ones(64, dtype=torch.bfloat16)
     for update in range(2):
-        engine.forward_backward([micro_batch(drawn(2))], 1.0, policy_gradient)
+        engine.forward_backward([micro_batch(drawn(2))], policy_gradient)
         engine.step(1.5e-3)
         assert torch.equal(engine.full_state_dict()[name], ones) == (update == 0)
 
@@ -194,7 +193,7 @@ def test_a_micro_batch_without_sequences_adds_nothing(folders: dict[str, Path]) 
     results = []
     for padding in ([], [micro_batch([])]):
         engine = build_engine(folders["tied"], run_spec())
-        loss = engine.forward_backward([micro_batch(drawn(4)), *padding], 1.0, policy_gradient)
+        loss = engine.forward_backward([micro_batch(drawn(4)), *padding], policy_gradient)
         results.append((loss, engine.step(3e-4)))
     assert results[0] == results[1]
 
@@ -209,7 +208,7 @@ def test_what_is_not_finite_stops_before_the_optimizer(folders: dict[str, Path],
             return logp.sum() * math.nan
         return (logp - logp.detach()).abs().sqrt().sum()  # 0, with an infinite slope
 
-    engine.forward_backward([micro_batch(drawn(4))], 1.0, loss)
+    engine.forward_backward([micro_batch(drawn(4))], loss)
     with pytest.raises(TrainingError, match=f"rank 0: {broken}.* nan"):
         engine.step(3e-4)
     for name, tensor in engine.full_state_dict().items():
@@ -218,7 +217,7 @@ def test_what_is_not_finite_stops_before_the_optimizer(folders: dict[str, Path],
 
 def test_scoring_leaves_no_gradient(folders: dict[str, Path]) -> None:
     engine = build_engine(folders["tied"], run_spec())
-    scores = engine.score(micro_batch(drawn(4)), 1.0)
+    scores = engine.score(micro_batch(drawn(4)))
     assert not scores.requires_grad
     assert train(engine, range(1)) == train(build_engine(folders["tied"], run_spec()), range(1))
 

@@ -8,7 +8,7 @@ from builders import spec_of
 from heterorl.names import RolloutName, Slot, Version
 from heterorl.spec.run import RunSpec
 from heterorl_learner.publish import versions_to_keep
-from heterorl_learner.selection import select_rollouts
+from heterorl_learner.rollout_feed import select_rollouts
 from heterorl_sampler.backpressure import Queue, batch_size, pending, reason_to_wait
 from heterorl_sampler.prompt_order import PromptOrder
 

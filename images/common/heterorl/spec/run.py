@@ -493,8 +493,6 @@ class LearnerSpec(Block):
     """Warn if no usable rollouts have arrived for this long."""
     finish_grace_seconds: float = Field(300.0, ge=0, le=86_400)
     """On Kubernetes: how long the learner pod idles after it has finished, so that its log can still be read."""
-    seed: Seed = 0
-    """Seed of the learner."""
     pod_template: PodTemplateSpec = PodTemplateSpec()
     """Pod template of the learner and of the preparation."""
 

@@ -36,9 +36,9 @@ class Policy(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, logit_index: Tensor, target_ids: Tensor, temperature: float
+        self, input_ids: Tensor, position_ids: Tensor, logit_index: Tensor, target_ids: Tensor, temperature: Tensor
     ) -> Tensor:
-        """Log-probability of every target token; the tensors are those of a `MicroBatch`.
+        """Log-probability of every target token at its temperature; the tensors are those of a `MicroBatch`.
 
         Without attention_mask and cache, transformers reads the sequences' borders from the positions (block-diagonal
         mask, or varlen attention with flash_attention_2); with either given, sequences silently see each other.
@@ -46,17 +46,17 @@ class Policy(nn.Module):
         logits = self.model(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=logit_index
         ).logits[0]
-        logits = logits.float() / temperature  # [T, vocabulary]: never made for prompt tokens
+        logits = logits.float() / temperature[:, None]  # [T, vocabulary]: never made for prompt tokens
         logp: Tensor = logits.gather(1, target_ids[:, None])[:, 0] - logits.logsumexp(1)
         return logp
 
 
-def token_logps(policy: nn.Module, batch: MicroBatch, temperature: float) -> Tensor:
-    """Log-probability of every completion token at the generation's temperature: float32 [T], in the batch's order.
+def token_logps(policy: nn.Module, batch: MicroBatch) -> Tensor:
+    """Log-probability of every completion token at its sequence's temperature: float32 [T], in the batch's order.
 
     `policy` is a `Policy`, bare or wrapped by DDP or DeepSpeed.
     """
-    logp: Tensor = policy(batch.input_ids, batch.position_ids, batch.logit_index, batch.target_ids, temperature)
+    logp: Tensor = policy(batch.input_ids, batch.position_ids, batch.logit_index, batch.target_ids, batch.temperature)
     return logp
 
 
@@ -73,25 +73,26 @@ class TrainingEngine(ABC):
         self._loss = 0.0
 
     # ── a step ───────────────────────────────────────────────────────────────────────────────────────────────────────
-    def forward_backward(self, batches: Sequence[MicroBatch], temperature: float, loss_function: LossFunction) -> float:
+    def forward_backward(self, batches: Sequence[MicroBatch], loss_function: LossFunction) -> float:
         """Adds the gradient of this rank's share of the step's loss, and returns the share.
 
         Once a step, with equally many micro-batches on every rank; those without sequences never reach the loss.
         """
-        self._loss = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(batch.to(self.device) for batch in batches):
             is_last = number == len(batches) - 1
             with self._accumulating(is_last):
-                logp = self._logps(batch, temperature)
+                logp = self._logps(batch)
                 loss = loss_function(batch, logp) if len(logp) else logp.sum()
                 self._backward(loss)
-            self._loss += loss.item()
+            total += loss.detach()
+        self._loss = total.item()  # once: each look at a number waits for the device
         return self._loss
 
-    def score(self, batch: MicroBatch, temperature: float) -> Tensor:
+    def score(self, batch: MicroBatch) -> Tensor:
         """Log-probabilities of the completion tokens without a gradient: float32 [T]. Every rank calls it."""
         with torch.no_grad():
-            return self._logps(batch.to(self.device), temperature)
+            return self._logps(batch.to(self.device))
 
     @abstractmethod
     def step(self, learning_rate: float) -> float:
@@ -117,8 +118,8 @@ class TrainingEngine(ABC):
         """Goes on from what `save` wrote with the same strategy and number of ranks. Every rank calls it."""
 
     # ── for the subclasses ───────────────────────────────────────────────────────────────────────────────────────────
-    def _logps(self, batch: MicroBatch, temperature: float) -> Tensor:
-        return token_logps(self.policy, batch, temperature)
+    def _logps(self, batch: MicroBatch) -> Tensor:
+        return token_logps(self.policy, batch)
 
     def _accumulating(self, is_last: bool) -> AbstractContextManager[object]:
         return nullcontext()

@@ -64,9 +64,9 @@ class TorchEngine(TrainingEngine):
         self._bare.load_state_dict(state["policy"])
         self._optimizer.load_state_dict(state["optimizer"])
 
-    def _logps(self, batch: MicroBatch, temperature: float) -> Tensor:
+    def _logps(self, batch: MicroBatch) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            return super()._logps(batch, temperature)
+            return super()._logps(batch)
 
     def _accumulating(self, is_last: bool) -> AbstractContextManager[object]:
         if is_last or not isinstance(self.policy, DistributedDataParallel):
