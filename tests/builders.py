@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from heterorl.exchange.exchange import Canary, Exchange
+from heterorl.exchange.canary import Canary
+from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.rollout import Rollout
+from heterorl.exchange.slots import Lease
 from heterorl.exchange.storage import Files
 from heterorl.names import RolloutName, Slot, Version
 from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun, RunSpec
@@ -98,6 +100,12 @@ def rollout_of(
         reward_terms={name: np.array(values, np.float32) for name, values in (terms or {}).items()},
         **fields,
     )
+
+
+def put(exchange: Exchange, rollouts: Mapping[RolloutName, Rollout], *, epoch: int = 1) -> None:
+    """Rollouts of one slot on the volume, as its sampler publishes them."""
+    slot = next(iter(rollouts)).slot
+    exchange.put_rollouts(Lease(slot, epoch), rollouts)
 
 
 def publish(exchange: Exchange, version: Version, weights: bytes = b"weights", canary: Canary = CANARY) -> Version:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from heterorl.data.answers import AnswerChecker
 from heterorl.errors import CanaryMismatch, ExchangeError
-from heterorl.exchange.exchange import Canary, Exchange
+from heterorl.exchange.canary import Canary
+from heterorl.exchange.exchange import Exchange
 from heterorl.names import Version
 from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun
 from heterorl_sampler.engines.base import Completion, Sampling

@@ -12,8 +12,10 @@ import urllib.request
 import psutil
 import pytest
 
+from heterorl.exchange.canary import Canary
 from heterorl.exchange.crash_budget import Attempts, attempts_of
-from heterorl.exchange.exchange import Canary, Exchange
+from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import Evaluation, LearnerHeartbeat, Prepared
 from heterorl.monitoring.run_metrics import parse_progress
 from heterorl.names import Version
 from heterorl.spec.run import HeteroRLRun
@@ -48,7 +50,7 @@ def exchange(tmp_path):
         exchange = Exchange(tmp_path)
         exchange.create(HeteroRLRun.model_validate({**manifest, "spec": spec}))
         if prepared:
-            exchange.mark_prepared({})
+            exchange.mark_prepared(Prepared())
         return exchange
 
     return with_learner
@@ -104,7 +106,7 @@ def test_a_trained_learner_idles_until_its_pod_is_stopped(exchange):
 
 def test_a_pod_that_comes_after_the_last_step_starts_nothing(exchange):
     run, stop = exchange(), threading.Event()
-    run.write_learner({"step": 5, "finished": True})
+    run.write_learner(LearnerHeartbeat(step=5, finished=True))
     _, thread, codes = served(run, "raise SystemExit(9)", stop)
     thread.join(timeout=0.3)
     stop.set()
@@ -115,7 +117,7 @@ def test_a_pod_that_comes_after_the_last_step_starts_nothing(exchange):
 
 def test_a_finished_learner_goes_on_when_steps_were_added(exchange):
     run = exchange(steps=8)
-    run.write_learner({"step": 5, "finished": True})
+    run.write_learner(LearnerHeartbeat(step=5, finished=True))
     assert serve(run, "raise SystemExit(9)") == 9
 
 
@@ -125,7 +127,7 @@ def test_a_pod_waits_for_the_preparation_of_its_own_run(exchange, tmp_path):
     thread.join(timeout=0.3)
     assert thread.is_alive()
     assert not pod.readiness()[0]
-    run.mark_prepared({})
+    run.mark_prepared(Prepared())
     thread.join()
     assert codes == [9]
 
@@ -147,7 +149,7 @@ def test_ranks_of_a_run_whose_volume_was_taken_over_are_killed_and_the_pod_tells
         specs[uid].write_text(json.dumps({**manifest, "metadata": {"name": f"{uid}-run", "uid": uid}}))
     old, new = (Exchange(volume, spec_file=spec) for spec in specs.values())
     old.create(old.run)
-    old.mark_prepared({})
+    old.mark_prepared(Prepared())
     stop = threading.Event()
     pod, thread, codes = served(old, SAVING, stop)
     wait_until((volume / "started").exists)
@@ -414,8 +416,8 @@ def test_the_launcher_answers_from_its_first_moment_to_its_last(exchange, tmp_pa
             wait_until(lambda: get("ready")[0] == 503)
             assert not parse_progress(get("metrics")[1]).prepared
             assert get("else")[0] == 404
-            run.write_learner({"step": 5, "finished": True})
-            run.mark_prepared({})
+            run.write_learner(LearnerHeartbeat(step=5, finished=True))
+            run.mark_prepared(Prepared())
             wait_until(lambda: get("ready")[0] == 200)
             assert parse_progress(get("metrics")[1]).finished
             wait_until(lambda: "idling until this pod is scaled away" in said.read_text())
@@ -447,10 +449,10 @@ def test_versions_due_for_evaluation_are_kept_until_they_have_a_result(exchange)
         publish(run, step)
     _, thread, _ = served(run, SAVES, stop)
     wait_until(lambda: run.list_pinned() == [Version(0, 1), Version(4, 1)])
-    run.write_eval(Version(0, 1), {"average": 0.5})
+    run.write_eval(Version(0, 1), Evaluation(average=0.5))
     wait_until(lambda: run.list_pinned() == [Version(4, 1)])
     publish(run, 5)
-    run.write_learner({"step": 5, "finished": True})
+    run.write_learner(LearnerHeartbeat(step=5, finished=True))
     wait_until(lambda: run.list_pinned() == [Version(4, 1), Version(5, 1)])
     stop.set()
     thread.join()
@@ -483,7 +485,7 @@ def test_a_volume_that_cannot_be_read_for_a_moment_does_not_end_the_pod(exchange
 def test_a_launcher_lets_go_what_an_earlier_one_left(exchange):
     run, stop = exchange(uid="0f3c", spec=EVALUATING), threading.Event()
     publish(run, 0)
-    run.write_eval(Version(0, 1), json.loads('{"average": 0.5}'))
+    run.write_eval(Version(0, 1), Evaluation(average=0.5))
     run.pin(Version(0, 1))
     _, thread, _ = served(run, SAVES, stop)
     wait_until(lambda: run.list_pinned() == [])

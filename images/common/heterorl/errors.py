@@ -8,8 +8,10 @@ HeteroRLError
 │   └── RunFolderError   the run's folder: in use, of another spec, no space left
 ├── ExchangeError        something on the shared volume is not what the protocol says
 │   ├── CorruptFile      sizes, checksums or contents do not fit the manifest
+│   ├── UnknownProtocol  written by another version of HeteroRL; never taken for damage: exit code 2
 │   └── CanaryMismatch   an engine computes other log-probabilities than the learner
 ├── SiteError            something is wrong with this node (GPU, disk, memory, clock): exit code 3
+├── Superseded           another process has taken this one's place; it leaves without writing: exit code 0
 └── TrainingError        the learner cannot go on: non-finite loss, gradient
 """
 
@@ -63,6 +65,12 @@ class CorruptFile(ExchangeError):
     """A published file fails its checks."""
 
 
+class UnknownProtocol(ExchangeError):
+    """A file whose protocol or shape this version does not know. It is not damage: everything is kept as it is."""
+
+    exit_code = USER_ERROR
+
+
 class CanaryMismatch(ExchangeError):
     """The engine's log-probabilities of the canary differ from the learner's beyond tolerance."""
 
@@ -71,6 +79,15 @@ class SiteError(HeteroRLError):
     """This node cannot do the work; another one may."""
 
     exit_code = SITE_ERROR
+
+
+class Superseded(HeteroRLError):
+    """A newer incarnation of the learner, or a newer holder of the slot, has taken over: this process may not write.
+
+    It leaves as one that was asked to go: nothing has failed.
+    """
+
+    exit_code = 0
 
 
 class TrainingError(HeteroRLError):

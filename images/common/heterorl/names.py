@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import total_ordering
 from typing import Self
 
-_VERSION = re.compile(r"v(\d{8})-i(\d{4})")
-_SLOT = re.compile(r"([a-z0-9]([-a-z0-9]*[a-z0-9])?)-(\d+)")
-_ROLLOUT = re.compile(r"(v\d{8}-i\d{4})--(.+)--s(\d{10})")
+_VERSION = re.compile(r"v([0-9]{8})-i([0-9]{4,})")
+_SLOT = re.compile(r"([a-z0-9]([-a-z0-9]*[a-z0-9])?)-(0|[1-9][0-9]*)")
+_ROLLOUT = re.compile(r"(v[0-9]{8}-i[0-9]{4,})--(.+)--s([0-9]{10})")
 
 
 @dataclass(frozen=True, order=True)

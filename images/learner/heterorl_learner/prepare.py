@@ -34,6 +34,7 @@ from heterorl.data.datasets import PreparedData, prepare_rows
 from heterorl.entry import exit_code
 from heterorl.errors import ModelError
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import DataCount, ModelOrigin, Prepared
 from heterorl.exchange.storage import STAGING, Files
 from heterorl.logs import setup_logging
 from heterorl.spec.run import ModelSpec, RunSpec
@@ -45,11 +46,10 @@ MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors")
 """What is taken from a model folder or repository: configuration, tokenizer, weights; no code and no pickles."""
 
 
-def prepare(exchange: Exchange) -> dict[str, Any]:
+def prepare(exchange: Exchange) -> Prepared:
     """Prepare the run unless it is prepared; returns what the marker says.
 
-    That is `{"run", "model": {"source", "digest", ...}, "data": {NAME: {"rows", "skipped"}}}`; a tiny model's entry has
-    also `supervised_steps` and `held_out_accuracy`. Raises ModelError and DataError for what the user has to put right.
+    Raises ModelError and DataError for what the user has to put right.
     """
     if (done := exchange.prepared) is not None:
         return done
@@ -66,15 +66,12 @@ def prepare(exchange: Exchange) -> dict[str, Any]:
     with _staged(exchange.model_dir, exchange.files) as staged:
         if folder:
             _copy(folder, staged, exchange.files)
-            about: dict[str, Any] = {"source": str(folder)}
+            made: dict[str, Any] = {}
         else:
-            about = {"source": "tiny", **_make_tiny(spec, tokenizer, tables["train"].rows, staged)}
-        about["digest"] = _digest(staged, exchange.files)
-    info = {
-        "model": about,
-        "data": {name: {"rows": len(table.rows), "skipped": table.skipped} for name, table in tables.items()},
-    }
-    return exchange.mark_prepared(info)
+            made = _make_tiny(spec, tokenizer, tables["train"].rows, staged)
+        origin = ModelOrigin(source=str(folder or "tiny"), digest=_digest(staged, exchange.files), **made)
+    counts = {name: DataCount(rows=len(table.rows), skipped=table.skipped) for name, table in tables.items()}
+    return exchange.mark_prepared(Prepared(model=origin, data=counts))
 
 
 # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -253,7 +250,7 @@ def _prepare(exchange: Exchange, *, read_elsewhere: bool) -> None:
     if read_elsewhere:
         exchange.occupy()
     info = prepare(exchange)
-    logger.info("prepared: %s", json.dumps(info))
+    logger.info("prepared: %s", info.model_dump_json(exclude={"protocol"}, exclude_none=True))
 
 
 if __name__ == "__main__":

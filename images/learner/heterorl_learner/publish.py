@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
-from heterorl.exchange.exchange import CANARY_TOKENS, Canary, Exchange
+from heterorl.errors import CorruptFile, UnknownProtocol
+from heterorl.exchange.canary import CANARY_TOKENS, Canary
+from heterorl.exchange.exchange import Exchange
 from heterorl.heterogeneity.delay import horizon
 from heterorl.names import Version
 from heterorl.spec.run import RunSpec
 from heterorl_learner.batching import MicroBatch, Sequence, micro_batch
 from heterorl_learner.engines.base import TrainingEngine
+
+log = logging.getLogger(__name__)
 
 
 class Publisher:
@@ -57,10 +62,24 @@ class Publisher:
         staged = self._exchange.stage_weights(version)
         save_file(tensors, staged / "model.safetensors", metadata={"format": "pt"})
         self._exchange.commit_weights(version, canary)
-        versions = self._exchange.list_versions()
-        self._times = {v: self._times.get(v) or self._exchange.published_at(v) for v in versions}
+        self._times = {v: at for v in self._exchange.list_versions() if (at := self._published_at(v)) is not None}
         keep = versions_to_keep(self._exchange.spec, list(self._times.items()), self._exchange.now())
         self._exchange.retire_weights(keep)
+
+    def _published_at(self, version: Version) -> float | None:
+        """When it was published; None for one that cannot be read: it is put aside, or left to whom it belongs."""
+        if version in self._times:
+            return self._times[version]
+        try:
+            return self._exchange.published_at(version)
+        except FileNotFoundError:
+            return None
+        except UnknownProtocol as error:
+            log.error("%s", error)
+        except CorruptFile as error:
+            log.error("weights %s go to quarantine: %s", version, error)
+            self._exchange.quarantine_weights(version, str(error))
+        return None
 
 
 def versions_to_keep(spec: RunSpec, published: list[tuple[Version, float]], now_s: float) -> set[Version]:

@@ -12,8 +12,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from heterorl.errors import CorruptFile
-from heterorl.exchange.exchange import Exchange, JournalEntry
+from heterorl.errors import CorruptFile, UnknownProtocol
+from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import JournalEntry
 from heterorl.exchange.rollout import Rollout
 from heterorl.names import RolloutName, Slot
 from heterorl_learner import ranks
@@ -47,6 +48,7 @@ class RolloutFeed:
         self.taken: dict[str, int] = {}
         self._entries: deque[JournalEntry] = deque()
         self._known: set[RolloutName] = set()
+        self._left: set[RolloutName] = set()  # of a protocol that this version does not know
         if self._is_first:
             journal = exchange.read_journal()
             exchange.rewrite_journal(journal)  # cuts a torn last line
@@ -70,7 +72,7 @@ class RolloutFeed:
         names: list[RolloutName] = []
         while self._entries and self._entries[0].step < step:
             entry = self._entries.popleft()
-            names += map(RolloutName.parse, [*entry.names, *entry.dropped])
+            names += [*entry.names, *entry.dropped]
         self._exchange.retire_rollouts(names, archive=self._exchange.spec.exchange.retention.keep_rollouts)
         self._known.difference_update(names)
 
@@ -94,11 +96,11 @@ class RolloutFeed:
 
     def _select(self, step: int) -> dict[RolloutName, Rollout] | None:
         selection = select_rollouts(
-            (name for name in self._exchange.list_rollouts() if name not in self._known),
+            (name for name in self._exchange.list_rollouts() if name not in self._known | self._left),
             step=step,
             groups=self._spec.learner.batch.groups,
             max_steps=self._spec.max_lag,
-            last=RolloutName.parse(self._entries[-1].names[-1]).slot if self._entries else None,
+            last=self._entries[-1].names[-1].slot if self._entries else None,
         )
         if selection is None:
             return None
@@ -112,16 +114,18 @@ class RolloutFeed:
                 log.error("rollout %s goes to quarantine: %s", name, error)
                 self._exchange.quarantine_rollout(name, str(error))
                 return None
-        names, dropped = ([str(name) for name in part] for part in (selection.names, selection.dropped))
-        entry = JournalEntry(step, self._incarnation, names, dropped)
+            except UnknownProtocol as error:
+                log.error("rollout %s is left where it is: %s", name, error)
+                self._left.add(name)
+                return None
+        entry = JournalEntry(step=step, incarnation=self._incarnation, names=selection.names, dropped=selection.dropped)
         self._exchange.append_journal(entry)
         self._note(entry)
         return rollouts
 
     def _replayed(self, step: int) -> dict[RolloutName, Rollout] | None:
-        names = [RolloutName.parse(name) for name in self._replay[step].names]
         try:
-            return {name: self._read(name) for name in names}
+            return {name: self._read(name) for name in self._replay[step].names}
         except (FileNotFoundError, CorruptFile) as error:
             log.error("step %d cannot be replayed (%s); this and later steps are selected afresh", step, error)
         journal = [entry for entry in self._exchange.read_journal() if entry.step < step]
@@ -133,6 +137,7 @@ class RolloutFeed:
 
     def _read(self, name: RolloutName) -> Rollout:
         rollout = self._exchange.read_rollout(name)
+        self._exchange.check_epoch(name, rollout.meta.get("lease_epoch", 0))
         if len(rollout.lengths) != self._spec.algorithm.group_size:
             raise CorruptFile(f"{len(rollout.lengths)} completions; groupSize is {self._spec.algorithm.group_size}")
         if int(rollout.versions.min()) != name.version.step:
@@ -144,7 +149,7 @@ class RolloutFeed:
     def _note(self, entry: JournalEntry) -> None:
         self._entries.append(entry)
         self.dropped += len(entry.dropped)
-        for name in map(RolloutName.parse, [*entry.names, *entry.dropped]):
+        for name in [*entry.names, *entry.dropped]:
             self._known.add(name)
             self.taken[str(name.slot)] = max(name.seq, self.taken.get(str(name.slot), -1))
 

@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from heterorl.errors import CorruptFile
+from heterorl.errors import CorruptFile, RunFolderError
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import LearnerHeartbeat
 from heterorl.monitoring.metrics import Metrics
 from heterorl.spec.run import LearnerSpec
 from heterorl_learner import ranks
@@ -48,8 +49,9 @@ class Trainer:
     def __init__(self, exchange: Exchange, engine: TrainingEngine, metrics: Metrics, stop: Callable[[], bool]) -> None:
         self.exchange, self.engine, self.metrics = exchange, engine, metrics
         self.spec = exchange.spec
+        self.incarnation: int = ranks.agree(exchange.begin_incarnation() if engine.rank == 0 else None)
+        exchange.incarnation = self.incarnation
         self.state = self._resume()
-        self.incarnation: int = ranks.agree(exchange.learner.get("incarnation", 0) + 1)
         self.feed = RolloutFeed(exchange, self.state.step, self.incarnation, stop)
         self.publisher = Publisher(exchange, engine, self.incarnation)
         self.learner: LearnerSpec = ranks.agree(exchange.spec.learner)
@@ -89,13 +91,7 @@ class Trainer:
         found: tuple[Path, dict[str, Any]] | None = None
         if self.engine.rank == 0:
             self.exchange.sweep()
-            for step in reversed(self.exchange.list_checkpoints()):
-                try:
-                    found = self.exchange.open_checkpoint(step)
-                    break
-                except (CorruptFile, FileNotFoundError) as error:
-                    log.error("checkpoint of step %d is damaged (%s); trying the one before", step, error)
-                    self.exchange.remove_checkpoint(step)
+            found = open_newest_checkpoint(self.exchange)
         found = ranks.agree(found)
         if found is None:
             return TrainerState()
@@ -106,8 +102,6 @@ class Trainer:
 
     def _begin(self) -> None:
         if self.engine.rank == 0:
-            # On the disk before anything is published under it, so that no incarnation is ever used twice.
-            self.exchange.write_learner({**self.exchange.learner, "incarnation": self.incarnation})
             # What a learner that died published after this checkpoint belongs to a future that will not come.
             versions = self.exchange.list_versions()
             for version in versions:
@@ -184,16 +178,45 @@ class Trainer:
     def _heartbeat(self, *, finished: bool = False) -> None:
         if self.engine.rank == 0:
             self.exchange.write_learner(
-                {
-                    "step": self.state.step,
-                    "steps": self.learner.steps,
-                    "incarnation": self.incarnation,
-                    "version": str(self.publisher.version),
-                    "checkpoint_step": max(self.exchange.list_checkpoints(), default=None),
-                    "taken": self.feed.taken,
-                    "dropped": self.feed.dropped,
-                    "finished": finished,
-                    "reward": self.told.get("reward"),
-                    "lag": self.told.get("lag/mean"),
-                }
+                LearnerHeartbeat(
+                    step=self.state.step,
+                    steps=self.learner.steps,
+                    incarnation=self.incarnation,
+                    version=self.publisher.version,
+                    checkpoint_step=max(self.exchange.list_checkpoints(), default=None),
+                    taken=dict(self.feed.taken),
+                    dropped=self.feed.dropped,
+                    finished=finished,
+                    reward=self.told.get("reward"),
+                    lag=self.told.get("lag/mean"),
+                )
             )
+
+
+def open_newest_checkpoint(exchange: Exchange) -> tuple[Path, dict[str, Any]] | None:
+    """Folder and small state of the newest checkpoint that passes its checks; None when there are none at all.
+
+    Newer ones that fail go to quarantine. When all fail nothing is moved and RunFolderError is raised: a run that was
+    trained for days does not start again at step 0 because a disk was bad. UnknownProtocol for one that a later version
+    of HeteroRL saved, also when an older one could be used.
+    """
+    damaged: dict[int, str] = {}
+    for step in reversed(exchange.list_checkpoints()):
+        try:
+            found = exchange.open_checkpoint(step)
+        except FileNotFoundError:
+            continue
+        except CorruptFile as error:
+            log.error("checkpoint of step %d is damaged (%s); trying the one before", step, error)
+            damaged[step] = str(error)
+            continue
+        for failed, reason in damaged.items():
+            exchange.quarantine_checkpoint(failed, reason)
+        return found
+    if damaged:
+        raise RunFolderError(
+            f"{exchange.root / 'checkpoints'}: none of the checkpoints can be used ("
+            + "; ".join(damaged.values())
+            + "); put one back that is whole, or move them all out of the folder to start again at step 0"
+        )
+    return None

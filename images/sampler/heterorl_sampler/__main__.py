@@ -10,11 +10,13 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
 
 from heterorl.entry import exit_code
-from heterorl.errors import ExchangeError
-from heterorl.exchange.exchange import CANARY_TOKENS, Exchange, Lease
+from heterorl.errors import HeteroRLError
+from heterorl.exchange.canary import CANARY_TOKENS
+from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import SlotStatus
+from heterorl.exchange.slots import Lease
 from heterorl.logs import setup_logging
 from heterorl.monitoring.metrics import Metrics
 from heterorl.names import Slot
@@ -52,12 +54,12 @@ def serve(exchange: Exchange, pool_name: str, index: int | None, stop: threading
     lease = exchange.acquire_slot(slots, stop.is_set)
     if lease is None:
         return
-    status: dict[str, Any] = {"state": "starting", "rollouts": exchange.load_slot(lease.slot).get("next_seq", 0)}
+    status = SlotStatus(state="starting", rollouts=lease.first_seq)
     with Heartbeat(exchange, lease, status, stop):
         sample(exchange, lease, status, stop)
 
 
-def sample(exchange: Exchange, lease: Lease, status: dict[str, Any], stop: threading.Event) -> None:
+def sample(exchange: Exchange, lease: Lease, status: SlotStatus, stop: threading.Event) -> None:
     """Start the leased slot's engine and sample until `stop`, keeping `status` up to date."""
     from transformers import AutoTokenizer  # slow to import, and `--help` needs none of it
 
@@ -95,27 +97,28 @@ def sample(exchange: Exchange, lease: Lease, status: dict[str, Any], stop: threa
 class Heartbeat:
     """Keeps a lease on a thread of its own: a slow start or a long generation must not lose it. Released at the end."""
 
-    def __init__(self, exchange: Exchange, lease: Lease, status: dict[str, Any], stop: threading.Event) -> None:
+    def __init__(self, exchange: Exchange, lease: Lease, status: SlotStatus, stop: threading.Event) -> None:
         self._exchange, self._lease, self._status, self._stop = exchange, lease, status, stop
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> None:
-        self._exchange.beat(self._lease, dict(self._status))
+        self._exchange.beat(self._lease, self._status)
         self._thread.start()
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._done.set()
         self._thread.join()
         if kind is None:
-            self._exchange.beat(self._lease, {**self._status, "state": "stopped"}, released=True)
+            self._status.state = "stopped"
+            self._exchange.beat(self._lease, self._status, released=True)
 
     def _run(self) -> None:
         period = min(2.0, self._exchange.spec.exchange.lease_seconds / 4)
         while not self._done.wait(period):
             try:
-                self._exchange.beat(self._lease, dict(self._status))
-            except ExchangeError as error:
+                self._exchange.beat(self._lease, self._status)
+            except HeteroRLError as error:
                 log.error("%s", error)
                 self._stop.set()
                 return

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from heterorl.exchange.records import LearnerHeartbeat
 from heterorl.names import RolloutName, Slot, Version
 from heterorl.spec.run import RunSpec
 
@@ -21,9 +21,11 @@ class Queue:
     """All slots', of the version this slot holds."""
 
 
-def pending(spec: RunSpec, rollouts: list[RolloutName], learner: dict[str, Any], slot: Slot, version: Version) -> Queue:
+def pending(
+    spec: RunSpec, rollouts: list[RolloutName], learner: LearnerHeartbeat, slot: Slot, version: Version
+) -> Queue:
     """Count what waits. A slot's rollouts are taken in order, so its last taken number tells the rest."""
-    taken, step = learner.get("taken", {}), learner.get("step", 0)
+    taken, step = learner.taken, learner.step
     waiting = [
         name
         for name in rollouts
@@ -34,7 +36,7 @@ def pending(spec: RunSpec, rollouts: list[RolloutName], learner: dict[str, Any],
 
 
 def reason_to_wait(
-    spec: RunSpec, version: Version, newest: Version, learner: dict[str, Any], queue: Queue
+    spec: RunSpec, version: Version, newest: Version, learner: LearnerHeartbeat, queue: Queue
 ) -> str | None:
     """Why not to generate now (`finished`, `weights`, `queue`, `staleness`), or None to go ahead.
 
@@ -43,13 +45,13 @@ def reason_to_wait(
     that are already too old are not worth generating with; the `wait` policy pauses as soon as a rollout would be too
     old by the time the queue before it has been trained.
     """
-    if learner.get("finished"):
+    if learner.finished:
         return "finished"
     if spec.mode == "online" and (version != newest or queue.of_version >= spec.learner.batch.groups):
         return "weights"
     if queue.own >= spec.exchange.max_pending_groups and queue.total >= spec.learner.batch.groups:
         return "queue"
-    turn = learner.get("step", 0)
+    turn = learner.step
     if spec.algorithm.staleness.policy == "wait":
         turn += queue.total // spec.learner.batch.groups
     if turn - version.step > spec.max_lag:

@@ -25,6 +25,7 @@ from heterorl.data.answers import AnswerChecker
 from heterorl.data.datasets import Row, prepare_rows
 from heterorl.errors import CanaryMismatch, ExchangeError, HeteroRLError, ModelError, UserError
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import Evaluation
 from heterorl.logs import setup_logging
 from heterorl.monitoring.metrics import Metrics
 from heterorl.names import Version
@@ -149,7 +150,7 @@ def evaluate_version(exchange: Exchange, version: Version) -> dict[str, Any]:
             version.step,
             {f"eval/{label}/{key}": value for label, values in sets.items() for key, value in values.items()},
         )
-    exchange.write_eval(version, result)
+    exchange.write_eval(version, Evaluation(average=result["average"], sets=sets))
     return result
 
 

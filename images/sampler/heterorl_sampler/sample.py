@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from heterorl.exchange.exchange import Exchange, Lease
+from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import LearnerHeartbeat, SlotState, SlotStatus
 from heterorl.exchange.rollout import Rollout
+from heterorl.exchange.slots import Lease
 from heterorl.heterogeneity.delay import Adoption
 from heterorl.monitoring.metrics import Metrics
 from heterorl.names import RolloutName, Version
@@ -54,7 +56,7 @@ class Sampler:
         self,
         exchange: Exchange,
         lease: Lease,
-        status: dict[str, Any],
+        status: SlotStatus,
         engine: InferenceEngine,
         tokenizer: PreTrainedTokenizerBase,
         rows: list[dict[str, Any]],
@@ -67,15 +69,14 @@ class Sampler:
         self.spec: RunSpec = exchange.spec
         self.pool: SamplerPoolSpec = self.spec.pool(lease.slot.pool)
         self._tokenizer, self._rewards = tokenizer, rewards
+        self.next_seq: int = lease.first_seq
         state = exchange.load_slot(lease.slot)
-        known = [name.seq + 1 for name in exchange.list_rollouts() if name.slot == lease.slot]
-        self.next_seq: int = max([state.get("next_seq", 0), *known])
         self.adoption = Adoption(
             self.pool.delay,
             slot=str(lease.slot),
             seed=self.spec.seed,
             time_scale=self.spec.time_scale,
-            state=state.get("adoption"),
+            state=state.adoption if state else None,
         )
         self.follower = WeightSync(exchange, engine, self.adoption, scratch)
         share = self.spec.slots.index(lease.slot) if lease.slot in self.spec.slots else lease.slot.index
@@ -85,7 +86,7 @@ class Sampler:
         self._waits = Waits()
         self.swaps = 0
         self.status = status  # shown by the heartbeat
-        self.status |= {"rollouts": self.next_seq, "swaps": 0, "rejected": 0}
+        self.status.rollouts = self.next_seq
 
     def run(self) -> None:
         """Sample until told to stop; what was finished by then is published."""
@@ -94,7 +95,7 @@ class Sampler:
                 self._follow_edits()
                 if swap := self.follower.advance():
                     self._note_swap(swap)
-                self.status["rejected"] = len(self.follower.rejected)
+                self.status.rejected = len(self.follower.rejected)
                 if wait := self._reason_to_wait():
                     self._wait(wait)
                 else:
@@ -115,20 +116,21 @@ class Sampler:
         version, newest = self.follower.version, self.follower.newest
         if version is None or newest is None:
             return "weights"
-        learner = self.exchange.learner
+        learner = self.exchange.learner or LearnerHeartbeat(step=0)
         self._queue = pending(self.spec, self.exchange.list_rollouts(), learner, self.lease.slot, version)
         return reason_to_wait(self.spec, version, newest, learner, self._queue)
 
     def _wait(self, reason: str) -> None:
-        self.status["state"] = f"waiting: {reason}"
+        self.status.state = f"waiting: {reason}"
         started = time.monotonic()
         self.stop.wait(self.spec.exchange.poll_seconds)
         self._waits.add(reason, time.monotonic() - started)
 
     def _note_swap(self, swap: Swap) -> None:
         self.swaps += 1
-        self.status |= {"version": str(swap.version), "version_step": swap.version.step, "swaps": self.swaps}
-        self.status["canary_max_abs_diff"] = max(self.status.get("canary_max_abs_diff", 0.0), swap.canary_max_abs_diff)
+        self.status.version, self.status.version_step = str(swap.version), swap.version.step
+        self.status.swaps = self.swaps
+        self.status.canary_max_abs_diff = max(self.status.canary_max_abs_diff or 0.0, swap.canary_max_abs_diff)
         self._save()
         self.metrics.event("swap", {**asdict(swap), "version": str(swap.version), "version_step": swap.version.step})
         log.info(
@@ -140,13 +142,13 @@ class Sampler:
         )
 
     def _save(self) -> None:
-        self.exchange.save_slot(self.lease.slot, {"next_seq": self.next_seq, "adoption": self.adoption.state})
+        self.exchange.save_slot(self.lease, SlotState(next_seq=self.next_seq, adoption=self.adoption.state))
 
     # ── one batch ────────────────────────────────────────────────────────────────────────────────────────────────────
     def _sample_batch(self) -> None:
         version = self.follower.version
         assert version is not None
-        self.status["state"] = "generating"
+        self.status.state = "generating"
         first = self.next_seq
         count = batch_size(self.spec, self.pool.prompts_per_batch, self._queue)
         rows = [self._order.row(seq) for seq in range(first, first + count)]
@@ -169,7 +171,7 @@ class Sampler:
         }
         scored = time.monotonic()
         if rollouts:
-            self.exchange.put_rollouts(rollouts)
+            self.exchange.put_rollouts(self.lease, rollouts)
             self._record(version, rollouts, generate_s=generated - started, score_s=scored - generated)
 
     def _sampling(self) -> Sampling:
@@ -207,12 +209,8 @@ class Sampler:
         tokens = sum(len(r.completion_ids) for r in rollouts.values())
         reward = float(np.mean([r.rewards.mean() for r in rollouts.values()]))
         waits, self._waits = self._waits.seconds, Waits()
-        self.status |= {
-            "rollouts": self.next_seq,
-            "reward": reward,
-            "tokens_per_s": tokens / generate_s,
-            "pending": self._queue.own + len(rollouts),
-        }
+        self.status.rollouts, self.status.pending = self.next_seq, self._queue.own + len(rollouts)
+        self.status.reward, self.status.tokens_per_s = reward, tokens / generate_s
         self.metrics.write(
             None,
             {

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from heterorl.errors import CanaryMismatch, CorruptFile
+from heterorl.errors import CanaryMismatch, CorruptFile, UnknownProtocol
 from heterorl.exchange.exchange import Exchange, Fetched
 from heterorl.heterogeneity.delay import Adoption
 from heterorl.names import Version
@@ -72,7 +72,7 @@ class WeightSync:
         except FileNotFoundError:
             self._forget(version)
             log.info("weights %s were retired while they were fetched; taking another version", version)
-        except CorruptFile as error:
+        except (CorruptFile, UnknownProtocol) as error:
             self._reject(version, str(error))
         else:
             return self._swap(fetched, fetch_s=time.monotonic() - started)
@@ -101,7 +101,7 @@ class WeightSync:
                 )
             except FileNotFoundError:
                 continue
-            except CorruptFile as error:
+            except (CorruptFile, UnknownProtocol) as error:
                 self._reject(version, str(error))
         self._published = seen
         return seen

@@ -10,6 +10,7 @@ import pytest
 from builders import Clock, exchange_at, run_of
 from heterorl.exchange.crash_budget import Attempts, attempts_of, gave_up, outcome_of, outcomes
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import LearnerHeartbeat
 from heterorl.spec.run import FailurePolicySpec
 
 
@@ -115,7 +116,7 @@ def test_crashes_made_before_the_run_was_taken_up_again_are_charged_no_more(exch
 def test_a_crash_is_charged_at_the_step_the_learner_had_reached(exchange):
     pod = Attempts(exchange, 0, "pod-a")
     for step in (10, 30):
-        exchange.write_learner({"step": step})
+        exchange.write_learner(LearnerHeartbeat(step=step))
         pod.begin()
         pod.end("crashed", 1)
     # 20 steps lie between the two crashes: with one restart back every 20 steps the first is made good, every 40 not.

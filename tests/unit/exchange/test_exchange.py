@@ -10,14 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from builders import CANARY, FAR, Clock, exchange_at, publish, rollout_of, run_of
-from heterorl.errors import CorruptFile, ExchangeError, RunFolderError
-from heterorl.exchange.exchange import Exchange, JournalEntry
+from builders import CANARY, FAR, Clock, exchange_at, publish, put, rollout_name, rollout_of, run_of
+from heterorl.errors import CorruptFile, ExchangeError, RunFolderError, Superseded
+from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import JournalEntry, ModelOrigin, Prepared, SlotState, SlotStatus
 from heterorl.exchange.rollout import Rollout
 from heterorl.exchange.storage import Files
 from heterorl.names import RolloutName, Slot, Version
 
 V3 = Version(3, 1)
+MADE = Prepared(model=ModelOrigin(source="tiny", digest="0"))
 SPEC = {"samplers": [{"name": "far", "replicas": 2}], "exchange": {"leaseSeconds": 10}}
 
 
@@ -102,7 +104,7 @@ def test_damaged_weights_are_refused_with_the_reason(
         exchange.fetch_weights(V3, tmp_path / "here")
 
 
-@pytest.mark.parametrize("manifest", [b"", b"{", b"[]", b"{}", b'{"protocol": 2, "files": {}}'])
+@pytest.mark.parametrize("manifest", [b"", b"{", b"[]", b"{}", b'{"protocol": 1}', b'{"protocol": 0, "files": {}}'])
 def test_a_manifest_that_cannot_be_read_is_a_corrupt_version(
     exchange: Exchange, tmp_path: Path, manifest: bytes
 ) -> None:
@@ -118,7 +120,7 @@ def test_a_manifest_cannot_name_a_file_outside_its_folder(exchange: Exchange, tm
     manifest = json.loads(path.read_bytes())
     manifest["files"]["../../run.json"] = manifest["files"]["model.safetensors"]
     path.write_text(json.dumps(manifest))
-    with pytest.raises(CorruptFile, match="no plain file name"):
+    with pytest.raises(CorruptFile, match="not a file inside the folder"):
         exchange.fetch_weights(V3, tmp_path / "here")
 
 
@@ -147,7 +149,7 @@ def test_the_canary_tells_the_largest_difference_and_refuses_nan() -> None:
 # ── rollouts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_a_rollout_is_read_back_as_it_was_put(exchange: Exchange) -> None:
     name = RolloutName(V3, FAR, 0)
-    exchange.put_rollouts({name: rollout()})
+    put(exchange, {name: rollout()})
     found = exchange.read_rollout(name)
     assert exchange.list_rollouts() == [name]
     assert found.completion_ids.tolist() == [7, 8, 9]
@@ -158,15 +160,15 @@ def test_a_rollout_is_read_back_as_it_was_put(exchange: Exchange) -> None:
 
 def test_groups_published_together_are_all_there(exchange: Exchange) -> None:
     names = [RolloutName(V3, FAR, seq) for seq in range(3)]
-    exchange.put_rollouts({name: rollout(float(name.seq)) for name in names})
+    put(exchange, {name: rollout(float(name.seq)) for name in names})
     assert [exchange.read_rollout(name).rewards[0] for name in names] == [0.0, 1.0, 2.0]
 
 
 def test_a_rollout_is_never_overwritten(exchange: Exchange) -> None:
     name = RolloutName(V3, FAR, 0)
-    exchange.put_rollouts({name: rollout(1.0)})
+    put(exchange, {name: rollout(1.0)})
     with pytest.raises(ExchangeError, match="two samplers use one slot"):
-        exchange.put_rollouts({name: rollout(2.0)})
+        put(exchange, {name: rollout(2.0)})
     assert exchange.read_rollout(name).rewards[0] == 1.0
 
 
@@ -197,15 +199,20 @@ def test_a_rollout_whose_arrays_do_not_fit_is_refused(change: dict[str, np.ndarr
 
 def test_a_quarantined_rollout_is_out_of_the_way_with_its_reason_beside_it(exchange: Exchange) -> None:
     name = RolloutName(V3, FAR, 7)
-    exchange.put_rollouts({name: rollout()})
+    put(exchange, {name: rollout()})
     exchange.quarantine_rollout(name, "bad")
     assert exchange.list_rollouts() == []
     assert exchange.list_quarantined() == [name]
-    assert json.loads((exchange.root / "quarantine" / f"{name}.json").read_text())["reason"] == "bad"
+    assert (
+        json.loads((exchange.root / "quarantine" / "rollouts" / f"{name}.safetensors.reason.json").read_text())[
+            "reason"
+        ]
+        == "bad"
+    )
 
 
 def test_strange_files_among_the_rollouts_are_ignored(exchange: Exchange) -> None:
-    exchange.put_rollouts({RolloutName(V3, FAR, 0): rollout()})
+    put(exchange, {RolloutName(V3, FAR, 0): rollout()})
     for stray in (".tmp-1234", "notes.txt", "v00000003-i0001--far-0--s1.safetensors"):
         (exchange.root / "rollouts" / stray).write_bytes(b"")
     assert exchange.list_rollouts() == [RolloutName(V3, FAR, 0)]
@@ -213,7 +220,7 @@ def test_strange_files_among_the_rollouts_are_ignored(exchange: Exchange) -> Non
 
 def test_archived_rollouts_leave_the_queue_and_stay_on_the_volume(exchange: Exchange) -> None:
     name = RolloutName(V3, FAR, 0)
-    exchange.put_rollouts({name: rollout()})
+    put(exchange, {name: rollout()})
     exchange.retire_rollouts([name, RolloutName(V3, FAR, 1)], archive=True)
     assert exchange.list_rollouts() == []
     assert (exchange.root / "archive" / f"{name}.safetensors").is_file()
@@ -221,16 +228,16 @@ def test_archived_rollouts_leave_the_queue_and_stay_on_the_volume(exchange: Exch
 
 # ── journal and checkpoints ──────────────────────────────────────────────────────────────────────────────────────────
 def test_a_torn_last_line_of_the_journal_is_left_out(exchange: Exchange) -> None:
-    exchange.append_journal(JournalEntry(0, 1, ["a"]))
+    exchange.append_journal(JournalEntry(step=0, incarnation=1, names=[rollout_name(0)]))
     with open(exchange.root / "journal.jsonl", "ab") as file:
         file.write(b'{"step": 1, "inc')
-    assert exchange.read_journal() == [JournalEntry(0, 1, ["a"])]
+    assert exchange.read_journal() == [JournalEntry(step=0, incarnation=1, names=[rollout_name(0)])]
 
 
 def test_the_later_line_of_a_step_stands(exchange: Exchange) -> None:
-    exchange.append_journal(JournalEntry(0, 1, ["a"]))
-    exchange.append_journal(JournalEntry(0, 2, ["b"]))
-    assert exchange.read_journal() == [JournalEntry(0, 2, ["b"])]
+    exchange.append_journal(JournalEntry(step=0, incarnation=1, names=[rollout_name(0)]))
+    exchange.append_journal(JournalEntry(step=0, incarnation=2, names=[rollout_name(1)]))
+    assert exchange.read_journal() == [JournalEntry(step=0, incarnation=2, names=[rollout_name(1)])]
 
 
 def test_a_checkpoint_is_opened_with_its_state_and_a_damaged_one_is_refused(exchange: Exchange) -> None:
@@ -273,25 +280,25 @@ def foreign(exchange: Exchange, slot: Slot, epoch: int) -> None:
     """A lease held on another machine."""
     exchange.files.make_dir(exchange.root / "slots" / str(slot))
     path = exchange.root / "slots" / str(slot) / f"lease-{epoch:08d}.json"
-    path.write_text(json.dumps({"host": "elsewhere", "boot": "x", "pid": 1, "started": 1}))
+    path.write_text(json.dumps({"host": "elsewhere", "boot": "x", "pid": 1, "started": 1, "first_seq": 0}))
 
 
 def test_two_samplers_of_a_pool_get_two_slots(exchange: Exchange) -> None:
     candidates = [Slot("far", 0), Slot("far", 1)]
     first = exchange.acquire_slot(lambda: candidates)
-    exchange.beat(first, {})
+    exchange.beat(first, SlotStatus())
     assert first.slot == Slot("far", 0)
     assert exchange.acquire_slot(lambda: candidates).slot == Slot("far", 1)
 
 
 def test_a_released_slot_is_taken_at_once_with_its_state(exchange: Exchange) -> None:
     lease = exchange.acquire_slot(lambda: [FAR])
-    exchange.save_slot(FAR, {"next_seq": 8})
-    exchange.beat(lease, {}, released=True)
+    exchange.save_slot(lease, SlotState(next_seq=8))
+    exchange.beat(lease, SlotStatus(), released=True)
     before = exchange.now()
     assert exchange.acquire_slot(lambda: [FAR]).epoch == 2
     assert exchange.now() == before
-    assert exchange.load_slot(FAR) == {"next_seq": 8}
+    assert exchange.load_slot(FAR) == SlotState(next_seq=8)
 
 
 def test_a_slot_of_a_dead_process_of_this_machine_is_taken_at_once(exchange: Exchange) -> None:
@@ -346,8 +353,8 @@ def test_a_slot_that_beats_is_left_alone(exchange: Exchange) -> None:
 def test_a_sampler_whose_slot_was_taken_over_learns_it_at_its_next_beat(exchange: Exchange) -> None:
     lease = exchange.acquire_slot(lambda: [FAR])
     foreign(exchange, FAR, 2)
-    with pytest.raises(ExchangeError, match="taken over"):
-        exchange.beat(lease, {})
+    with pytest.raises(Superseded, match="taken over"):
+        exchange.beat(lease, SlotStatus())
 
 
 # ── crashes ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -359,6 +366,7 @@ class CrashingFiles(Files):
     """Dies before its n-th operation that changes the volume, as a process that is killed there."""
 
     def __init__(self, survive: int) -> None:
+        super().__init__()
         self.left = survive
 
     def _operation(self) -> None:
@@ -396,7 +404,7 @@ def test_a_writer_that_dies_anywhere_leaves_all_or_nothing(exchange: Exchange, t
         name = RolloutName(V3, FAR, 0)
         try:
             publish(writer, V3)
-            writer.put_rollouts({name: rollout()})
+            put(writer, {name: rollout()})
             crashed = False
         except Crash:
             crashed = True
@@ -432,8 +440,8 @@ def test_a_fresh_volume_becomes_the_runs_and_stays_so(on_volume: Callable[..., E
     run = on_volume("mine", "uid-1")
     for _ in range(2):
         run.occupy()
-    run.mark_prepared({"model": "made"})
-    assert run.prepared == {"model": "made", "run": "uid-1"}
+    run.mark_prepared(MADE)
+    assert run.prepared == MADE.model_copy(update={"run": "uid-1"})
     assert run.successor is None
     assert json.loads(run.run_file.read_bytes())["metadata"]["uid"] == "uid-1"
 
@@ -450,20 +458,20 @@ def test_a_volume_that_holds_another_run_is_refused_whether_it_was_prepared_or_n
             RunFolderError, match=r"^VolumeInUse: .*volume holds run mine; set spec\.resume: true to go on"
         ):
             second.occupy()
-        first.mark_prepared({"model": "made"})
-    assert first.prepared == {"model": "made", "run": "uid-1"}
+        first.mark_prepared(MADE)
+    assert first.prepared == MADE.model_copy(update={"run": "uid-1"})
     assert second.prepared is None
 
 
 def test_a_resumed_run_takes_the_volume_over_with_all_that_is_on_it(on_volume: Callable[..., Exchange]) -> None:
     first = on_volume("mine", "uid-1")
     first.occupy()
-    first.mark_prepared({"model": "made"})
+    first.mark_prepared(MADE)
     publish(first, V3)
     second = on_volume("again", "uid-2", resume=True, learner={"steps": 2000})
     assert second.prepared is None
     second.occupy()
-    assert second.prepared == {"model": "made", "run": "uid-2"}
+    assert second.prepared == MADE.model_copy(update={"run": "uid-2"})
     assert first.prepared is None
     assert (first.successor, second.successor) == ("again", None)
     assert second.list_versions() == [V3]
@@ -479,21 +487,21 @@ def test_a_resumed_run_that_would_need_another_preparation_is_refused(on_volume:
 
 def test_a_rendered_run_is_told_by_its_name(on_volume: Callable[..., Exchange]) -> None:
     on_volume("mine").occupy()
-    on_volume("mine").mark_prepared({})
-    assert on_volume("mine").prepared == {"run": "mine"}
+    on_volume("mine").mark_prepared(Prepared())
+    assert on_volume("mine").prepared == Prepared(run="mine")
     assert on_volume("other").prepared is None
 
 
 def test_a_run_folder_on_one_machine_is_never_another_runs(on_volume: Callable[..., Exchange]) -> None:
     moved = on_volume("mine", "uid-1")
     moved.occupy()
-    moved.mark_prepared({})
+    moved.mark_prepared(Prepared())
     here = Exchange(moved.root)
     here.create(run_of(**SPEC))
     assert here.prepared is not None
 
 
 def test_a_slot_that_is_added_while_one_waits_is_taken(exchange: Exchange) -> None:
-    exchange.beat(exchange.acquire_slot(lambda: [FAR]), {})
+    exchange.beat(exchange.acquire_slot(lambda: [FAR]), SlotStatus())
     looks = iter([[FAR], [FAR], [FAR, Slot("far", 1)]])
     assert exchange.acquire_slot(lambda: next(looks)).slot == Slot("far", 1)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from builders import exchange_at, run_of
 from heterorl.errors import DataError, ModelError
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import DataCount
 from heterorl.exchange.storage import Files
 from heterorl.spec.run import TinyModelSpec
 from heterorl_learner import prepare as module
@@ -60,7 +61,7 @@ def test_tiny_run_gets_a_model_that_loads_tokenised_rows_and_a_marker_that_count
     evals = [{"label": "sums", "source": "arithmetic", "arithmetic": {"digits": 2, "rows": 7}}]
     exchange = exchange_with(tmp_path, data={"evals": evals})
     info = prepare(exchange)
-    assert info["data"] == {"train": {"rows": 50, "skipped": 0}, "eval-sums": {"rows": 7, "skipped": 0}}
+    assert info.data == {"train": DataCount(rows=50, skipped=0), "eval-sums": DataCount(rows=7, skipped=0)}
     assert exchange.prepared == info
     tokenizer = AutoTokenizer.from_pretrained(exchange.model_dir)
     for row in rows_of(exchange, "train") + rows_of(exchange, "eval-sums"):
@@ -75,10 +76,10 @@ def test_supervision_is_told_in_the_marker_and_follows_the_runs_seed(tmp_path):
     tiny = {"hiddenSize": 32, "numLayers": 1, "targetAccuracy": 0.01, "supervisedLearningRate": 0.01}
     model = {"source": "tiny", "tiny": tiny}
     infos = [prepare(exchange_with(tmp_path / str(n), model=model, seed=seed)) for n, seed in enumerate((1, 1, 2))]
-    assert 0.01 <= infos[0]["model"]["held_out_accuracy"] < 1
-    assert infos[0]["model"]["supervised_steps"] >= 20
+    assert 0.01 <= infos[0].model.held_out_accuracy < 1
+    assert infos[0].model.supervised_steps >= 20
     assert infos[0] == infos[1]
-    assert infos[0]["model"]["digest"] != infos[2]["model"]["digest"]
+    assert infos[0].model.digest != infos[2].model.digest
 
 
 def test_prepared_run_is_left_alone(tmp_path):
@@ -117,7 +118,7 @@ def test_path_to_another_run_takes_its_output_and_not_its_start(tmp_path, ready_
     prepare(earlier)
     shutil.copytree(ready_model, earlier.output_dir)
     exchange = exchange_with(tmp_path / "run", model=path_model(earlier.root))
-    assert prepare(exchange)["model"]["source"] == str(earlier.output_dir)
+    assert prepare(exchange).model.source == str(earlier.output_dir)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_too_long_prompts_are_counted_and_skipped(tmp_path):
     )
     train = {"source": "file", "path": str(tmp_path / "rows.jsonl")}
     exchange = exchange_with(tmp_path / "run", train=train, generation={"maxPromptTokens": 6})
-    assert prepare(exchange)["data"]["train"] == {"rows": 1, "skipped": 1}
+    assert prepare(exchange).data["train"] == DataCount(rows=1, skipped=1)
     assert [row["id"] for row in rows_of(exchange, "train")] == [0]
 
 
@@ -267,4 +268,4 @@ def test_a_volume_of_another_run_is_refused_before_anything_is_put_on_it(tmp_pat
     assert not other.model_dir.exists()
     mine.write_text(json.dumps({**run, "metadata": {"name": "mine"}, "spec": {**run["spec"], "resume": True}}))
     assert module.main() == 0
-    assert Exchange(tmp_path, spec_file=mine).prepared["run"] == "mine"
+    assert Exchange(tmp_path, spec_file=mine).prepared.run == "mine"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import builders
 from builders import exchange_at, rollout_name, rollout_of, run_of
 from heterorl.exchange.exchange import Exchange
 from heterorl.names import RolloutName
@@ -36,7 +37,7 @@ def put(exchange: Exchange) -> Callable[..., RolloutName]:
     def put(seq: int, step: int = 0, *, made_by: int | None = None, group_size: int = 2) -> RolloutName:
         name = rollout_name(seq, step)
         version = step if made_by is None else made_by
-        exchange.put_rollouts({name: rollout_of([1.0] * group_size, version=version)})
+        builders.put(exchange, {name: rollout_of([1.0] * group_size, version=version)})
         return name
 
     return put
@@ -51,7 +52,7 @@ def take(feed: RolloutFeed, step: int) -> list[int]:
 def test_a_step_is_on_the_disk_before_it_is_trained(exchange: Exchange, put: Callable[..., RolloutName]) -> None:
     names = [put(0), put(1)]
     RolloutFeed(exchange, 0, 1, never).take(0)
-    assert exchange.read_journal()[0].names == [str(name) for name in names]
+    assert exchange.read_journal()[0].names == names
 
 
 def test_no_rollout_is_given_twice(exchange: Exchange, put: Callable[..., RolloutName]) -> None:
@@ -96,8 +97,8 @@ def test_steps_whose_files_are_gone_are_selected_afresh(exchange: Exchange, put:
     assert take(resumed, 0) == [0, 1]
     assert take(resumed, 1) == [3, 4]
     assert [entry.names for entry in exchange.read_journal()] == [
-        [str(names[0]), str(names[1])],
-        [str(names[3]), str(names[4])],
+        [names[0], names[1]],
+        [names[3], names[4]],
     ]
 
 
@@ -123,7 +124,7 @@ def test_a_rollout_that_is_not_what_it_is_named_goes_to_quarantine(
     exchange.sleep = lambda seconds: None
     assert take(RolloutFeed(exchange, 0, 1, never), 0) == [1, 2]
     assert exchange.list_quarantined() == [bad]
-    assert reason in (exchange.root / "quarantine" / f"{bad}.json").read_text()
+    assert reason in (exchange.root / "quarantine" / "rollouts" / f"{bad}.safetensors.reason.json").read_text()
 
 
 def test_only_what_a_checkpoint_covers_is_deleted(exchange: Exchange, put: Callable[..., RolloutName]) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from builders import exchange_at, rollout_name, rollout_of, run_of
+from builders import exchange_at, put, rollout_name, rollout_of, run_of
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import Prepared
 from heterorl.monitoring.metrics import Metrics
 from heterorl.names import Version
 from heterorl.spec.run import HeteroRLRun
@@ -40,9 +41,9 @@ def exchange(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Exchange:
     exchange.model_dir.symlink_to(tiny_model_dir(tokenizer=True))
     exchange.data_file("train").parent.mkdir()
     exchange.data_file("train").write_text(json.dumps({"prompt_ids": [3, 4, 5]}) + "\n")
-    exchange.mark_prepared({})
+    exchange.mark_prepared(Prepared())
     for seq in range(5):
-        exchange.put_rollouts({rollout_name(seq): rollout_of()})
+        put(exchange, {rollout_name(seq): rollout_of()})
     return exchange
 
 
@@ -76,7 +77,7 @@ def test_steps_added_to_a_live_run_are_trained_under_the_schedule_of_the_new_tot
     # Linear from 0.5 to 0: the first of 2 steps, then the second, third and fourth of 4.
     rates = [record["learning_rate"] for record in watch.records]
     assert rates == pytest.approx([0.5, 0.5 * 3 / 4, 0.5 * 2 / 4, 0.5 * 1 / 4])
-    assert (exchange.learner["step"], exchange.learner["steps"], exchange.learner["finished"]) == (4, 4, True)
+    assert (exchange.learner.step, exchange.learner.steps, exchange.learner.finished) == (4, 4, True)
     assert Version(4, 1) in exchange.list_versions()
     assert exchange.trained
 
@@ -84,7 +85,7 @@ def test_steps_added_to_a_live_run_are_trained_under_the_schedule_of_the_new_tot
 def test_a_run_is_never_made_shorter_while_it_runs(exchange: Exchange, engine: TrainingEngine) -> None:
     watch = Watch(lambda step: exchange.create(run_with(1)))
     assert Trainer(exchange, engine, Metrics([watch]), lambda: False).train()
-    assert exchange.learner["step"] == 2
+    assert exchange.learner.step == 2
 
 
 def test_a_finished_learner_still_tells_the_reward_and_lag_of_its_last_step(
@@ -92,7 +93,7 @@ def test_a_finished_learner_still_tells_the_reward_and_lag_of_its_last_step(
 ) -> None:
     Trainer(exchange, engine, Metrics(), lambda: False).train()
     # Rewards 1 and 0; weights of step 0, trained when one step was done.
-    assert (exchange.learner["reward"], exchange.learner["lag"]) == (0.5, 1.0)
+    assert (exchange.learner.reward, exchange.learner.lag) == (0.5, 1.0)
 
 
 def test_rollouts_are_kept_from_the_edit_on_that_says_so(exchange: Exchange, engine: TrainingEngine) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from builders import exchange_at, run_of
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import LearnerHeartbeat, SlotStatus
 from heterorl.local.live_view import PlainView, ProcessState, RunView, describe, duration, open_view, render, sparkline
 from heterorl.monitoring.progress import LiveProgress, ProgressReader, SlotProgress, Tail
 from heterorl.names import Slot, Version
@@ -65,7 +66,7 @@ def test_progress_follows_learner_and_samplers(exchange):
     append(exchange, "sampler-far-0", {"event": "swap", "version_step": 0, "canary_max_abs_diff": 2e-6})
     batch = {"version_step": 0, "groups": 8, "tokens_per_s": 700.0}
     append(exchange, "sampler-far-0", {**batch, "rollout/backpressure_s": 1.0, "rollout/weights_wait_s": 0.5})
-    exchange.write_learner({"step": 1})
+    exchange.write_learner(LearnerHeartbeat(step=1))
     progress = reader.read()
     assert progress.step == 1
     assert progress.reward == pytest.approx(0.2)
@@ -78,7 +79,7 @@ def test_progress_follows_learner_and_samplers(exchange):
 
 
 def test_a_heartbeat_says_what_the_sampler_does(exchange):
-    exchange.beat(exchange.acquire_slot(lambda: [FAR]), {"state": "waiting: queue", "version_step": 7, "rejected": 1})
+    exchange.beat(exchange.acquire_slot(lambda: [FAR]), SlotStatus(state="waiting: queue", version_step=7, rejected=1))
     row = ProgressReader(exchange).read().slots[FAR]
     assert (row.activity, row.version, row.rejected) == ("waiting: queue", 7, 1)
 
@@ -94,7 +95,7 @@ def test_the_eta_is_what_is_left_at_the_pace_of_the_last_minute(exchange):
     reader = ProgressReader(exchange, clock)
     assert reader.read().eta_s is None
     clock.now = 10.0
-    exchange.write_learner({"step": 20})
+    exchange.write_learner(LearnerHeartbeat(step=20))
     assert reader.read().eta_s == pytest.approx(40.0)  # 2 steps a second, 80 to go
 
 
@@ -115,12 +116,12 @@ def test_plain_lines_come_at_intervals_while_there_is_news_and_once_at_the_end(e
     clock, output = Clock(), io.StringIO()
     view = PlainView(exchange, Console(file=output, width=200), clock)
     for now, step in ((1.0, 0), (11.0, 0), (12.0, 1), (21.5, 2), (32.0, 2)):
-        exchange.write_learner({"step": step})
+        exchange.write_learner(LearnerHeartbeat(step=step))
         clock.now = now
         view.show(running(now))
     shown = [line.split(" | ")[0].split(" step ")[1] for line in output.getvalue().splitlines()]
     assert shown[:2] == ["0/100", "2/100"]  # at 11 s and 21.5 s
-    exchange.write_learner({"step": 100})
+    exchange.write_learner(LearnerHeartbeat(step=100))
     view.close()
     view.close()
     assert output.getvalue().count("step 100/100") == 1

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from builders import Clock, exchange_at, publish, run_of
 from heterorl.exchange.crash_budget import Attempts
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import Evaluation, LearnerHeartbeat, Prepared, SlotStatus
 from heterorl.monitoring.run_metrics import PoolProgress, RunObserver, RunProgress, parse_progress, to_text
 from heterorl.names import Slot, Version
 
@@ -98,24 +99,24 @@ def test_foreign_text_is_refused(text):
 def test_an_empty_volume_has_nothing_and_a_prepared_one_has_pools(exchange):
     nothing = RunProgress(steps=40, attempts={"clean": 0, "signalled": 0, "crashed": 0})
     assert RunObserver(exchange).observe() == nothing
-    exchange.mark_prepared({})
+    exchange.mark_prepared(Prepared())
     pools = {"near": PoolProgress(), "far": PoolProgress()}
     assert RunObserver(exchange).observe() == replace(nothing, prepared=True, pools=pools)
 
 
 def test_what_is_there_before_the_preparation_is_another_runs_and_not_told(exchange):
-    exchange.write_learner({"step": 40, "finished": True, "reward": 0.5})
+    exchange.write_learner(LearnerHeartbeat(step=40, finished=True, reward=0.5))
     publish(exchange, Version(40, 1))
     progress = RunObserver(exchange).observe()
     assert (progress.prepared, progress.finished, progress.step, progress.weights_version) == (False, False, None, None)
 
 
 def test_the_learners_heartbeat_evaluations_and_versions_are_told(exchange, clock):
-    exchange.mark_prepared({})
-    exchange.write_learner({"step": 12, "checkpoint_step": 10, "reward": 0.25, "lag": 3.5, "finished": False})
+    exchange.mark_prepared(Prepared())
+    exchange.write_learner(LearnerHeartbeat(step=12, checkpoint_step=10, reward=0.25, lag=3.5, finished=False))
     for step in (0, 5, 10, 12):
         publish(exchange, Version(step, 1))
-    exchange.write_eval(Version(0, 1), {"average": 0.5})
+    exchange.write_eval(Version(0, 1), Evaluation(average=0.5))
     clock.now += 7.5
     progress = RunObserver(exchange).observe(training_since=900.0)
     assert (progress.step, progress.steps, progress.checkpoint_step) == (12, 40, 10)
@@ -123,47 +124,47 @@ def test_the_learners_heartbeat_evaluations_and_versions_are_told(exchange, cloc
     assert (progress.prepared, progress.finished, progress.weights_version) == (True, False, "v00000012-i0001")
     assert (progress.evaluation_best, progress.evaluation_last) == (0.5, 0.5)
     assert progress.evaluations_due == (Version(10, 1),)
-    exchange.write_eval(Version(10, 1), {"average": 0.25})
+    exchange.write_eval(Version(10, 1), Evaluation(average=0.25))
     progress = RunObserver(exchange).observe()
     assert (progress.evaluation_best, progress.evaluation_last, progress.evaluations_due) == (0.5, 0.25, ())
 
 
 def test_a_run_is_stalled_only_while_its_ranks_run(exchange, clock):
-    exchange.mark_prepared({})
-    exchange.write_learner({"step": 12, "finished": False})
+    exchange.mark_prepared(Prepared())
+    exchange.write_learner(LearnerHeartbeat(step=12, finished=False))
     clock.now += 100
     observer = RunObserver(exchange)
     assert observer.observe().stalled_s is None
     assert observer.observe(training_since=1060.0).stalled_s == 40.0  # ranks that just came back have their time
-    exchange.write_learner({"step": 40, "finished": True})
+    exchange.write_learner(LearnerHeartbeat(step=40, finished=True))
     assert observer.observe(training_since=1060.0).stalled_s is None
 
 
 def test_the_last_version_is_due_once_the_run_is_trained(exchange):
-    exchange.mark_prepared({})
+    exchange.mark_prepared(Prepared())
     for step in (0, 38):
         publish(exchange, Version(step, 1))
-    exchange.write_eval(Version(0, 1), {"average": 0.5})
-    exchange.write_eval(Version(30, 1), {"average": 0.5})
-    exchange.write_learner({"step": 38, "finished": False})
+    exchange.write_eval(Version(0, 1), Evaluation(average=0.5))
+    exchange.write_eval(Version(30, 1), Evaluation(average=0.5))
+    exchange.write_learner(LearnerHeartbeat(step=38, finished=False))
     assert RunObserver(exchange).observe().evaluations_due == ()
-    exchange.write_learner({"step": 40, "finished": True})
+    exchange.write_learner(LearnerHeartbeat(step=40, finished=True))
     progress = RunObserver(exchange).observe()
     assert progress.finished
     assert progress.evaluations_due == (Version(38, 1),)
 
 
 def test_a_pool_sums_its_slots_and_shows_the_oldest_live_version(exchange, clock):
-    exchange.mark_prepared({})
+    exchange.mark_prepared(Prepared())
     leases = [exchange.acquire_slot(lambda index=index: [Slot("far", index)]) for index in range(3)]
     for lease, step in zip(leases, (7, 5, 9), strict=True):
-        exchange.beat(lease, {"rollouts": 10, "rejected": 1, "version": str(Version(step, 1))})
+        exchange.beat(lease, SlotStatus(rollouts=10, rejected=1, version=str(Version(step, 1))))
     observer = RunObserver(exchange)
     assert observer.observe().pools["far"] == PoolProgress(30, 3, 3, "v00000005-i0001")
-    exchange.beat(leases[1], {"rollouts": 12, "rejected": 1, "version": str(Version(6, 1))}, released=True)
+    exchange.beat(leases[1], SlotStatus(rollouts=12, rejected=1, version=str(Version(6, 1))), released=True)
     assert observer.observe().pools["far"] == PoolProgress(32, 3, 2, "v00000007-i0001")
     clock.now += 9
-    exchange.beat(leases[2], {"rollouts": 10, "rejected": 1, "version": str(Version(9, 1))})
+    exchange.beat(leases[2], SlotStatus(rollouts=10, rejected=1, version=str(Version(9, 1))))
     assert observer.observe().pools["far"].alive == 2
     clock.now += 2  # 11 s since the first slot moved, 2 s since the third one did
     assert observer.observe().pools["far"] == PoolProgress(32, 3, 1, "v00000009-i0001")
@@ -192,7 +193,7 @@ def test_another_runs_preparation_and_attempts_do_not_count(tmp_path):
         seen = RunObserver(exchange).observe()
         assert (seen.prepared, seen.attempts["crashed"]) == (False, 0)
         exchange.root.mkdir(exist_ok=True)
-        exchange.mark_prepared({})
+        exchange.mark_prepared(Prepared())
         Attempts(exchange, 0, "pod-a").begin()
         Attempts(exchange, 0, "pod-a").end("crashed", 1, "")
         seen = RunObserver(exchange).observe()

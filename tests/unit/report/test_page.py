@@ -12,6 +12,7 @@ import pytest
 from builders import exchange_at, run_of
 from heterorl.errors import RunFolderError
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import Evaluation, LearnerHeartbeat
 from heterorl.names import Version
 from heterorl.report.page import read_runs, render_page, write_report
 from heterorl.report.series import RunSeries, active_clock, lives, mean_of, series, smooth, waiting_shares
@@ -57,7 +58,7 @@ def fill(root: Path, steps: int = 40) -> Path:
             work = {"rollout/generate_s": 0.4, "rollout/score_s": 0.1, "names": names}
             records.append({"time": 1000.5 + step, "version_step": held, **waits, **work})
         write_lines(root, f"sampler-{slot}", records)
-    Exchange(root).write_learner({"step": steps})
+    Exchange(root).write_learner(LearnerHeartbeat(step=steps))
     return root
 
 
@@ -182,7 +183,7 @@ def test_several_runs_are_drawn_over_each_other(tmp_path):
         root = make_run(
             tmp_path / f"{loss}-{seed}", f"late-{loss}-s{seed}", seed=seed, algorithm=algorithm, **evaluated
         )
-        Exchange(fill(root)).write_eval(Version(20, 1), {"sets": {"sums": {"mean": 0.6}}})
+        Exchange(fill(root)).write_eval(Version(20, 1), Evaluation(average=0.6, sets={"sums": {"mean": 0.6}}))
         roots.append(root)
     page = write_report(roots, tmp_path / "out").read_text()
     assert cells(page, "Loss") == ["gepo", "gepo", "grpo"]
@@ -199,7 +200,7 @@ def test_runs_of_one_name_go_by_their_folders(tmp_path):
 def test_evaluations_are_listed_by_best_last_and_gap(tmp_path):
     root = make_run(tmp_path / "run", data={"evals": [{"label": "sums"}]})
     for step, mean in ((0, 0.2), (20, 0.6), (40, 0.5)):
-        Exchange(root).write_eval(Version(step, 1), {"sets": {"sums": {"mean": mean}}})
+        Exchange(root).write_eval(Version(step, 1), Evaluation(average=mean, sets={"sums": {"mean": mean}}))
     assert cells(page_of(root), "Evaluation, best / last / gap") == ["sums: 0.600 / 0.500 / 0.100"]
 
 

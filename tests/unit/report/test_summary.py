@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from builders import exchange_at, rollout_name, rollout_of, run_of
-from heterorl.exchange.exchange import Exchange, JournalEntry
+from builders import exchange_at, put, rollout_name, rollout_of, run_of
+from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import Evaluation, JournalEntry, LearnerHeartbeat
 from heterorl.monitoring.metrics import JsonLines
 from heterorl.names import Slot, Version
 from heterorl.report.summary import in_words, summarise, write_summary
@@ -30,7 +31,7 @@ def names(*seqs: int) -> list[str]:
 
 def publish(exchange: Exchange, *seqs: int) -> None:
     for seq in seqs:
-        exchange.put_rollouts({rollout_name(seq): rollout_of([1.0])})
+        put(exchange, {rollout_name(seq): rollout_of([1.0])})
 
 
 def record(exchange: Exchange, process: str, *records: dict[str, Any]) -> None:
@@ -77,7 +78,7 @@ def test_a_rollout_published_before_its_sampler_was_killed_is_pending_not_lost(e
 def test_rewards_are_compared_over_tenths_of_the_steps_and_lag_over_all(exchange):
     steps = [{"step": s, "reward": 0.1 * s, "lag/mean": float(s % 4), "lag/max": float(s % 7)} for s in range(1, 21)]
     record(exchange, "learner", *steps)
-    exchange.write_learner({"step": 20, "finished": True})
+    exchange.write_learner(LearnerHeartbeat(step=20, finished=True))
     result = summarise(exchange.root)
     assert result["reward_first_tenth"] == pytest.approx((0.1 + 0.2) / 2)  # 2 of 20 steps
     assert result["reward_last_tenth"] == pytest.approx((1.9 + 2.0) / 2)
@@ -106,14 +107,14 @@ def test_swaps_are_counted_and_the_largest_canary_difference_kept(exchange):
 
 def test_evaluations_give_best_last_and_the_gap(exchange):
     for step, mean in ((0, 0.2), (10, 0.6), (20, 0.5)):
-        exchange.write_eval(Version(step, 1), {"sets": {"sums": {"mean": mean}}})
+        exchange.write_eval(Version(step, 1), Evaluation(average=mean, sets={"sums": {"mean": mean}}))
     assert summarise(exchange.root)["evaluations"] == {"sums": {"best": 0.6, "last": 0.5, "gap": pytest.approx(0.1)}}
 
 
 def test_several_evaluation_sets_have_an_average_with_a_gap_of_its_own(exchange):
     for step, (amc, aime) in {0: (0.4, 0.2), 5: (0.6, 0.2), 9: (0.5, 0.1)}.items():
         sets = {"amc": {"mean": amc}, "aime": {"mean": aime}}
-        exchange.write_eval(Version(step, 1), {"step": step, "sets": sets, "average": (amc + aime) / 2})
+        exchange.write_eval(Version(step, 1), Evaluation(sets=sets, average=(amc + aime) / 2))
     # averages 0.3, 0.4, 0.3: best at step 5, where amc is best as well; aime fell by 0.1 since
     evaluations = summarise(exchange.root)["evaluations"]
     assert evaluations["average"] == {"best": 0.4, "last": pytest.approx(0.3), "gap": pytest.approx(0.1)}

@@ -12,7 +12,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from builders import exchange_at, run_of
-from heterorl.exchange.exchange import Canary, Exchange
+from heterorl.exchange.canary import Canary
+from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import Prepared, SlotStatus
 from heterorl.monitoring.metrics import Metrics
 from heterorl.names import Slot, Version
 from heterorl.spec.run import HeteroRLRun
@@ -78,9 +80,9 @@ class Watched(TransformersEngine):
 
 def work(
     exchange: Exchange, model: Path, tmp_path: Path, batches: int, make_engine: type[Watched] = Watched
-) -> dict[str, object]:
+) -> SlotStatus:
     """Lease the slot and sample so many batches, or until nothing but waiting is left; returns the slot's status."""
-    lease, status = exchange.acquire_slot(lambda: [FAR]), dict[str, object]()
+    lease, status = exchange.acquire_slot(lambda: [FAR]), SlotStatus()
     assert lease is not None
     engine = make_engine(model, dtype="float32")
     engine.until = Until(batches)
@@ -112,7 +114,7 @@ def test_a_full_queue_holds_the_sampler_back(
     exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     status = work(exchange, tiny_model_dir(tokenizer=True), tmp_path, 99)
-    assert status["state"] == "waiting: queue"
+    assert status.state == "waiting: queue"
     assert len(exchange.list_rollouts()) == 6  # maxPendingGroups
 
 
@@ -159,7 +161,7 @@ def test_a_sampler_goes_on_under_an_edited_delay(
             return super().generate(*args, **kwargs)
 
     status = work(exchange, tiny_model_dir(tokenizer=True), tmp_path, 99, Edited)
-    assert status["version_step"] == step  # it started without a delay, under which it would be 1
+    assert status.version_step == step  # it started without a delay, under which it would be 1
 
 
 def test_a_sampler_whose_pool_is_removed_goes_on_until_its_pod_goes(
@@ -177,7 +179,7 @@ def test_a_sampler_whose_pool_is_removed_goes_on_until_its_pod_goes(
 def test_a_sampler_waits_until_its_pool_is_in_the_spec_and_the_run_is_prepared(exchange: Exchange) -> None:
     stop = Until(99, waits=3)
     serve(exchange, "far", None, stop)
-    exchange.mark_prepared({})
+    exchange.mark_prepared(Prepared())
     stop = Until(99, waits=3)
     serve(exchange, "added", None, stop)
     assert stop.is_set()

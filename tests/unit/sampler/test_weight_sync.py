@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import time
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import pytest
 
 import builders
 from builders import exchange_at, run_of
-from heterorl.exchange.exchange import Canary, Exchange
+from heterorl.exchange.canary import Canary
+from heterorl.exchange.exchange import Exchange
 from heterorl.heterogeneity.delay import Adoption
 from heterorl.names import Version
 from heterorl.spec.run import DelaySpec
@@ -137,16 +137,3 @@ def test_a_hold_in_steps_ends_when_the_learner_went_back_to_an_earlier_step() ->
     adoption.adopted(Version(100, 1), now_s=0.0, newest_step=100)
     assert adoption.choose([(Version(120, 1), 0.0)], Version(100, 1), 0.0) is None  # 20 steps of 30
     assert adoption.choose([(Version(50, 2), 0.0)], Version(100, 1), 0.0) == Version(50, 2)
-
-
-def test_a_file_deleted_under_its_reader_on_nfs_is_a_missing_file(
-    exchange: Exchange, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    version = publish(exchange, 0, -1.0)
-
-    def stale(path: Path) -> bytes:
-        raise OSError(errno.ESTALE, "Stale file handle", str(path))
-
-    monkeypatch.setattr(Path, "read_bytes", stale)
-    with pytest.raises(FileNotFoundError):
-        exchange.fetch_weights(version, tmp_path / "here")

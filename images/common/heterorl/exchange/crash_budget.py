@@ -16,42 +16,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Literal
 
 from heterorl.errors import VOLUME_IN_USE
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import Attempt, AttemptOutcome
 from heterorl.exit_codes import SITE_ERROR, USER_ERROR, describe_exit, failure_kind
 from heterorl.failure_policy import Failure, given_up, run_failure
 from heterorl.spec.run import FailurePolicySpec
 
-AttemptOutcome = Literal["clean", "signalled", "crashed"]
-
 _PEER_S = 60.0
 """A crash of the first pod so near to the loss of another one is its echo. Clocks differ by less than that."""
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One start of a pod's ranks."""
-
-    run: str
-    """Id of the run: the volume may have seen another one before."""
-    pod: str
-    """Uid of the pod."""
-    started: float
-    ended: float | None = None
-    outcome: AttemptOutcome | None = None
-    code: int | None = None
-    """Exit code of the ranks; None if nobody saw it."""
-    message: str = ""
-    """The last line of the ranks' log."""
-    step: int = 0
-    """Steps trained when it ended."""
-    resumes: int = 0
-    """`failurePolicy.resumes` when it started."""
-    found_later: bool = False
-    """Nobody wrote the end when it came: it lies somewhere between `started` and `ended`."""
 
 
 class Attempts:
@@ -71,7 +45,10 @@ class Attempts:
     def begin(self) -> None:
         """Note that the ranks are about to start."""
         resumes = self._exchange.spec.failure_policy.resumes
-        self._write(Attempt(self._exchange.run_id, self._pod, self._exchange.now(), resumes=resumes), add=True)
+        self._write(
+            Attempt(run=self._exchange.run_id, pod=self._pod, started=self._exchange.now(), resumes=resumes),
+            add=True,
+        )
 
     def end(self, outcome: AttemptOutcome, code: int | None = None, message: str = "") -> None:
         """Note how the last attempt ended; what was noted before stands."""
@@ -87,18 +64,19 @@ class Attempts:
     def _end(
         self, last: Attempt, outcome: AttemptOutcome, code: int | None, message: str, *, found_later: bool = False
     ) -> None:
-        step = self._exchange.learner.get("step", 0)
-        ended = replace(last, ended=self._exchange.now(), outcome=outcome, code=code, message=message, step=step)
-        self._write(replace(ended, found_later=found_later))
+        learner = self._exchange.learner
+        ended = {"ended": self._exchange.now(), "outcome": outcome, "code": code, "message": message}
+        ended |= {"step": learner.step if learner else 0, "found_later": found_later}
+        self._write(last.model_copy(update=ended))
 
     def _last(self) -> Attempt | None:
         return next(reversed(attempts_of(self._exchange).get(self._node, [])), None)
 
     def _write(self, attempt: Attempt, *, add: bool = False) -> None:
         lines = self._exchange.load_attempts().get(self._node, [])
-        ours = [at for at, line in enumerate(lines) if line["run"] == attempt.run]
+        ours = [at for at, line in enumerate(lines) if line.run == attempt.run]
         at = slice(len(lines), None) if add else slice(ours[-1], ours[-1] + 1)  # the last may be another run's
-        lines[at] = [asdict(attempt)]
+        lines[at] = [attempt]
         self._exchange.save_attempts(self._node, lines)
 
 
@@ -111,8 +89,8 @@ def outcome_of(code: int) -> AttemptOutcome:
 
 def attempts_of(exchange: Exchange) -> dict[int, list[Attempt]]:
     """All attempts of this run, oldest first, by the number of the pod."""
-    found = {node: [Attempt(**line) for line in lines] for node, lines in exchange.load_attempts().items()}
-    return {node: [a for a in attempts if a.run == exchange.run_id] for node, attempts in found.items()}
+    found = exchange.load_attempts().items()
+    return {node: [a for a in attempts if a.run == exchange.run_id] for node, attempts in found}
 
 
 def outcomes(attempts: Mapping[int, Sequence[Attempt]]) -> dict[str, int]:

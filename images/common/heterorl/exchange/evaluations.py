@@ -34,7 +34,7 @@ def due_now(exchange: Exchange, *, finished: bool, left_out: Collection[Version]
     """Versions on the volume still to be evaluated, oldest first."""
     if not (every_steps := exchange.spec.evaluation.every_steps):
         return []
-    done = {*exchange.read_evals(), *left_out}
+    done = {*exchange.list_evals(), *left_out}
     return due_versions(exchange.list_versions(), done, every_steps, finished=finished)
 
 

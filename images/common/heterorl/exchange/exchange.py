@@ -46,62 +46,50 @@ torn last line in a log of lines (cut off), a sequence number that was never pub
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import socket
-import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import psutil
-
-from heterorl.errors import VOLUME_IN_USE, CorruptFile, ExchangeError, RunFolderError
-from heterorl.exchange.live_spec import LiveSpec
-from heterorl.exchange.rollout import PROTOCOL, Rollout
-from heterorl.exchange.storage import STAGING, Files
+from heterorl.errors import CorruptFile, ExchangeError, Superseded, UnknownProtocol
+from heterorl.exchange import published_folder
+from heterorl.exchange.canary import Canary
+from heterorl.exchange.records import (
+    Attempt,
+    AttemptsFile,
+    CheckpointManifest,
+    Evaluation,
+    Incarnation,
+    JournalEntry,
+    LearnerHeartbeat,
+    SlotHeartbeat,
+    SlotState,
+    SlotStatus,
+    WeightsManifest,
+    parse_canary,
+    parse_record,
+)
+from heterorl.exchange.rollout import Rollout
+from heterorl.exchange.run_folder import RunFolder
+from heterorl.exchange.slots import Lease, Slots
 from heterorl.names import RolloutName, Slot, Version
-from heterorl.spec.mutability import IMMUTABLE, changes, within
-from heterorl.spec.run import HeteroRLRun, RunSpec
 
-__all__ = [
-    "CANARY_TOKENS",
-    "Canary",
-    "Exchange",
-    "Fetched",
-    "JournalEntry",
-    "Lease",
-    "Rollout",
-    "RolloutName",
-    "Slot",
-    "Version",
-]
+log = logging.getLogger(__name__)
 
-_ROLLOUT_SUFFIX = ".safetensors"
-_ATTEMPTS = re.compile(r"attempts-(\d+)\.json")
-
-CANARY_TOKENS = 272
-"""Tokens of a canary text: more than two blocks of any engine's KV cache (128 on a CPU), so that a stale one shows."""
-
-
-@dataclass(frozen=True)
-class Canary:
-    """Texts and what the learner makes of them, to be checked by every engine that loads the version."""
-
-    token_ids: list[list[int]]
-    """Token ids of each text."""
-    logp: list[list[float]]
-    """Log-probability of tokens 1.. of each text given those before, at temperature 1."""
-
-    def max_abs_diff(self, scores: list[list[float]]) -> float:
-        """Largest difference between an engine's scores and the learner's; infinite if one is not a number."""
-        pairs = [
-            (a, b) for ours, theirs in zip(self.logp, scores, strict=True) for a, b in zip(ours, theirs, strict=True)
-        ]
-        differences = [abs(a - b) for a, b in pairs]
-        return max(differences) if all(d == d for d in differences) else float("inf")
+_SAFETENSORS = ".safetensors"
+_MODEL, _CANARY = "model.safetensors", "canary.json"
+_ATTEMPTS = re.compile(r"attempts-([0-9]+)\.json")
+_INCARNATION = re.compile(r"i([0-9]{4,})\.json")
+_CHECKPOINT = re.compile(r"step-([0-9]{8,})")
+_ABANDONED_S = 3600.0
+"""A staged file that is older by the file server's clock, and whose owner cannot be asked, has none left."""
 
 
 @dataclass(frozen=True)
@@ -114,214 +102,129 @@ class Fetched:
     canary: Canary
 
 
-@dataclass(frozen=True)
-class JournalEntry:
-    """What one learner step trains on."""
+class Exchange(RunFolder):
+    """One run's folder on the shared volume, as learner, samplers and everybody else use it."""
 
-    step: int
-    incarnation: int
-    names: list[str]
-    """Rollouts trained in this step."""
-    dropped: list[str] = field(default_factory=list)
-    """Rollouts found too old when this step was selected."""
+    incarnation: int | None = None
+    """Of the learner, once this process has begun one or was told its first rank's: it is asked before each write."""
 
+    @cached_property
+    def _slots(self) -> Slots:
+        return Slots(self.root / "slots", self.files, self._records, self.now)
 
-@dataclass
-class Lease:
-    """A slot held by this process; `beat` keeps it."""
+    # ── the learner's right to write ─────────────────────────────────────────────────────────────────────────────────
+    def begin_incarnation(self) -> int:
+        """Become the learner: claim the next incarnation, which ends the right to write of all before it."""
+        self.check_volume()
+        while True:
+            number = self._last_incarnation() + 1
+            claim = Incarnation(id=uuid.uuid4().hex, host=socket.gethostname(), pid=os.getpid(), time=self.now())
+            self.files.make_dir(self.root / "incarnations")
+            if self.files.create(self.root / "incarnations" / f"i{number:04d}.json", claim.to_bytes()):
+                self.incarnation = number
+                return number
 
-    slot: Slot
-    epoch: int
-    beats: int = 0
+    def _last_incarnation(self) -> int:
+        """The highest that was ever used, also where the folder of claims was lost."""
+        seen = {version.incarnation for version in [*self.list_versions(), *self.list_evals()]}
+        seen |= {entry.incarnation for entry in self.read_journal()}
+        heartbeat = self.learner
+        return max(seen | {self._newest_claim(), heartbeat.incarnation if heartbeat else 0})
 
+    def _newest_claim(self) -> int:
+        return max(self._records.names(self.root / "incarnations", _numbered(_INCARNATION)), default=0)
 
-class Exchange:
-    """One run's folder on the shared volume. Root, clock, sleep and file operations are arguments, for tests.
+    def require_incarnation(self) -> None:
+        """Superseded for a learner that a newer one has followed. One that never began an incarnation is not asked."""
+        if self.incarnation is not None and (newest := self._newest_claim()) > self.incarnation:
+            raise Superseded(
+                f"another learner has begun on {self.root} (incarnation {newest}, this one is {self.incarnation}); this"
+                " learner leaves and writes nothing more"
+            )
 
-    `spec_file` is where the manifest is read when it is not the folder's run.json: on Kubernetes, a ConfigMap.
-    """
+    @contextmanager
+    def _as_learner(self) -> Iterator[None]:
+        self.require_incarnation()
+        try:
+            yield
+        except FileNotFoundError:  # a successor has swept what was staged
+            self.require_incarnation()
+            raise
 
-    def __init__(
-        self,
-        root: Path | str,
-        *,
-        clock: Callable[[], float] = time.time,
-        sleep: Callable[[float], None] = time.sleep,
-        files: Files | None = None,
-        spec_file: Path | None = None,
-    ) -> None:
-        self.root = Path(root)
-        self.now = clock
-        self.sleep = sleep
-        self.files = files or Files()
-        self._reads_elsewhere = spec_file is not None
-        self._live = LiveSpec(spec_file or self.run_file, self.root, self.files)
+    def sweep(self) -> None:
+        """Remove what crashed processes left half-written: a predecessor's at once, that of others when it is old."""
+        with self._as_learner():
+            staged = [path for name in ("weights", "checkpoints") for path in self.files.leftovers(self.root / name)]
+            others = [path for name in ("", "rollouts", "evals") for path in self.files.leftovers(self.root / name)]
+            if self.incarnation is not None and others:
+                now = self.files.modified(self.root / "incarnations" / f"i{self.incarnation:04d}.json")
+                staged += [path for path in others if now - self._age_mark(path, now) > _ABANDONED_S]
+            for path in staged:
+                self.files.remove(path)
 
-    # ── places ───────────────────────────────────────────────────────────────────────────────────────────────────────
-    @property
-    def run_file(self) -> Path:
-        """The resolved manifest; it can be given to `heterorl run` again."""
-        return self.root / "run.json"
-
-    @property
-    def model_dir(self) -> Path:
-        """The starting model: an HF folder."""
-        return self.root / "model"
-
-    @property
-    def output_dir(self) -> Path:
-        """The trained model: an HF folder."""
-        return self.root / "output"
-
-    @property
-    def logs_dir(self) -> Path:
-        """One log a process."""
-        return self.root / "logs"
-
-    @property
-    def metrics_dir(self) -> Path:
-        """NAME.jsonl a process."""
-        return self.root / "metrics"
-
-    @property
-    def completions_file(self) -> Path:
-        """Samples of what the model wrote, when the spec asks for them."""
-        return self.root / "completions.jsonl"
-
-    @property
-    def summary_file(self) -> Path:
-        """What the run came to."""
-        return self.root / "summary.json"
-
-    @property
-    def lock_file(self) -> Path:
-        """Held by the local runner while it uses the folder."""
-        return self.root / "run.lock"
-
-    @property
-    def runner_file(self) -> Path:
-        """The local runner's own state: elapsed time, restarts."""
-        return self.root / "runner.json"
-
-    def data_file(self, name: str) -> Path:
-        """Tokenised problems: `train` or `eval-LABEL`."""
-        return self.root / "data" / f"{name}.jsonl"
-
-    # ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    def create(self, run: HeteroRLRun) -> None:
-        """Make the folder with its resolved manifest."""
-        self.files.make_dir(self.root)
-        self._write_json(self.run_file, run.resolved())
-
-    def occupy(self) -> None:
-        """Make the volume this run's, before anything is put on it; RunFolderError if it holds another run.
-
-        With `resume: true` this run goes on from what the other one left: model, data, checkpoints and all the rest.
-        """
-        found = self._read_json(self.run_file)
-        if found is not None and _id_of(held := HeteroRLRun.model_validate(found)) != self.run_id:
-            name = held.metadata.name
-            if not self.spec.resume:
-                raise RunFolderError(
-                    f"{VOLUME_IN_USE}: {self.root} holds run {name}; set spec.resume: true to go on from it, or use"
-                    " another claim"
-                )
-            fixed = [entry for entry in IMMUTABLE if not entry.startswith("exchange.")]
-            if changed := [".".join(path) for path, *_ in changes(held, self.run) if within(path, fixed)]:
-                raise RunFolderError(
-                    f"{VOLUME_IN_USE}: {self.root} holds run {name}, which had another {', '.join(changed)}; go on from"
-                    " it with the same, or use another claim"
-                )
-        self.create(self.run)
-        if (marker := self._read_json(self._marker)) is not None:
-            self.mark_prepared(marker)
-
-    @property
-    def run(self) -> HeteroRLRun:
-        """The resolved manifest as it is now: what may change in a live run follows the edits of its file."""
-        return self._live.read()
-
-    @property
-    def spec(self) -> RunSpec:
-        """The resolved spec as it is now; keep what must not change under your hands."""
-        return self.run.spec
-
-    @property
-    def run_id(self) -> str:
-        """What tells this run from others on its volume: the uid Kubernetes gave it, or its name."""
-        return _id_of(self.run)
-
-    def mark_prepared(self, info: dict[str, Any]) -> dict[str, Any]:
-        """Say that model and data are complete, and whose they are; returns what is said."""
-        marker = {**info, "run": self.run_id}
-        self._write_json(self._marker, marker)
-        return marker
-
-    @property
-    def prepared(self) -> dict[str, Any] | None:
-        """What `mark_prepared` said; None while preparation is not complete, or is another run's.
-
-        A run folder on one machine has a lock and is never another run's; there the manifest is in it.
-        """
-        marker = self._read_json(self._marker)
-        ours = marker is not None and (not self._reads_elsewhere or marker.get("run") == self.run_id)
-        return marker if ours else None
-
-    @property
-    def successor(self) -> str | None:
-        """Name of another run whose volume this is by now; None while it is ours, or nobody's."""
-        marker = self._read_json(self._marker)
-        if marker is None or not self._reads_elsewhere or marker.get("run") == self.run_id:
-            return None
-        found = self._read_json(self.run_file)
-        return str(found["metadata"]["name"] if found else marker["run"])
-
-    @property
-    def _marker(self) -> Path:
-        return self.root / "prepared.json"
+    def _age_mark(self, path: Path, now: float) -> float:
+        try:
+            return self.files.modified(path)
+        except FileNotFoundError:
+            return now
 
     # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def stage_weights(self, version: Version) -> Path:
         """A hidden folder to write model.safetensors (HF names, the run's dtype) into."""
-        return self._stage(self.root / "weights", str(version))
+        with self._as_learner():
+            return published_folder.stage(self.files, self.root / "weights", str(version))
 
     def commit_weights(self, version: Version, canary: Canary) -> None:
         """Publish what was staged for this version."""
-        staged = self.root / "weights" / f"{STAGING}{version}"
-        self.files.write(staged / "canary.json", json.dumps(asdict(canary)).encode())
-        self._commit(staged, str(version), {"kind": "anchor", "base": None, "step": version.step})
+        staged = published_folder.staged_path(self.root / "weights", str(version))
+        with self._as_learner():
+            self.files.write(staged / _CANARY, json.dumps(asdict(canary)).encode())
+            listing = published_folder.describe(self.files, staged)
+            manifest = WeightsManifest(time=self.now(), step=version.step, files=listing)
+            published_folder.publish(self.files, staged, self._version(version), manifest, self.require_incarnation)
 
     def list_versions(self) -> list[Version]:
         """Published versions, oldest first."""
-        return sorted(_parsed(Version.parse, self.files.list(self.root / "weights")))
+        return sorted(self._records.names(self.root / "weights", Version.parse))
 
     def published_at(self, version: Version) -> float:
-        """When the learner published it, in seconds by the learner's clock; FileNotFoundError if it is retired."""
-        return float(self._manifest(self.root / "weights" / str(version))["time"])
+        """When the learner published it, in seconds by the learner's clock.
 
-    def fetch_weights(self, version: Version, to: Path) -> Fetched:
-        """Copy a version to a folder on this machine, checking every byte.
-
-        Raises CorruptFile with the reason, and FileNotFoundError if the version was retired meanwhile.
+        Raises FileNotFoundError if it is retired, CorruptFile and UnknownProtocol as `fetch_weights`.
         """
-        source = self.root / "weights" / str(version)
-        manifest = self._manifest(source)
+        return published_folder.read_manifest(self.files, self._version(version), WeightsManifest).time
+
+    def fetch_weights(self, version: Version, to: Path, *, check: Callable[[], None] = lambda: None) -> Fetched:
+        """Copy a version to a folder on this machine, checking every byte; what `check` raises meanwhile ends it.
+
+        Raises CorruptFile with the reason, UnknownProtocol for what a later version of HeteroRL published, and
+        FileNotFoundError if the version was retired meanwhile.
+        """
+        source = self._version(version)
+        manifest = published_folder.read_manifest(self.files, source, WeightsManifest)
+        if lacking := {_MODEL, _CANARY} - set(manifest.files):
+            raise CorruptFile(f"weights {version}: the manifest does not list {', '.join(sorted(lacking))}")
         to.mkdir(parents=True, exist_ok=True)
-        for name, expected in manifest["files"].items():
-            if Path(name).name != name:
-                raise CorruptFile(f"weights {version}: {name!r} is no plain file name")
-            self._check_size(source / name, expected)
-            if self.files.copy(source / name, to / name) != expected["sha256"]:
-                raise CorruptFile(f"weights {version}: the checksum of {name} does not fit its manifest")
-        return Fetched(version, to, Canary(**json.loads((to / "canary.json").read_bytes())))
+        with published_folder.standing(self.files, source):
+            for name, expected in manifest.files.items():
+                if Path(name).name != name:
+                    raise CorruptFile(f"weights {version}: {name!r} is no plain file name")
+                published_folder.check_size(self.files, source / name, expected)
+                digest = self.files.copy(source / name, to / name, check=check)
+                published_folder.check_digest(source / name, digest, expected)
+        return Fetched(version, to, parse_canary((to / _CANARY).read_bytes(), f"weights {version}: {_CANARY}"))
 
     def retire_weights(self, keep: Iterable[Version]) -> list[Version]:
         """Delete every version that is neither to be kept nor pinned; returns the deleted ones."""
-        kept = {*keep, *self.list_pinned()}
-        retired = [version for version in self.list_versions() if version not in kept]
-        for version in retired:
-            self.files.remove(self.root / "weights" / str(version))
-        return retired
+        with self._as_learner():
+            kept = {*keep, *self.list_pinned()}
+            retired = [version for version in self.list_versions() if version not in kept]
+            return [version for version in retired if self._delete(self._version(version), WeightsManifest)]
+
+    def quarantine_weights(self, version: Version, reason: str) -> None:
+        """Put a version that failed its checks aside."""
+        with self._as_learner():
+            self._records.quarantine(self._version(version), reason)
 
     def pin(self, version: Version) -> None:
         """Keep this version from being retired."""
@@ -334,140 +237,209 @@ class Exchange:
 
     def list_pinned(self) -> list[Version]:
         """Versions kept from being retired."""
-        return _parsed(Version.parse, self.files.list(self.root / "pins"))
+        return self._records.names(self.root / "pins", Version.parse)
+
+    def _version(self, version: Version) -> Path:
+        return self.root / "weights" / str(version)
+
+    def _delete(self, folder: Path, model: type[WeightsManifest] | type[CheckpointManifest]) -> bool:
+        """Delete a published folder that is no longer needed; False for one that is of another version's, or damaged.
+
+        The one stays where it is, the other is put aside: who is to judge it may want to see it.
+        """
+        try:
+            published_folder.read_manifest(self.files, folder, model)
+        except UnknownProtocol as error:
+            log.error("%s", error)
+            return False
+        except CorruptFile as error:
+            self._records.quarantine(folder, str(error))
+            return False
+        except FileNotFoundError:
+            return True
+        self.files.remove(folder)
+        return True
 
     # ── rollouts ─────────────────────────────────────────────────────────────────────────────────────────────────────
-    def put_rollouts(self, rollouts: Mapping[RolloutName, Rollout]) -> None:
-        """Publish groups; ExchangeError, and nothing is published, if a name was used before."""
-        for name in rollouts:
-            if self._rollout(name).exists():
-                raise ExchangeError(f"rollout {name} was published before; two samplers use one slot?")
+    def put_rollouts(self, lease: Lease, rollouts: Mapping[RolloutName, Rollout]) -> None:
+        """Publish groups as the holder of their slot.
+
+        Raises Superseded, and nothing is published, when the slot has another holder by now; ExchangeError when a name
+        was used before.
+        """
+        contents = {self._rollout(name): rollout.to_bytes() for name, rollout in rollouts.items()}
         self.files.make_dir(self.root / "rollouts")
-        self.files.replace_all({self._rollout(name): rollout.to_bytes() for name, rollout in rollouts.items()})
+        with self._slots.held(lease):
+            if existed := self.files.create_all(contents):
+                names = ", ".join(path.stem for path in existed)
+                raise ExchangeError(f"{names}: published before and never overwritten; do two samplers use one slot?")
 
     def list_rollouts(self) -> list[RolloutName]:
         """Published rollouts that were neither deleted nor quarantined, trained ones included."""
-        names = self.files.list(self.root / "rollouts")
-        return _parsed(
-            RolloutName.parse, (n.removesuffix(_ROLLOUT_SUFFIX) for n in names if n.endswith(_ROLLOUT_SUFFIX))
-        )
+        return self._records.names(self.root / "rollouts", RolloutName.parse, _SAFETENSORS)
 
     def read_rollout(self, name: RolloutName) -> Rollout:
-        """Read and check one group; CorruptFile with the reason, FileNotFoundError if it is gone."""
+        """Read and check one group.
+
+        Raises CorruptFile with the reason, UnknownProtocol for what a later version of HeteroRL published, and
+        FileNotFoundError if it is gone.
+        """
         return Rollout.from_bytes(self.files.read(self._rollout(name)))
 
+    def check_epoch(self, name: RolloutName, lease_epoch: int) -> None:
+        """CorruptFile for a rollout whose maker had lost its slot before it was made (`lease_epoch`: as it says)."""
+        self._slots.check_epoch(name, lease_epoch)
+
     def quarantine_rollout(self, name: RolloutName, reason: str) -> None:
-        """Put a bad file aside, with the reason beside it."""
-        folder = self.root / "quarantine"
-        self.files.make_dir(folder)
-        self.files.rename(self._rollout(name), folder / f"{name}{_ROLLOUT_SUFFIX}")
-        self._write_json(folder / f"{name}.json", {"reason": reason, "time": self.now()})
+        """Put a file that failed its checks aside, with the reason beside it."""
+        with self._as_learner():
+            self._records.quarantine(self._rollout(name), reason)
 
     def list_quarantined(self) -> list[RolloutName]:
         """Rollouts that failed their checks."""
-        names = self.files.list(self.root / "quarantine")
-        return _parsed(
-            RolloutName.parse, (n.removesuffix(_ROLLOUT_SUFFIX) for n in names if n.endswith(_ROLLOUT_SUFFIX))
-        )
+        return self._records.names(self.root / "quarantine" / "rollouts", RolloutName.parse, _SAFETENSORS)
 
     def retire_rollouts(self, names: Iterable[RolloutName], *, archive: bool) -> None:
         """Delete or archive rollouts that a durable checkpoint covers; those already gone are fine."""
-        present = set(self.files.list(self.root / "rollouts"))
-        for name in names:
-            if f"{name}{_ROLLOUT_SUFFIX}" not in present:
-                continue
-            if archive:
+        with self._as_learner():
+            retired = sorted(set(names) & set(self.list_rollouts()))
+            if archive and retired:
                 self.files.make_dir(self.root / "archive")
-                self.files.rename(self._rollout(name), self.root / "archive" / f"{name}{_ROLLOUT_SUFFIX}")
-            else:
-                self.files.remove(self._rollout(name))
+            for path in map(self._rollout, retired):
+                if not archive:
+                    self.files.remove(path)
+                elif not self.files.publish(path, self.root / "archive" / path.name):
+                    self._records.quarantine(path, "another file of its name is in the archive")
+            if archive and retired:
+                self.files.settle(self.root / "archive")
 
     def _rollout(self, name: RolloutName) -> Path:
-        return self.root / "rollouts" / f"{name}{_ROLLOUT_SUFFIX}"
+        return self.root / "rollouts" / f"{name}{_SAFETENSORS}"
 
     # ── the learner's journal, heartbeat and checkpoints ─────────────────────────────────────────────────────────────
     def append_journal(self, entry: JournalEntry) -> None:
         """Put a step's selection on the disk, before it is trained."""
-        self.files.append(self.root / "journal.jsonl", json.dumps(asdict(entry)).encode() + b"\n")
+        with self._as_learner():
+            self.files.append(self._journal, entry.to_bytes() + b"\n")
 
     def read_journal(self) -> list[JournalEntry]:
-        """All steps in order; the later line of a step stands. A torn last line is left out."""
-        try:
-            lines = self.files.read(self.root / "journal.jsonl").split(b"\n")[:-1]
-        except FileNotFoundError:
-            return []
-        entries = {entry.step: entry for entry in (JournalEntry(**json.loads(line)) for line in lines)}
-        return [entries[step] for step in sorted(entries)]
+        """All steps in order. UnknownProtocol, as only the version that wrote it can go on from it.
+
+        Of a step the later line stands, unless an earlier incarnation wrote it: a learner that was superseded and did
+        not know it yet. A torn last line is left out, as is one that cannot be read, which is told.
+        """
+        return _surviving(self._read_journal()[0])
 
     def rewrite_journal(self, entries: Iterable[JournalEntry]) -> None:
-        """Replace the journal: cuts a torn line, or steps that cannot be replayed."""
-        lines = b"".join(json.dumps(asdict(entry)).encode() + b"\n" for entry in entries)
-        self.files.replace(self.root / "journal.jsonl", lines)
+        """Replace the journal: cuts a torn line, or steps that cannot be replayed.
 
-    def write_learner(self, status: dict[str, Any]) -> None:
-        """The learner's heartbeat: step, steps, incarnation, version, taken {slot: seq}, finished, progress."""
-        self._write_json(self.root / "learner.json", {**status, "time": self.now()})
+        A journal with lines that cannot be read is put into quarantine first, as it was.
+        """
+        with self._as_learner():
+            if damage := self._read_journal()[1]:
+                self._records.keep_copy(self._journal, damage)
+            self.files.replace(self._journal, b"".join(entry.to_bytes() + b"\n" for entry in entries))
+
+    def _read_journal(self) -> tuple[list[JournalEntry], str]:
+        """The lines that can be read, and what is wrong with the first of the others."""
+        try:
+            lines = self.files.read(self._journal).split(b"\n")
+        except FileNotFoundError:
+            return [], ""
+        entries, damage = [], ""
+        for number, line in enumerate(lines[:-1], 1):  # what follows the last line's end is torn
+            try:
+                entries.append(parse_record(JournalEntry, line, f"{self._journal.name}, line {number}"))
+            except CorruptFile as error:
+                damage = damage or str(error)
+        if damage:
+            log.error("%s; lines that cannot be read are left out", damage)
+        return entries, damage
+
+    def write_learner(self, heartbeat: LearnerHeartbeat) -> None:
+        """The learner's heartbeat; its time is set here."""
+        with self._as_learner():
+            self._records.write(self.root / "learner.json", heartbeat.model_copy(update={"time": self.now()}))
 
     @property
-    def learner(self) -> dict[str, Any]:
-        """The learner's last heartbeat; empty before the first."""
-        return self._read_json(self.root / "learner.json") or {}
+    def learner(self) -> LearnerHeartbeat | None:
+        """The learner's last heartbeat; None before the first."""
+        return self._records.read(self.root / "learner.json", LearnerHeartbeat)
 
     @property
     def trained(self) -> bool:
         """Whether the last step that is asked for now is trained, and the output written."""
         learner = self.learner
-        return bool(learner.get("finished")) and learner.get("step", 0) >= self.spec.learner.steps
+        return learner is not None and learner.finished and learner.step >= self.spec.learner.steps
+
+    @property
+    def _journal(self) -> Path:
+        return self.root / "journal.jsonl"
 
     def stage_checkpoint(self, step: int) -> Path:
         """A hidden folder for the learner's state; every rank may write into it once rank 0 has staged it."""
-        return self._stage(self.root / "checkpoints", f"step-{step:08d}")
+        with self._as_learner():
+            return published_folder.stage(self.files, self.root / "checkpoints", self._staged_name(step))
 
     def staged_checkpoint(self, step: int) -> Path:
         """The folder that rank 0 staged."""
-        return self.root / "checkpoints" / f"{STAGING}step-{step:08d}"
+        return published_folder.staged_path(self.root / "checkpoints", self._staged_name(step))
 
     def commit_checkpoint(self, step: int, state: dict[str, Any]) -> None:
         """Make the staged checkpoint durable, with the learner's small state in its manifest."""
-        final = self.root / "checkpoints" / f"step-{step:08d}"
-        self.files.remove(final)  # only a checkpoint that failed its checks can stand here
-        self._commit(self.staged_checkpoint(step), final.name, {"kind": "checkpoint", "step": step, "state": state})
+        final, staged = self._checkpoint(step), self.staged_checkpoint(step)
+        with self._as_learner():
+            if self.files.exists(final):
+                self._records.quarantine(final, "the learner made this checkpoint anew")
+            listing = published_folder.describe(self.files, staged)
+            manifest = CheckpointManifest(time=self.now(), step=step, state=state, files=listing)
+            published_folder.publish(self.files, staged, final, manifest, self.require_incarnation)
 
     def list_checkpoints(self) -> list[int]:
         """Steps of finished checkpoints, oldest first."""
-        names = self.files.list(self.root / "checkpoints")
-        return sorted(int(name.removeprefix("step-")) for name in names if name.startswith("step-"))
+        return sorted(self._records.names(self.root / "checkpoints", _numbered(_CHECKPOINT)))
 
     def open_checkpoint(self, step: int) -> tuple[Path, dict[str, Any]]:
-        """Folder and small state of a checkpoint, checked byte by byte; raises CorruptFile."""
-        folder = self.root / "checkpoints" / f"step-{step:08d}"
-        manifest = self._manifest(folder)
-        for name, expected in manifest["files"].items():
-            self._check_size(folder / name, expected)
-            if self.files.digest(folder / name) != expected["sha256"]:
-                raise CorruptFile(f"checkpoint {folder.name}: the checksum of {name} does not fit its manifest")
-        return folder, manifest["state"]
+        """Folder and small state of a checkpoint, checked byte by byte.
+
+        Raises CorruptFile with the reason, and UnknownProtocol for what a later version of HeteroRL saved.
+        """
+        folder = self._checkpoint(step)
+        manifest = published_folder.read_manifest(self.files, folder, CheckpointManifest)
+        with published_folder.standing(self.files, folder):
+            for name, expected in manifest.files.items():
+                published_folder.check_size(self.files, folder / name, expected)
+                published_folder.check_digest(folder / name, self.files.digest(folder / name), expected)
+        return folder, manifest.state
 
     def remove_checkpoint(self, step: int) -> None:
-        """Delete a checkpoint."""
-        self.files.remove(self.root / "checkpoints" / f"step-{step:08d}")
+        """Delete a checkpoint that newer ones make dispensable."""
+        with self._as_learner():
+            self._delete(self._checkpoint(step), CheckpointManifest)
 
-    def sweep(self) -> None:
-        """Remove what a crashed learner left half-written."""
-        for folder in ("weights", "checkpoints"):
-            for path in (self.root / folder).glob(f"{STAGING}*"):
-                self.files.remove(path)
+    def quarantine_checkpoint(self, step: int, reason: str) -> None:
+        """Put a checkpoint that failed its checks aside."""
+        with self._as_learner():
+            self._records.quarantine(self._checkpoint(step), reason)
 
-    def save_attempts(self, node: int, attempts: list[dict[str, Any]]) -> None:
+    def _checkpoint(self, step: int) -> Path:
+        return self.root / "checkpoints" / f"step-{step:08d}"
+
+    def _staged_name(self, step: int) -> str:
+        """With the incarnation, so that two learners never write into one folder."""
+        return f"step-{step:08d}-i{self.incarnation or 0:04d}"
+
+    def save_attempts(self, node: int, attempts: list[Attempt]) -> None:
         """Put the starts of one of the learner's pods on the disk (`heterorl.exchange.crash_budget`)."""
-        self._write_json(self.root / f"attempts-{node}.json", {"attempts": attempts})
+        self._records.write(self.root / f"attempts-{node}.json", AttemptsFile(attempts=attempts))
 
-    def load_attempts(self) -> dict[int, list[dict[str, Any]]]:
+    def load_attempts(self) -> dict[int, list[Attempt]]:
         """The starts of the learner's pods, by the pod's number."""
         found = {}
         for name in self.files.list(self.root):
             if match := _ATTEMPTS.fullmatch(name):
-                found[int(match[1])] = (self._read_json(self.root / name) or {"attempts": []})["attempts"]
+                file = self._records.read(self.root / name, AttemptsFile)
+                found[int(match[1])] = list(file.attempts) if file else []
         return found
 
     # ── slots ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -478,157 +450,85 @@ class Exchange:
 
         The candidates are asked for at every look: slots may be added while one waits.
         """
-        seen: dict[Slot, tuple[tuple[int, int], float]] = {}
+        self.check_volume()
         while not stop():
             for slot in candidates():
-                epoch = self._lease_epoch(slot)
-                if not self._is_free(slot, epoch, seen):
-                    continue
-                lease = Lease(slot, epoch + 1)
-                holder = {"host": socket.gethostname(), "boot": _boot_id(), "pid": os.getpid(), "id": uuid.uuid4().hex}
-                self.files.make_dir(self._slot(slot))
-                path = self._slot(slot) / f"lease-{lease.epoch:08d}.json"
-                if self.files.create(path, json.dumps({**holder, "started": _started(os.getpid())}).encode()):
+                if lease := self._slots.try_lease(slot, self._next_seq, self.spec.exchange.lease_seconds):
+                    self._sweep_rollouts(lease.slot)
                     return lease
             self.sleep(self.spec.exchange.poll_seconds)
         return None
 
-    def beat(self, lease: Lease, status: dict[str, Any], *, released: bool = False) -> None:
-        """Keep the lease and show the slot's status; ExchangeError if somebody else took it over."""
-        if self._lease_epoch(lease.slot) != lease.epoch:
-            raise ExchangeError(f"slot {lease.slot} was taken over by another sampler; this one must stop")
-        lease.beats += 1
-        record = {**status, "epoch": lease.epoch, "beats": lease.beats, "released": released, "time": self.now()}
-        self._write_json(self._slot(lease.slot) / "heartbeat.json", record)
+    def _next_seq(self, slot: Slot) -> int:
+        """The first sequence number that nobody can have used, by everything that tells of one: any may be lost."""
+        state, learner = self._slots.load(slot), self.learner
+        published = [*self.list_rollouts(), *self.list_quarantined()]
+        published += self._records.names(self.root / "archive", RolloutName.parse, _SAFETENSORS)
+        return max(
+            state.next_seq if state else 0,
+            learner.taken.get(str(slot), -1) + 1 if learner else 0,
+            *(name.seq + 1 for name in published if name.slot == slot),
+            0,
+        )
 
-    def heartbeats(self) -> dict[Slot, dict[str, Any]]:
+    def _sweep_rollouts(self, slot: Slot) -> None:
+        """Remove what an earlier holder of the slot left half-written."""
+        for path in self.files.leftovers(self.root / "rollouts"):
+            if f"--{slot}--s" in path.name:
+                self.files.remove(path)
+
+    def beat(self, lease: Lease, status: SlotStatus, *, released: bool = False) -> None:
+        """Keep the lease and show the slot's status; Superseded if another sampler took the slot over."""
+        self._slots.beat(lease, status, released=released)
+
+    def heartbeats(self) -> dict[Slot, SlotHeartbeat]:
         """The last heartbeat of every slot that ever had one."""
-        slots = _parsed(Slot.parse, self.files.list(self.root / "slots"))
-        found = {slot: self._read_json(self._slot(slot) / "heartbeat.json") for slot in slots}
-        return {slot: record for slot, record in found.items() if record}
+        return self._slots.heartbeats()
 
-    def save_slot(self, slot: Slot, state: dict[str, Any]) -> None:
-        """Put the slot's own state (next sequence number, delays drawn) on the disk."""
-        self._write_json(self._slot(slot) / "state.json", state)
+    def save_slot(self, lease: Lease, state: SlotState) -> None:
+        """Put the slot's own state (next sequence number, delays drawn) on the disk; Superseded as `beat`."""
+        self._slots.save(lease, state)
 
-    def load_slot(self, slot: Slot) -> dict[str, Any]:
-        """The slot's state, for whoever holds it next; empty at first."""
-        return self._read_json(self._slot(slot) / "state.json") or {}
-
-    def _slot(self, slot: Slot) -> Path:
-        return self.root / "slots" / str(slot)
-
-    def _lease_epoch(self, slot: Slot) -> int:
-        names = [name for name in self.files.list(self._slot(slot)) if name.startswith("lease-")]
-        return max((int(name.removeprefix("lease-").removesuffix(".json")) for name in names), default=0)
-
-    def _is_free(self, slot: Slot, epoch: int, seen: dict[Slot, tuple[tuple[int, int], float]]) -> bool:
-        if epoch == 0:
-            return True
-        beat = self._read_json(self._slot(slot) / "heartbeat.json") or {}
-        if beat.get("epoch") == epoch and beat.get("released"):
-            return True
-        try:
-            holder = self._read_json(self._slot(slot) / f"lease-{epoch:08d}.json") or {}
-        except ValueError:  # being written at this moment, or its writer died over it: then time will tell
-            holder = {}
-        if (holder.get("host"), holder.get("boot")) == (socket.gethostname(), _boot_id()):
-            return _started(holder.get("pid", 0)) != holder.get("started")
-        mark = (epoch, beat.get("beats", 0) if beat.get("epoch") == epoch else 0)
-        last, since = seen.get(slot, (None, 0.0))
-        if mark != last:
-            seen[slot] = (mark, self.now())
-            return False
-        return self.now() - since >= self.spec.exchange.lease_seconds
+    def load_slot(self, slot: Slot) -> SlotState | None:
+        """The slot's state, for its next holder; None at first."""
+        return self._slots.load(slot)
 
     # ── evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────
-    def write_eval(self, version: Version, result: dict[str, Any]) -> None:
+    def write_eval(self, version: Version, result: Evaluation) -> None:
         """Results of one version on every evaluation set."""
         self.files.make_dir(self.root / "evals")
-        self._write_json(self.root / "evals" / f"{version}.json", result)
+        self._records.write(self._eval(version), result)
 
-    def read_evals(self) -> dict[Version, dict[str, Any]]:
+    def list_evals(self) -> list[Version]:
+        """Versions that have results, oldest first."""
+        return sorted(self._records.names(self.root / "evals", Version.parse, ".json"))
+
+    def read_evals(self) -> dict[Version, Evaluation]:
         """All results, oldest version first."""
-        names = sorted(_parsed(Version.parse, (n.removesuffix(".json") for n in self.files.list(self.root / "evals"))))
-        found = {version: self._read_json(self.root / "evals" / f"{version}.json") for version in names}
+        found = {version: self._records.read(self._eval(version), Evaluation) for version in self.list_evals()}
         return {version: result for version, result in found.items() if result is not None}
 
-    # ── manifests ────────────────────────────────────────────────────────────────────────────────────────────────────
-    def _stage(self, parent: Path, name: str) -> Path:
-        staged = parent / f"{STAGING}{name}"
-        if staged.exists():
-            self.files.remove(staged)
-        self.files.make_dir(staged)
-        return staged
-
-    def _commit(self, staged: Path, name: str, about: dict[str, Any]) -> None:
-        target = staged.with_name(name)
-        if target.exists():
-            raise ExchangeError(f"{name} was published before and is never overwritten")
-        paths = sorted(path for path in staged.rglob("*") if path.is_file())
-        for path in paths:
-            self.files.sync_file(path)
-        listing = {
-            path.relative_to(staged).as_posix(): {"bytes": path.stat().st_size, "sha256": self.files.digest(path)}
-            for path in paths
-        }
-        manifest = {"protocol": PROTOCOL, "time": self.now(), **about, "files": listing}
-        self.files.write(staged / "manifest.json", json.dumps(manifest).encode())
-        self.files.sync_dir(staged)
-        self.files.rename(staged, target)
-
-    def _manifest(self, folder: Path) -> dict[str, Any]:
-        try:
-            manifest = json.loads(self.files.read(folder / "manifest.json"))
-            protocol = manifest["protocol"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptFile(f"{folder.name}: the manifest cannot be read: {error}") from error
-        if protocol != PROTOCOL:
-            raise CorruptFile(f"{folder.name}: protocol {protocol!r}; this version reads {PROTOCOL}")
-        return dict(manifest)
-
-    def _check_size(self, path: Path, expected: dict[str, Any]) -> None:
-        found = path.stat().st_size
-        if found != expected["bytes"]:
-            raise CorruptFile(
-                f"{path.parent.name}/{path.name} has {found} bytes; its manifest says {expected['bytes']}"
-            )
-
-    def _write_json(self, path: Path, value: dict[str, Any]) -> None:
-        self.files.replace(path, json.dumps(value).encode())
-
-    def _read_json(self, path: Path) -> dict[str, Any] | None:
-        try:
-            return dict(json.loads(self.files.read(path)))
-        except FileNotFoundError:
-            return None
+    def _eval(self, version: Version) -> Path:
+        return self.root / "evals" / f"{version}.json"
 
 
-def _id_of(run: HeteroRLRun) -> str:
-    return run.metadata.uid or run.metadata.name
+def _numbered(pattern: re.Pattern[str]) -> Callable[[str], int]:
+    """Reads the number in a name; ValueError for another name."""
+
+    def parse(name: str) -> int:
+        if not (match := pattern.fullmatch(name)):
+            raise ValueError(name)
+        return int(match[1])
+
+    return parse
 
 
-_Name = TypeVar("_Name")
-
-
-def _parsed(parse: Callable[[str], _Name], names: Iterable[str]) -> list[_Name]:
-    found = []
-    for name in names:
-        try:
-            found.append(parse(name))
-        except ValueError:
-            continue  # somebody else's file is none of ours
-    return found
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _started(pid: int) -> float | None:
-    """When a process of this machine started, to the second; None if it is gone or a zombie."""
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else round(process.create_time())
-    except psutil.NoSuchProcess:
-        return None
+def _surviving(entries: Iterable[JournalEntry]) -> list[JournalEntry]:
+    """The line of each step that stands, in order of the steps."""
+    standing: dict[int, JournalEntry] = {}
+    newest = 0
+    for entry in entries:
+        newest = max(newest, entry.incarnation)
+        if entry.incarnation == newest:
+            standing[entry.step] = entry
+    return [standing[step] for step in sorted(standing)]

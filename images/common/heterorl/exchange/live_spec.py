@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from heterorl.errors import HeteroRLError, RunFolderError
 from heterorl.exchange.storage import Files
 from heterorl.heterogeneity.delay import inline_traces
@@ -47,7 +49,16 @@ class LiveSpec:
             raise RunFolderError(
                 f"{self._root} is no run folder: {self._file} is missing; start with `heterorl run`"
             ) from None
-        return inline_traces(HeteroRLRun.model_validate_json(content), self._root)
+        try:
+            run = HeteroRLRun.model_validate_json(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise RunFolderError(
+                f"{self._file} is not a manifest that this version of HeteroRL can read"
+                f" ({'.'.join(map(str, first['loc']))}: {first['msg']}); put it right, or go on with the version that"
+                " wrote it"
+            ) from error
+        return inline_traces(run, self._root)
 
     def _edited(self, held: HeteroRLRun) -> HeteroRLRun:
         try:

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic_core import from_json
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from heterorl.errors import CorruptFile
+from heterorl.exchange.records import PROTOCOL, unknown_protocol
 
-PROTOCOL = 1
 _TERM = "reward/"
 _DTYPES = {
     "prompt_ids": np.int32,
@@ -66,15 +67,18 @@ class Rollout:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Rollout:
-        """Read and check; raises CorruptFile, whatever the bytes are."""
+        """Read and check; whatever the bytes are, raises CorruptFile, or UnknownProtocol for a later version's."""
         try:
             header_size = int.from_bytes(data[:8], "little")
-            header = json.loads(data[8 : 8 + header_size])["__metadata__"]
+            header = from_json(data[8 : 8 + header_size])["__metadata__"]
+            protocol = int(header["protocol"])
+            if protocol > PROTOCOL:
+                raise unknown_protocol("the rollout", f"protocol {protocol}", f"protocol {PROTOCOL}")
             arrays = load_safetensors(data)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CorruptFile(f"not a rollout file: {error}") from error
-        if header.get("protocol") != str(PROTOCOL):
-            raise CorruptFile(f"protocol {header.get('protocol')!r}; this version reads {PROTOCOL}")
+        if protocol != PROTOCOL:
+            raise CorruptFile(f"there never was a protocol {protocol}")
         claimed = header.pop("sha256", None)
         if claimed != _digest(arrays, header):
             raise CorruptFile("the digest does not fit the contents")

@@ -2,42 +2,81 @@
 
 Everything the exchange does to the volume goes through one `Files` object, so a test can stop it between any two
 operations. Nothing here relies on locks, modification times or atomic appends by several writers: network file systems
-keep none of these promises. What it relies on: rename within one folder is atomic, and exclusive creation is exclusive.
+keep none of these promises. What it relies on: rename within a mount is atomic, exclusive creation is exclusive, and
+what was fsynced stays; `check_mount` tries the first two before anything is entrusted to a mount.
+
+An error that passes by itself (`TRANSIENT`: a server that is away for a moment) is met here and nowhere else: every
+operation is tried again for some seconds, from its beginning, so that no half of it is left.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import functools
 import hashlib
+import logging
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
+from typing import BinaryIO, ParamSpec, TypeVar, cast
+
+from heterorl.errors import RunFolderError
+
+log = logging.getLogger(__name__)
 
 STAGING = ".tmp-"
+TRANSIENT = frozenset(
+    {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.EREMOTEIO, errno.ECOMM, errno.ENOLINK}
+    | {errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED}
+    | {errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN}
+)
+"""What passes by itself, or may: it is tried again."""
+_NOT_OFFERED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR})
+"""What a mount says that does not have the operation."""
 _CHUNK = 8 << 20
+_RENAME_NOREPLACE = 1
+_AT_FDCWD = -100
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
-@contextmanager
-def _stale_is_gone(path: Path) -> Iterator[None]:
-    """NFS says ESTALE, not ENOENT, of a file that was deleted while it was being read."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.ESTALE:
-            raise
-        raise FileNotFoundError(errno.ENOENT, "deleted while it was read", str(path)) from error
+def _persistent(operation: Callable[_P, _T]) -> Callable[_P, _T]:
+    """For a method of `Files`: try again what failed for a reason that may pass; the last error is raised."""
+
+    @functools.wraps(operation)
+    def tried(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        files = cast(Files, args[0])
+        for delay in files.retry_after_s:
+            try:
+                return operation(*args, **kwargs)
+            except OSError as error:
+                if error.errno not in TRANSIENT:
+                    raise
+                log.warning("%s: %s; trying again in %.1f s", operation.__name__.lstrip("_"), error, delay)
+                files.sleep(delay)
+        return operation(*args, **kwargs)
+
+    return tried
 
 
 class Files:
     """File operations with the durability the protocol needs."""
 
-    def make_dir(self, path: Path) -> None:
-        """Make a folder and its parents; fine if it is there."""
-        path.mkdir(parents=True, exist_ok=True)
+    def __init__(
+        self, *, retry_after_s: Sequence[float] = (0.1, 0.5, 2.0, 5.0), sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self.retry_after_s = retry_after_s
+        self.sleep = sleep
+        self._told: set[str] = set()
 
+    # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    @_persistent
     def list(self, path: Path) -> list[str]:
         """Names of finished entries, sorted; an absent folder is empty."""
         try:
@@ -45,73 +84,171 @@ class Files:
         except FileNotFoundError:
             return []
 
+    @_persistent
+    def leftovers(self, path: Path) -> Sequence[Path]:
+        """Staged entries of a folder, whoever made them."""
+        try:
+            return sorted(path / name for name in os.listdir(path) if name.startswith(STAGING))
+        except FileNotFoundError:
+            return []
+
     def read(self, path: Path) -> bytes:
         """The whole file; FileNotFoundError if it is gone."""
-        with _stale_is_gone(path):
-            return path.read_bytes()
+        return self._unless_stale(path, self._read)
+
+    def size(self, path: Path) -> int:
+        """Bytes of a file; FileNotFoundError if it is gone."""
+        return self._unless_stale(path, self._stat).st_size
+
+    def exists(self, path: Path) -> bool:
+        """Whether a file or folder is there."""
+        try:
+            self._unless_stale(path, self._stat)
+        except FileNotFoundError:
+            return False
+        return True
 
     def identity(self, path: Path) -> tuple[int, ...]:
         """What changes when the file is replaced or written again; FileNotFoundError if it is gone."""
-        about = path.stat()
+        about = self._unless_stale(path, self._stat)
         return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
+    def modified(self, path: Path) -> float:
+        """When it was last written, by the file server's clock: to be compared with nothing but another file's."""
+        return self._unless_stale(path, self._stat).st_mtime
+
+    def digest(self, path: Path) -> str:
+        """SHA-256 of a file, in hex."""
+        return self._unless_stale(path, self._digest)
+
+    def copy(self, source: Path, target: Path, *, check: Callable[[], None] = lambda: None) -> str:
+        """Copy a file to this machine and return its SHA-256; read with read(), as mmap over a network may SIGBUS.
+
+        `check` is called between chunks of 8 MiB; what it raises ends the copy.
+        """
+        return self._unless_stale(source, lambda path: self._copy(path, target, check))
+
+    def _unless_stale(self, path: Path, operation: Callable[[Path], _T]) -> _T:
+        """NFS says ESTALE, not ENOENT, of a file that was deleted while it was in use: if it goes on saying so."""
+        try:
+            return operation(path)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            raise FileNotFoundError(errno.ENOENT, "deleted while it was in use", str(path)) from error
+
+    @_persistent
+    def _read(self, path: Path) -> bytes:
+        with open(path, "rb") as file:
+            return file.read()
+
+    @_persistent
+    def _stat(self, path: Path) -> os.stat_result:
+        return os.stat(path)
+
+    @_persistent
+    def _digest(self, path: Path) -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @_persistent
+    def _copy(self, source: Path, target: Path, check: Callable[[], None]) -> str:
+        digest = hashlib.sha256()
+        with open(source, "rb") as reader, open(target, "wb") as writer:
+            while chunk := reader.read(_CHUNK):
+                digest.update(chunk)
+                writer.write(chunk)
+                check()
+        return digest.hexdigest()
+
+    # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    @_persistent
+    def make_dir(self, path: Path) -> None:
+        """Make a folder and its parents; fine if it is there."""
+        path.mkdir(parents=True, exist_ok=True)
+
+    @_persistent
     def write(self, path: Path, data: bytes) -> None:
         """Write through to the disk under this very name; only for names no reader looks at yet."""
         with open(path, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            self._flush(file)
 
     def replace(self, path: Path, data: bytes) -> None:
         """Put new contents under a name; a reader sees the old ones or the new ones, whole."""
-        self.replace_all({path: data})
+        staged = path.with_name(f"{STAGING}{path.name}-{uuid.uuid4().hex}")
+        try:
+            self.write(staged, data)
+            self.move(staged, path)
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
+        self.settle(path.parent)
 
-    def replace_all(self, contents: Mapping[Path, bytes]) -> None:
-        """The same for several files of one folder, waiting for the folder once; each file appears whole."""
-        staged = {path: path.with_name(f"{STAGING}{uuid.uuid4().hex}") for path in contents}
+    def create(self, path: Path, data: bytes) -> bool:
+        """Create a file that must not exist, with its contents; False if somebody else was first."""
+        return not self.create_all({path: data})
+
+    def create_all(self, contents: Mapping[Path, bytes]) -> Sequence[Path]:
+        """The same for several files of one folder, waiting for the folder once; returns those that existed before."""
+        staged = {path: path.with_name(f"{STAGING}{path.name}-{uuid.uuid4().hex}") for path in contents}
         try:
             for path, data in contents.items():
                 self.write(staged[path], data)
-            for path in contents:
-                self.move(staged[path], path)
-            self.sync_dir(path.parent)
-        except BaseException:
+            existed = [path for path in contents if not self.publish(staged[path], path)]
+        finally:
             for path in staged.values():
                 path.unlink(missing_ok=True)
-            raise
+        self.settle(path.parent)
+        return existed
 
-    def create(self, path: Path, data: bytes) -> bool:
-        """Create a file that must not exist; False if somebody else was first."""
-        try:
-            file = open(path, "xb")  # noqa: SIM115  (closed below, after what may go wrong has been undone)
-        except FileExistsError:
-            return False
-        try:
-            with file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        self.sync_dir(path.parent)
-        return True
-
+    @_persistent
     def append(self, path: Path, data: bytes) -> None:
-        """Append and wait until the disk has it. One writer a file."""
-        with open(path, "ab") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        """Append whole lines and wait until the disk has them; what an earlier append left torn becomes a line of its
+        own. One writer a file.
+        """
+        with open(path, "ab+", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+                data = b"\n" + data
+            try:
+                while data:
+                    data = data[file.write(data) :]
+                self._flush(file)
+            except OSError:
+                os.ftruncate(file.fileno(), size)
+                raise
+        if size == 0:
+            self.settle(path.parent)
 
+    @_persistent
     def move(self, source: Path, target: Path) -> None:
-        """Rename within a volume, at once for all readers."""
+        """Rename within a mount, at once for all readers, in place of what has that name."""
         os.replace(source, target)
+
+    def publish(self, source: Path, target: Path) -> bool:
+        """Give a staged file or folder its name, which must be free; False, and nothing is changed, if it is taken.
+
+        The caller waits for the folder (`sync_dir`).
+        """
+        about = self._stat(source)
+        try:
+            self._rename_to_new(source, target)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT, errno.ENOTDIR):
+                raise
+            # Over a network the answer to the call that succeeded may be lost, and its repetition finds our own doing.
+            if not self._is_at(target, about):
+                if error.errno == errno.ENOENT:
+                    raise
+                return False
+            source.unlink(missing_ok=True)
+        return True
 
     def rename(self, source: Path, target: Path) -> None:
         """Rename and wait until the disk has it."""
         self.move(source, target)
-        self.sync_dir(target.parent)
+        self.settle(target.parent)
 
     def remove(self, path: Path) -> None:
         """Remove a file or a folder with all in it; fine if it is gone. A folder vanishes from sight at once."""
@@ -120,35 +257,141 @@ class Files:
             self.move(path, hidden)
             shutil.rmtree(hidden, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            self._unlink(path)
 
     def sync_file(self, path: Path) -> None:
         """Wait until the disk has a file that something else wrote."""
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        self._sync(path, os.O_RDWR)
 
     def sync_dir(self, path: Path) -> None:
-        """Wait until the disk has a folder's entries."""
-        descriptor = os.open(path, os.O_RDONLY)
+        """Wait until the disk has a folder's entries, where the mount can tell."""
+        self._sync(path, os.O_RDONLY)
+
+    def settle(self, folder: Path) -> None:
+        """The same when new names already stand in it: then a failure is told, for the deed is done."""
         try:
-            os.fsync(descriptor)
+            self.sync_dir(folder)
+        except OSError as error:
+            log.error("%s: whether its newest names would survive a power failure is not known: %s", folder, error)
+
+    @_persistent
+    def _sync(self, path: Path, flags: int) -> None:
+        try:
+            descriptor = os.open(path, flags)
+        except OSError as error:
+            self._tell_not_offered("opening a folder to fsync it", path, error)
+            return
+        try:
+            self._fsync(descriptor, path)
         finally:
             os.close(descriptor)
 
-    def digest(self, path: Path) -> str:
-        """SHA-256 of a file, in hex."""
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    def _flush(self, file: BinaryIO | FileIO) -> None:
+        file.flush()
+        self._fsync(file.fileno(), Path(file.name))
 
-    def copy(self, source: Path, target: Path, *, rest: Callable[[], None] = lambda: None) -> str:
-        """Copy a file to this machine and return its SHA-256; read with read(), as mmap over a network may SIGBUS.
+    def _fsync(self, descriptor: int, path: Path) -> None:
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            self._tell_not_offered("fsync", path, error)
 
-        `rest` is called between chunks, so that a caller can give way or give up by raising.
+    def _tell_not_offered(self, what: str, path: Path, error: OSError) -> None:
+        """Warn, once, of what the mount cannot do; raise the error if it is another one."""
+        if error.errno not in _NOT_OFFERED:
+            raise error
+        kind = f"{what} of {'folders' if path.is_dir() else 'files'}"
+        if kind not in self._told:
+            self._told.add(kind)
+            log.warning(
+                "%s: the mount does not offer %s (%s); going on, but what was just written may be lost if the machine"
+                " or the file server loses its power",
+                path,
+                kind,
+                error.strerror,
+            )
+
+    @_persistent
+    def _unlink(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    @_persistent
+    def _rename_to_new(self, source: Path, target: Path) -> None:
+        """Rename without replacing: by the kernel where the file system can, else by a link, which never replaces.
+
+        A folder that is not empty is never replaced by a rename, and everything published is not empty.
         """
-        digest = hashlib.sha256()
-        with _stale_is_gone(source), open(source, "rb") as reader, open(target, "wb") as writer:
-            while chunk := reader.read(_CHUNK):
-                digest.update(chunk)
-                writer.write(chunk)
-                rest()
-        return digest.hexdigest()
+        try:
+            _rename_no_replace(source, target)
+        except OSError as error:
+            if error.errno not in _NOT_OFFERED:
+                raise
+            if source.is_dir():
+                os.rename(source, target)
+            else:
+                os.link(source, target)
+                os.unlink(source)
+
+    def _is_at(self, target: Path, about: os.stat_result) -> bool:
+        return self.exists(target) and os.path.samestat(self._stat(target), about)
+
+    # ── what a mount can do ──────────────────────────────────────────────────────────────────────────────────────────
+    def check_mount(self, folder: Path, *others: Path) -> None:
+        """Try what the protocol relies on, and that folders below are on the same mount; RunFolderError where not."""
+        trial = folder / f"{STAGING}trial-{uuid.uuid4().hex}"
+        try:
+            self.make_dir(trial)
+            self._try_mount(trial)
+            for other in others:
+                self.make_dir(other)
+                self._try_rename(trial / "new", other / trial.name)
+        except OSError as error:
+            if error.errno in TRANSIENT or error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise RunFolderError(
+                f"{folder}: this mount cannot be used ({error}); expected one where files can be created, renamed and"
+                " linked: a local disk, NFS, CephFS, or a FUSE or SMB mount with hard links or renameat2"
+            ) from error
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+
+    def _try_mount(self, trial: Path) -> None:
+        old, new = trial / "old", trial / "new"
+        self.write(new, b"new")
+        self.write(old, b"old")
+        if self.publish(old, new) or self.read(new) != b"new":
+            raise RunFolderError(
+                f"{trial.parent}: this mount lets a new file take the name of another one, so two processes could take"
+                " each other's place; use a mount where exclusive creation is exclusive"
+            )
+        self.move(old, new)
+        if self.read(new) != b"old":
+            raise RunFolderError(
+                f"{trial.parent}: after a rename this mount still shows the file before it; use another"
+            )
+        self.sync_dir(trial)
+
+    def _try_rename(self, source: Path, target: Path) -> None:
+        try:
+            self.move(source, target)
+            self.move(target, source)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            raise RunFolderError(
+                f"{target.parent} is on another file system than {source.parents[1]}, and nothing can be renamed from"
+                " one to the other; mount the run's whole folder from one file system"
+            ) from error
+
+
+def _rename_no_replace(source: Path, target: Path) -> None:
+    """renameat2(2) with RENAME_NOREPLACE, which Python does not offer; ENOSYS where the C library has none."""
+    call = getattr(_LIBC, "renameat2", None)
+    if call is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(target))
+    if call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(target))
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)

@@ -204,7 +204,7 @@ def _evals(progress: LiveProgress, evaluating: Version | None) -> str:
     parts = []
     if progress.evals:
         version, result = max(progress.evals.items())
-        scores = " · ".join(f"{label} {values['mean']:.3f}" for label, values in result.get("sets", {}).items())
+        scores = " · ".join(f"{label} {values['mean']:.3f}" for label, values in result.sets.items())
         parts.append(f"{scores} [dim]at step {version.step}[/]")
     if evaluating:
         parts.append(f"[dim]evaluating step {evaluating.step}[/]")

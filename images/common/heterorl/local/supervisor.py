@@ -279,7 +279,7 @@ class Runner:
             return ManagedProcess(command, env, log_file, ranks=ranks, keep_open=(self._lock,))
 
         def step() -> int:
-            return int(self.exchange.learner.get("step", 0))
+            return learner.step if (learner := self.exchange.learner) else 0
 
         return ProcessRole(name, role, start, log_file, self.spec.failure_policy, step, grace_s=GRACE_S)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import Evaluation
 from heterorl.names import Slot, Version
 
 _RECENT = 20
@@ -75,7 +76,7 @@ class LiveProgress:
     """Share of the recent steps' time that the learner waited for rollouts."""
     dropped: int = 0
     eta_s: float | None = None
-    evals: dict[Version, dict[str, Any]] = field(default_factory=dict)
+    evals: dict[Version, Evaluation] = field(default_factory=dict)
     slots: dict[Slot, SlotProgress] = field(default_factory=dict)
 
     @property
@@ -108,10 +109,11 @@ class ProgressReader:
                 _take_sampler(now.slots[slot], record)
         for slot, beat in self._exchange.heartbeats().items():
             if slot in now.slots:
-                now.slots[slot].activity = beat.get("state", "")
-                now.slots[slot].version = beat.get("version_step", now.slots[slot].version)
-                now.slots[slot].rejected = beat.get("rejected", 0)
-        now.step = self._exchange.learner.get("step", now.step)
+                now.slots[slot].activity = beat.state
+                now.slots[slot].version = now.slots[slot].version if beat.version_step is None else beat.version_step
+                now.slots[slot].rejected = beat.rejected
+        if (learner := self._exchange.learner) is not None:
+            now.step = learner.step
         now.newest = max(self._exchange.list_versions(), default=None)
         now.evals = self._exchange.read_evals()
         now.eta_s = self._eta()

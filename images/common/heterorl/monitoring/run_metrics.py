@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -20,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from heterorl.exchange.crash_budget import attempts_of, gave_up, outcomes
 from heterorl.exchange.evaluations import due_now
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import SlotHeartbeat
 from heterorl.names import Slot, Version
 
 _PREFIX = "heterorl_run_"
@@ -103,18 +103,18 @@ class RunObserver:
             return known  # whatever else is there may be another run's
         learner, versions, evals = exchange.learner, exchange.list_versions(), exchange.read_evals()
         finished = exchange.trained
-        averages = [result["average"] for result in evals.values()]
+        averages = [result.average for result in evals.values()]
         return replace(
             known,
-            step=learner.get("step"),
-            checkpoint_step=learner.get("checkpoint_step"),
-            reward=learner.get("reward"),
-            lag=learner.get("lag"),
+            step=learner.step if learner else None,
+            checkpoint_step=learner.checkpoint_step if learner else None,
+            reward=learner.reward if learner else None,
+            lag=learner.lag if learner else None,
             prepared=True,
             finished=finished,
             stalled_s=None
             if training_since is None or finished
-            else max(0.0, exchange.now() - max(training_since, learner.get("time", 0.0))),
+            else max(0.0, exchange.now() - max(training_since, learner.time if learner else 0.0)),
             weights_version=str(versions[-1]) if versions else None,
             pools=self._pools(),
             evaluation_best=max(averages, default=None),
@@ -123,25 +123,25 @@ class RunObserver:
         )
 
     def _pools(self) -> dict[str, PoolProgress]:
-        beats: dict[str, dict[Slot, dict[str, Any]]] = {pool.name: {} for pool in self._exchange.spec.samplers}
+        beats: dict[str, dict[Slot, SlotHeartbeat]] = {pool.name: {} for pool in self._exchange.spec.samplers}
         for slot, beat in self._exchange.heartbeats().items():
             beats.get(slot.pool, {})[slot] = beat
         return {name: self._pool(of_pool) for name, of_pool in beats.items()}
 
-    def _pool(self, beats: Mapping[Slot, Mapping[str, Any]]) -> PoolProgress:
+    def _pool(self, beats: Mapping[Slot, SlotHeartbeat]) -> PoolProgress:
         alive = [beat for slot, beat in beats.items() if self._is_alive(slot, beat)]
         return PoolProgress(
-            rollouts=sum(beat.get("rollouts", 0) for beat in beats.values()),
-            rejected=sum(beat.get("rejected", 0) for beat in beats.values()),
+            rollouts=sum(beat.rollouts for beat in beats.values()),
+            rejected=sum(beat.rejected for beat in beats.values()),
             alive=len(alive),
-            weights_version=min((beat["version"] for beat in alive if "version" in beat), default=None),
+            weights_version=min((beat.version for beat in alive if beat.version is not None), default=None),
         )
 
-    def _is_alive(self, slot: Slot, beat: Mapping[str, Any]) -> bool:
-        mark, now = (beat["epoch"], beat["beats"]), self._exchange.now()
+    def _is_alive(self, slot: Slot, beat: SlotHeartbeat) -> bool:
+        mark, now = (beat.epoch, beat.beats), self._exchange.now()
         if self._moved.get(slot, (None, 0.0))[0] != mark:
             self._moved[slot] = (mark, now)
-        return not beat["released"] and now - self._moved[slot][1] < self._exchange.spec.exchange.lease_seconds
+        return not beat.released and now - self._moved[slot][1] < self._exchange.spec.exchange.lease_seconds
 
 
 # ── to and from metrics ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -92,7 +92,7 @@ def _read_run(root: Path) -> tuple[RunSeries, Facts]:
 def _evals(exchange: Exchange) -> dict[str, list[tuple[int, float]]]:
     found: dict[str, list[tuple[int, float]]] = {}
     for version, result in exchange.read_evals().items():
-        for label, scores in result.get("sets", {}).items():
+        for label, scores in result.sets.items():
             if scores.get("mean") is not None:
                 found.setdefault(label, []).append((version.step, scores["mean"]))
     return found

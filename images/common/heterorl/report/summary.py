@@ -51,8 +51,8 @@ def read_ledger(exchange: Exchange, samplers: dict[Slot, list[Record]]) -> Ledge
     journal = exchange.read_journal()
     return Ledger(
         published=frozenset(name for records in samplers.values() for r in records for name in r.get("names", [])),
-        trained=Counter(name for entry in journal for name in entry.names),
-        dropped=frozenset(name for entry in journal for name in entry.dropped),
+        trained=Counter(str(name) for entry in journal for name in entry.names),
+        dropped=frozenset(str(name) for entry in journal for name in entry.dropped),
         pending=pending,
         quarantined=quarantined,
     )
@@ -72,7 +72,7 @@ def summarise(root: Path) -> dict[str, Any]:
         "name": exchange.run.metadata.name,
         "status": runner.get("status", "unknown"),
         "reason": runner.get("reason", ""),
-        "steps": exchange.learner.get("step", 0),
+        "steps": heartbeat.step if (heartbeat := exchange.learner) else 0,
         "steps_wanted": exchange.spec.learner.steps,
         "wall_s": round(runner.get("prepare_s", 0.0) + runner.get("elapsed_s", 0.0), 1),
         "prepare_s": round(runner.get("prepare_s", 0.0), 1),
@@ -121,10 +121,10 @@ def _evaluations(exchange: Exchange) -> dict[str, dict[str, float]]:
     """Best, last and gap of each evaluation set's mean@k, and of their average, as in the paper's table."""
     scores: dict[str, list[float]] = {}
     for result in exchange.read_evals().values():
-        for label, values in result["sets"].items():
+        for label, values in result.sets.items():
             scores.setdefault(label, []).append(values["mean"])
-        if len(result["sets"]) > 1:
-            scores.setdefault("average", []).append(result["average"])
+        if len(result.sets) > 1:
+            scores.setdefault("average", []).append(result.average)
     return {
         label: {"best": max(found), "last": found[-1], "gap": max(found) - found[-1]} for label, found in scores.items()
     }

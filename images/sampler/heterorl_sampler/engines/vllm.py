@@ -35,7 +35,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from heterorl.errors import HeteroRLError, UserError
-from heterorl.exchange.exchange import CANARY_TOKENS
+from heterorl.exchange.canary import CANARY_TOKENS
 from heterorl_sampler.engines.base import (
     Completion,
     Dtype,

@@ -1,0 +1,321 @@
+"""The JSON files of the exchange as models: everything that is read from the volume passes through one of them.
+
+Readers ignore fields that they do not know, so a later version may add some. A later version that changes what a field
+means raises `PROTOCOL`; a record with a higher one is refused as such and never taken for damage.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PlainSerializer,
+    PlainValidator,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic_core import from_json
+
+from heterorl.errors import CorruptFile, UnknownProtocol
+from heterorl.exchange.canary import Canary
+from heterorl.names import RolloutName, Version
+
+PROTOCOL = 1
+"""Of every file that learner and samplers exchange."""
+
+
+def _parsed_by(kind: type[Any]) -> PlainValidator:
+    """A name on the volume as a field: text in the file, the parsed name in the model."""
+    return PlainValidator(lambda value: value if isinstance(value, kind) else kind.parse(value))
+
+
+_Version = Annotated[Version, _parsed_by(Version), PlainSerializer(str)]
+_RolloutName = Annotated[RolloutName, _parsed_by(RolloutName), PlainSerializer(str)]
+
+
+class Record(BaseModel):
+    """A JSON file, or a line of one."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False, ser_json_inf_nan="null")
+
+    protocol: int = PROTOCOL
+
+    def to_bytes(self) -> bytes:
+        """The file's contents."""
+        return self.model_dump_json().encode()
+
+
+# ── manifests of published folders ───────────────────────────────────────────────────────────────────────────────────
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or str(path) != name or "\0" in name:
+        raise ValueError(f"{name!r} is not a file inside the folder")
+    return name
+
+
+class FileEntry(BaseModel):
+    """What a file of a published folder has to be."""
+
+    bytes: NonNegativeInt
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Manifest(Record):
+    """Written last into a published folder: its files, relative to it. One of the two kinds below."""
+
+    kind: str
+    time: float
+    """When it was published, in seconds by the learner's clock."""
+    step: NonNegativeInt
+    files: Annotated[dict[Annotated[str, AfterValidator(_inside)], FileEntry], Field(min_length=1)]
+
+
+class WeightsManifest(Manifest):
+    """Of a version: whole weights. (`kind: delta` with a `base` is a place kept for a later version.)"""
+
+    kind: Literal["anchor"] = "anchor"
+
+
+class CheckpointManifest(Manifest):
+    """Of a checkpoint, with the learner's small state."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    state: dict[str, Any]
+
+
+# ── the learner ──────────────────────────────────────────────────────────────────────────────────────────────────────
+class Incarnation(Record):
+    """Claims an incarnation of the learner. Who and when are for people; that the file exists is what counts."""
+
+    id: str
+    host: str
+    pid: int
+    time: float
+
+
+class JournalEntry(Record):
+    """What one learner step trains on."""
+
+    step: NonNegativeInt
+    incarnation: PositiveInt
+    names: Annotated[list[_RolloutName], Field(min_length=1)]
+    """Rollouts trained in this step."""
+    dropped: list[_RolloutName] = []
+    """Rollouts found too old when this step was selected."""
+
+
+class LearnerHeartbeat(Record):
+    """How far the learner is."""
+
+    step: NonNegativeInt
+    steps: NonNegativeInt = 0
+    incarnation: NonNegativeInt = 0
+    version: _Version | None = None
+    """The newest that it published."""
+    checkpoint_step: int | None = None
+    taken: dict[str, int] = {}
+    """The last sequence number that was trained or dropped, by slot."""
+    dropped: int = 0
+    finished: bool = False
+    """The last step is trained and the output written."""
+    reward: float | None = None
+    """Mean reward of the last step."""
+    lag: float | None = None
+    """Mean lag of the last step's rollouts, in steps."""
+    time: float = 0.0
+    """When it was written, by the learner's clock."""
+
+
+AttemptOutcome = Literal["clean", "signalled", "crashed"]
+
+
+class Attempt(Record):
+    """One start of the ranks of one of the learner's pods (`heterorl.exchange.crash_budget`)."""
+
+    run: str
+    """Id of the run: the volume may have seen another one before."""
+    pod: str
+    """Uid of the pod."""
+    started: float
+    ended: float | None = None
+    outcome: AttemptOutcome | None = None
+    code: int | None = None
+    """Exit code of the ranks; None if nobody saw it."""
+    message: str = ""
+    """The last line of the ranks' log."""
+    step: int = 0
+    """Steps trained when it ended."""
+    resumes: int = 0
+    """`failurePolicy.resumes` when it started."""
+    found_later: bool = False
+    """Nobody wrote the end when it came: it lies somewhere between `started` and `ended`."""
+
+
+class AttemptsFile(Record):
+    """All starts of one pod, oldest first."""
+
+    attempts: list[Attempt]
+
+
+# ── slots ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+class LeaseFile(Record):
+    """Claims a slot. Written once, by the process that created it."""
+
+    id: str = ""
+    host: str = ""
+    boot: str = ""
+    """Boot id of the host: a process id means something only within it."""
+    pid: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    started: float | None = None
+    """When that process started."""
+    first_seq: NonNegativeInt
+    """The first sequence number of this epoch: numbers from here on are no longer the predecessor's to use."""
+
+
+class SlotState(Record):
+    """What a slot's next holder has to know."""
+
+    next_seq: NonNegativeInt
+    adoption: dict[str, Any] = {}
+    """Of the delay policy (`heterorl.heterogeneity.delay.Adoption.state`)."""
+
+
+class SlotStatus(Record):
+    """What a sampler shows of itself."""
+
+    model_config = ConfigDict(frozen=False)
+
+    state: str = ""
+    """What it does: starting, generating, waiting: queue, stopped, ..."""
+    version: str | None = None
+    """The weights it serves."""
+    version_step: int | None = None
+    rollouts: int = 0
+    """Its next sequence number."""
+    swaps: int = 0
+    rejected: int = 0
+    """Versions that it refused."""
+    reward: float | None = None
+    tokens_per_s: float | None = None
+    pending: int = 0
+    """Its rollouts that wait for the learner."""
+    canary_max_abs_diff: float | None = None
+
+
+class SlotHeartbeat(SlotStatus):
+    """The status, and that the lease is kept."""
+
+    epoch: PositiveInt
+    beats: NonNegativeInt
+    released: bool = False
+    time: float = 0.0
+
+
+# ── preparation and evaluation ───────────────────────────────────────────────────────────────────────────────────────
+class ModelOrigin(Record):
+    """Where the starting model came from."""
+
+    source: str
+    digest: str
+    supervised_steps: int | None = None
+    held_out_accuracy: float | None = None
+
+
+class DataCount(Record):
+    """Problems of one data set."""
+
+    rows: NonNegativeInt
+    skipped: NonNegativeInt
+
+
+class Prepared(Record):
+    """Model and data are complete."""
+
+    run: str = ""
+    """Id of the run that they were prepared for."""
+    model: ModelOrigin | None = None
+    data: dict[str, DataCount] = {}
+
+
+class Evaluation(Record):
+    """Results of one version."""
+
+    average: float
+    """Mean over the sets of their mean@k."""
+    sets: dict[str, dict[str, float]] = {}
+    """Metrics by the set's label."""
+
+
+class QuarantineNote(Record):
+    """Why a file or folder was put aside."""
+
+    reason: str
+    came_from: str
+    """Path below the run's folder."""
+    time: float
+
+
+_R = TypeVar("_R", bound=Record)
+_KINDS = ("anchor", "checkpoint")
+
+
+def parse_record(model: type[_R], data: bytes, what: str) -> _R:
+    """The record in a file's contents; `what` names the file in messages.
+
+    Raises UnknownProtocol when a later version of HeteroRL may have written it, and CorruptFile when no version did.
+    """
+    found = _json_object(data, what)
+    protocol, kind = found.get("protocol", PROTOCOL), found.get("kind")
+    if isinstance(protocol, int) and protocol > PROTOCOL:
+        raise unknown_protocol(what, f"protocol {protocol}", f"protocol {PROTOCOL}")
+    if issubclass(model, Manifest) and isinstance(kind, str) and kind not in _KINDS:
+        raise unknown_protocol(what, f"kind {kind!r}", " and ".join(_KINDS))
+    try:
+        record = model.model_validate_json(data)
+    except ValidationError as error:
+        raise CorruptFile(f"{what}: {_first_of(error)}") from error
+    if record.protocol != PROTOCOL:
+        raise CorruptFile(f"{what}: there never was a protocol {record.protocol}")
+    return record
+
+
+def parse_canary(data: bytes, what: str) -> Canary:
+    """The canary in a file's contents, whose digest the manifest has vouched for; CorruptFile when it is none."""
+    try:
+        return _CANARY.validate_json(data)
+    except ValidationError as error:
+        raise CorruptFile(f"{what}: {_first_of(error)}") from error
+
+
+def unknown_protocol(what: str, found: str, known: str) -> UnknownProtocol:
+    """The error for a file that another version of HeteroRL may have written, with the way out."""
+    return UnknownProtocol(
+        f"{what} has {found}; this version of HeteroRL knows {known}. Nothing was changed: go on with the version that"
+        " wrote it, or move it out of the run's folder to go on without it"
+    )
+
+
+_CANARY = TypeAdapter(Canary)
+
+
+def _json_object(data: bytes, what: str) -> dict[str, Any]:
+    try:
+        found = from_json(data)
+    except ValueError as error:
+        raise CorruptFile(f"{what} is not JSON: {error}, found {data[:40]!r}") from error
+    if not isinstance(found, dict):
+        raise CorruptFile(f"{what} is not a JSON object: found {data[:40]!r}")
+    return found
+
+
+def _first_of(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}" if place else first["msg"]
