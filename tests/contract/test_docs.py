@@ -1,3 +1,4 @@
+import ast
 import re
 from pathlib import Path
 
@@ -74,15 +75,33 @@ def test_links_of_the_reference_lead_to_its_sections():
     assert set(re.findall(r"\(#(\w+)\)", text)) <= sections
 
 
+PLACES = [ROOT, *(ROOT / "images").iterdir(), ROOT / "operator"]
+"""Where a path named in the pages may start."""
+
+
 def test_paths_named_in_the_pages_exist():
     named = re.compile(
         r"(?<![\w./-])((?:charts|crds|docs|examples|images|operator|tests)/[\w./*-]*[\w*/]|heterorl(?:_\w+)?/[\w./]+\.py)"
     )
-    places = [ROOT, *(ROOT / "images").iterdir(), ROOT / "operator"]
     missing = [
         f"{page.name}: {path}"
         for page in PAGES
         for path in sorted(set(named.findall(page.read_text())))
-        if not any(any(place.glob(path)) for place in places)
+        if not any(any(place.glob(path)) for place in PLACES)
     ]
     assert missing == []
+
+
+def test_the_ways_in_the_architecture_name_functions_that_exist_in_at_most_twelve_places():
+    page = (ROOT / "docs/architecture.md").read_text()
+    ways = re.findall(r"^## The way of [^\n]+\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    assert len(ways) == 4
+    for way in ways:
+        assert 1 < len(re.findall(r"^\d+\. ", way, re.MULTILINE)) <= 12
+        for path, name in re.findall(r"`(heterorl\w*/[\w/]+\.py)` `([\w.]+)`", way):
+            (file,) = (place / path for place in PLACES if (place / path).exists())
+            body: list[ast.stmt] = ast.parse(file.read_text()).body
+            for part in name.split("."):
+                found = [node for node in body if getattr(node, "name", None) == part]
+                assert found, f"{path} has no {name}"
+                body = getattr(found[0], "body", [])
