@@ -21,8 +21,9 @@ quickstart: setup
 test: setup cluster-programs
 	$(BIN)/python -m pytest tests/unit tests/process tests/contract tests/system tests/cluster
 
+# No process and no engine is started in these: under a minute.
 test-unit: setup
-	$(BIN)/python -m pytest tests/unit tests/contract
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/unit
 
 # Do learners of two processes always end with exit code 0? 200 endings over all strategies, recorded in
 # docs/reports/exits.md: about 15 minutes.

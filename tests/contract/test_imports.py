@@ -7,7 +7,7 @@ import pytest
 import heterorl
 import heterorl_operator
 
-HEAVY = ("torch", "vllm", "transformers", "deepspeed", "datasets")
+HEAVY = ("torch", "vllm", "transformers", "deepspeed", "datasets", "pyarrow", "sympy", "math_verify")
 
 
 def modules(package):

@@ -74,9 +74,3 @@ def test_check_fails_where_the_generated_file_is_not_up_to_date(capsys, monkeypa
     code, _, err = run(capsys, command, "--check")
     assert code == 1
     assert f"run `heterorl {command}`" in err
-
-
-def test_eval_passes_its_arguments_on(capfd):
-    code, out, _ = run(capfd, "eval", "--help")
-    assert code == 0
-    assert "--data" in out

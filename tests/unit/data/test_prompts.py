@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 
 from heterorl.data.prompts import NO_THINK, THINK, render
@@ -61,10 +58,3 @@ def test_a_chat_template_that_refuses_the_system_turn_is_named(tokenizer) -> Non
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(ModelError, match=r"System role not supported.*promptTemplate: raw"):
         render("think", tokenizer, "1+1?")
-
-
-def test_prompts_data_and_answers_import_without_heavy_modules() -> None:
-    heavy = "torch transformers vllm datasets pyarrow sympy math_verify numpy"
-    script = f"import sys, heterorl.data.datasets; print([m for m in '{heavy}'.split() if m in sys.modules])"
-    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == "[]"

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from builders import rollout_name, rollout_of, spec_of
 from heterorl.exchange.rollout import Rollout
 from heterorl.spec.run import RunSpec
-from heterorl_learner.engines.build import build_engine
 from heterorl_learner.rollout_feed import StepBatch
-from heterorl_learner.train_step import rollout_metrics, sequences, step_totals, train_on
+from heterorl_learner.train_step import rollout_metrics, sequences, step_totals
 
 
 def spec(**algorithm: object) -> RunSpec:
@@ -43,17 +39,6 @@ def test_gepos_denominator_is_of_the_whole_group_also_where_a_member_is_masked()
 def test_totals_count_every_sequence_and_only_the_tokens_that_are_not_masked() -> None:
     totals = step_totals(spec(maskTruncated=True), [rollout([1.0, 0.0], [False, True])])
     assert (totals.sequences, totals.tokens, totals.max_length) == (2, 1, 4)
-
-
-def test_a_step_whose_completions_are_all_masked_changes_nothing(tiny_model_dir: Callable[..., Path]) -> None:
-    masked = spec(maskTruncated=True)
-    engine = build_engine(tiny_model_dir(), masked)
-    before = engine.full_state_dict()
-    metrics = train_on(engine, masked, batch(rollout([1.0, 0.0], [True, True])))
-    assert metrics == {"loss": 0.0, "kl_to_sampler": 0.0}
-    assert engine.step(1e-3) == 0.0
-    after = engine.full_state_dict()
-    assert all(np.array_equal(before[name].numpy(), after[name].numpy()) for name in before)
 
 
 def test_metrics_of_a_step_are_those_of_its_rollouts() -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from builders import exchange_at, put, rollout_name, rollout_of, run_of
+from builders import exchange_at, put, rollout_name, rollout_of, run_of, spec_of
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Prepared
 from heterorl.monitoring.metrics import Metrics
@@ -17,7 +18,9 @@ from heterorl.names import Version
 from heterorl.spec.run import HeteroRLRun
 from heterorl_learner.engines.base import TrainingEngine
 from heterorl_learner.engines.build import build_engine
+from heterorl_learner.rollout_feed import StepBatch
 from heterorl_learner.train import Trainer
+from heterorl_learner.train_step import train_on
 
 
 def run_with(steps: int, **spec: Any) -> HeteroRLRun:
@@ -102,3 +105,14 @@ def test_rollouts_are_kept_from_the_edit_on_that_says_so(exchange: Exchange, eng
     Trainer(exchange, engine, Metrics([watch]), lambda: False).train()
     archived = sorted(path.name for path in (exchange.root / "archive").iterdir())
     assert [name.partition("--s")[2] for name in archived] == ["0000000000.safetensors", "0000000001.safetensors"]
+
+
+def test_a_step_whose_completions_are_all_masked_changes_nothing(tiny_model_dir: Callable[..., Path]) -> None:
+    spec = spec_of(model={"dtype": "float32"}, algorithm={"groupSize": 2, "maskTruncated": True})
+    engine = build_engine(tiny_model_dir(), spec)
+    before = engine.full_state_dict()
+    batch = StepBatch(3, [rollout_name(0)], [rollout_of([1.0, 0.0], truncated=[True, True])], wait_s=0.0)
+    assert train_on(engine, spec, batch) == {"loss": 0.0, "kl_to_sampler": 0.0}
+    assert engine.step(1e-3) == 0.0
+    after = engine.full_state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
