@@ -121,7 +121,7 @@ def _inner_model(folder: Path) -> Path:
     """The model inside an output folder, a checkpoint or a whole run's folder (there its output)."""
     if not folder.is_dir():
         raise ModelError(f"model.path {folder} is no folder; write the folder of a Hugging Face model")
-    inner = ("output",) if (folder / "run.json").is_file() else ("", "model", "hf")
+    inner = ("output",) if (folder / "run.json").is_file() else ("", "model")
     for candidate in (folder / name for name in inner):
         if (candidate / "config.json").is_file():
             return candidate

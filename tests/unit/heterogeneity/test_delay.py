@@ -1,8 +1,7 @@
-"""Delay laws, draws and the adoption policy, against scipy and against lists worked by hand."""
+"""Delay distributions, draws and the adoption policy, against scipy and against lists worked by hand."""
 
 import itertools
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from scipy import stats
 
 from heterorl.errors import DataError
 from heterorl.heterogeneity.delay import Adoption, draw, draws, fitted, horizon, inline_trace
+from heterorl.names import Version
 from heterorl.seeds import uniform
 from heterorl.spec.run import DelaySpec
 
@@ -18,10 +18,8 @@ PAPER = {"lower": 60.0, "upper": 1920.0, "confidence": 0.995}
 LAG_COLUMN = "[paper]GEPO_diff32 - train/step_diff"
 
 
-@dataclass(frozen=True, order=True)
-class V:
-    step: int
-    incarnation: int = 1
+def v(step: int, incarnation: int = 1) -> Version:
+    return Version(step, incarnation)
 
 
 def scipy_distribution(delay: DelaySpec):
@@ -39,7 +37,7 @@ def run_adoption(adoption, events, published_every=1.0):
     """Feed a clock of whole seconds with one version published each second; returns the step held at each second."""
     current, held = None, []
     for now in events:
-        published = [(V(k), k * published_every) for k in range(int(now / published_every) + 1)]
+        published = [(v(k), k * published_every) for k in range(int(now / published_every) + 1)]
         chosen = adoption.choose(published, current, now)
         if chosen is not None:
             current = chosen
@@ -197,11 +195,11 @@ def test_transit_takes_the_newest_visible_where_versions_overtake():
     # version: 0 1 2 3, published at 0 1 2 3, transit 0 5 1 9: visible from 0, 6, 3, 12
     delay = DelaySpec(distribution="trace", model="transit", trace={"values": [0, 5, 1, 9]})
     adoption = Adoption(delay, slot="a-0")
-    published = [(V(k), float(k)) for k in range(4)]
-    assert adoption.choose(published, V(0), 2.9) is None
-    assert adoption.choose(published, V(0), 3.0) == V(2)
-    assert adoption.choose(published, V(2), 6.5) is None  # version 1 arrives late and is of no use
-    assert adoption.choose(published, V(2), 12.0) == V(3)
+    published = [(v(k), float(k)) for k in range(4)]
+    assert adoption.choose(published, v(0), 2.9) is None
+    assert adoption.choose(published, v(0), 3.0) == v(2)
+    assert adoption.choose(published, v(2), 6.5) is None  # version 1 arrives late and is of no use
+    assert adoption.choose(published, v(2), 12.0) == v(3)
 
 
 def test_thirty_two_steps_late_is_transit_constant_steps():
@@ -213,9 +211,9 @@ def test_thirty_two_steps_late_is_transit_constant_steps():
 
 def test_first_weights_are_adopted_at_once():
     late = DelaySpec(distribution="constant", model="transit", lower=500)
-    published = [(V(7), 0.0), (V(8), 1.0)]
-    assert Adoption(late, slot="a-0").choose(published, None, 2.0) == V(7)
-    assert Adoption(DelaySpec(distribution="constant", lower=500), slot="a-0").choose(published, None, 2.0) == V(8)
+    published = [(v(7), 0.0), (v(8), 1.0)]
+    assert Adoption(late, slot="a-0").choose(published, None, 2.0) == v(7)
+    assert Adoption(DelaySpec(distribution="constant", lower=500), slot="a-0").choose(published, None, 2.0) == v(8)
     assert Adoption(late, slot="a-0").choose([], None, 2.0) is None
 
 
@@ -241,20 +239,20 @@ def test_restarted_slot_swaps_as_if_it_had_never_stopped(model, stop_at):
 def test_restarted_slot_takes_the_newest_when_its_version_is_gone():
     delay = DelaySpec(distribution="constant", lower=100)
     before = Adoption(delay, slot="a-0")
-    before.adopted(V(3), now_s=50.0, newest_step=3)
+    before.adopted(v(3), now_s=50.0, newest_step=3)
     after = Adoption(delay, slot="a-0", state=before.state)
-    assert after.choose([(V(5), 60.0), (V(6), 61.0)], None, 62.0) == V(6)
+    assert after.choose([(v(5), 60.0), (v(6), 61.0)], None, 62.0) == v(6)
 
 
 def test_failed_swap_is_tried_again_and_draws_nothing():
     delay = DelaySpec(distribution="constant", lower=3)
     adoption = Adoption(delay, slot="a-0")
-    published = [(V(0), 0.0), (V(1), 1.0)]
-    adoption.adopted(V(0), now_s=0.0, newest_step=0)
+    published = [(v(0), 0.0), (v(1), 1.0)]
+    adoption.adopted(v(0), now_s=0.0, newest_step=0)
     state = adoption.state
-    assert adoption.choose(published, V(0), 4.0) == V(1)  # the caller's fetch fails, so adopted() is not called
+    assert adoption.choose(published, v(0), 4.0) == v(1)  # the caller's fetch fails, so adopted() is not called
     assert adoption.state == state
-    assert adoption.choose(published, V(0), 5.0) == V(1)
+    assert adoption.choose(published, v(0), 5.0) == v(1)
 
 
 def test_an_edited_delay_goes_on_with_the_version_held_and_repeats_no_draw():
@@ -264,22 +262,22 @@ def test_an_edited_delay_goes_on_with_the_version_held_and_repeats_no_draw():
     adoption.change(DelaySpec(distribution="trace", trace={"values": [7, 7, 7, 1]}))
     assert adoption.state == state
     # The third value is in force since the third swap, at 4: held until 11; then the fourth.
-    published = [(V(k), float(k)) for k in range(13)]
-    assert adoption.choose(published, V(4), 10.5) is None
-    assert adoption.choose(published, V(4), 11.0) == V(12)
-    adoption.adopted(V(12), now_s=11.0, newest_step=12)
-    assert adoption.choose([*published, (V(13), 12.0)], V(12), 11.5) is None
-    assert adoption.choose([*published, (V(13), 12.0)], V(12), 12.0) == V(13)
+    published = [(v(k), float(k)) for k in range(13)]
+    assert adoption.choose(published, v(4), 10.5) is None
+    assert adoption.choose(published, v(4), 11.0) == v(12)
+    adoption.adopted(v(12), now_s=11.0, newest_step=12)
+    assert adoption.choose([*published, (v(13), 12.0)], v(12), 11.5) is None
+    assert adoption.choose([*published, (v(13), 12.0)], v(12), 12.0) == v(13)
 
 
 def test_a_delay_edited_from_seconds_to_steps_and_back_does_not_hold_for_ever():
     adoption = Adoption(DelaySpec(distribution="constant", lower=100), slot="a-0")
-    adoption.adopted(V(3), now_s=1.8e9, newest_step=3)
+    adoption.adopted(v(3), now_s=1.8e9, newest_step=3)
     adoption.change(DelaySpec(distribution="constant", lower=100, unit="steps"))
-    assert adoption.choose([(V(3), 1.8e9), (V(4), 1.8e9)], V(3), 1.8e9) == V(4)
-    adoption.adopted(V(4), now_s=1.8e9, newest_step=4)
+    assert adoption.choose([(v(3), 1.8e9), (v(4), 1.8e9)], v(3), 1.8e9) == v(4)
+    adoption.adopted(v(4), now_s=1.8e9, newest_step=4)
     adoption.change(DelaySpec(distribution="constant", lower=100))
-    assert adoption.choose([(V(4), 1.8e9), (V(5), 1.8e9)], V(4), 1.8e9 + 1) == V(5)
+    assert adoption.choose([(v(4), 1.8e9), (v(5), 1.8e9)], v(4), 1.8e9 + 1) == v(5)
 
 
 # ── the authors' recorded run ────────────────────────────────────────────────────────────────────────────────────────
@@ -291,7 +289,7 @@ def test_recorded_lags_of_the_paper_replay_exactly(shared_data):
     adoption, current, lags = Adoption(delay, slot="far-0"), None, []
     kept = int(horizon(delay)) + 1  # what retention keeps is enough
     for step in range(1295):
-        published = [(V(k), 0.0) for k in range(max(0, step + 1 - kept), step + 1)]
+        published = [(v(k), 0.0) for k in range(max(0, step + 1 - kept), step + 1)]
         chosen = adoption.choose(published, current, 0.0)
         if chosen is not None:
             current = chosen

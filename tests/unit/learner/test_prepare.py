@@ -102,7 +102,7 @@ def test_preparation_that_was_cut_off_starts_over(tmp_path, ready_model):
     assert not torch.equal(ours, AutoModelForCausalLM.from_pretrained(ready_model).model.embed_tokens.weight)
 
 
-@pytest.mark.parametrize("inner", ["", "model", "hf"])
+@pytest.mark.parametrize("inner", ["", "model"])
 def test_model_of_a_path_is_copied_from_the_folder_or_the_checkpoint_around_it(tmp_path, ready_model, inner):
     shutil.copytree(ready_model, tmp_path / "step-00000050" / inner)
     (tmp_path / "step-00000050" / "state.pt").write_bytes(b"optimizer")

@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from heterorl.errors import DataError
+from heterorl.names import Version
 from heterorl.seeds import uniform
 from heterorl.spec.run import DelaySpec, DelayTraceSpec, HeteroRLRun
 
@@ -180,22 +181,6 @@ def _scale(delay: DelaySpec, time_scale: float) -> float:
 
 
 # ── adoption ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-class Version(Protocol):
-    """What adoption needs of a version: an order, a step, and a name (`str`) that stays."""
-
-    @property
-    def step(self) -> int:
-        """The learner step whose weights these are."""
-        ...
-
-    def __lt__(self, other: Any, /) -> bool:
-        """Older than the other."""
-        ...
-
-
-V = TypeVar("V", bound=Version)
-
-
 class Adoption:
     """One slot's policy: which of the published versions to generate with now.
 
@@ -235,7 +220,9 @@ class Adoption:
         """What a restarted slot must know, as JSON: swaps made, version held, clock (seconds or step) of its swap."""
         return {"swaps": self._swaps, "held": self._held, "since": self._since}
 
-    def choose(self, published: Sequence[tuple[V, float]], current: V | None, now_s: float) -> V | None:
+    def choose(
+        self, published: Sequence[tuple[Version, float]], current: Version | None, now_s: float
+    ) -> Version | None:
         """The version to adopt now, or None to go on with `current` (None: no weights are loaded yet).
 
         `published`: what is on the volume, each with its time of publication in seconds on the clock of `now_s`.
@@ -251,7 +238,7 @@ class Adoption:
             target = next((version for version in versions if str(version) == self._held), fallback)
         return None if target == current else target
 
-    def adopted(self, version: V, *, now_s: float, newest_step: int) -> None:
+    def adopted(self, version: Version, *, now_s: float, newest_step: int) -> None:
         """Note a swap that has succeeded; loading the held version again after a restart is none."""
         if str(version) == self._held:
             return
@@ -262,18 +249,18 @@ class Adoption:
     def _draw(self, n: int) -> float:
         return draw(self._delay, n, seed=self._seed, slot=self._slot) * self._scale
 
-    def _after_hold(self, versions: list[V], now_s: float) -> V | None:
+    def _after_hold(self, versions: list[Version], now_s: float) -> Version | None:
         newest = versions[-1]
         clock = now_s if self._delay.unit == "seconds" else newest.step
         # A clock that went back is another one: the learner resumed from an earlier step, the slot moved elsewhere.
         holding = self._held is not None and 0 <= clock - self._since < self._draw(self._swaps - 1)
         return None if holding else newest
 
-    def _newest_visible(self, published: Sequence[tuple[V, float]], now_s: float) -> V | None:
+    def _newest_visible(self, published: Sequence[tuple[Version, float]], now_s: float) -> Version | None:
         newest_step = max(version.step for version, _ in published)
         lag_trace = self._delay.distribution == "trace" and self._delay.unit == "steps"
 
-        def is_visible(version: V, published_s: float) -> bool:
+        def is_visible(version: Version, published_s: float) -> bool:
             age = now_s - published_s if self._delay.unit == "seconds" else newest_step - version.step
             return age >= self._draw(newest_step if lag_trace else version.step)
 
