@@ -138,12 +138,12 @@ def supervise(
         if step % CHECK_EVERY == 0 or step == tiny.max_supervised_steps:
             reached = accuracy(model, held_out)
             if step % (5 * CHECK_EVERY) == 0 or reached >= tiny.target_accuracy:
-                logger.info("supervised step %d: loss %.3f, held-out accuracy %.3f", step, loss.item(), reached)
+                logger.info("fine-tuning step %d: loss %.3f, held-out accuracy %.3f", step, loss.item(), reached)
             if reached >= tiny.target_accuracy:
                 return Supervision(step, reached)
     logger.warning(
-        "supervision ended after %d steps at accuracy %.3f, below model.tiny.targetAccuracy %g;"
-        " raise maxSupervisedSteps, or take an easier task or a larger model",
+        "fine-tuning ended after %d steps at accuracy %.3f, below model.tiny.targetAccuracy %g;"
+        " increase maxSupervisedSteps, or use an easier task or a larger model",
         step,
         reached,
         tiny.target_accuracy,

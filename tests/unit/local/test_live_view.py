@@ -109,7 +109,7 @@ def test_the_plain_line_names_step_reward_lag_and_every_sampler():
         "step 120/400 | reward 0.410 | lag 8.2 (max 21) | far-0 v112 640 rollouts | ETA 3:10"
     )
     away = RunView(learner=UP, slots={FAR: ProcessState("away")}, evaluating=Version(100, 1), elapsed_s=1.0)
-    assert "far-0 v112 640 rollouts away | evaluating step 100" in describe(progress, away)
+    assert "far-0 v112 640 rollouts (away) | evaluating step 100" in describe(progress, away)
 
 
 def test_plain_lines_come_at_intervals_while_there_is_news_and_once_at_the_end(exchange):

@@ -167,7 +167,7 @@ def test_table_says_what_the_run_came_to(tmp_path):
     page = page_of(fill(make_run(tmp_path / "run")))
     assert cells(page, "Steps") == ["40 of 40"]
     assert cells(page, "Reward, first → last tenth") == ["0.225 → 0.585"]  # steps 1..4 and 37..40 of 0.2 + 0.01 step
-    assert cells(page, "Lag, mean and largest") == ["2.2 and 9 steps"]  # mean of 0, 0.5, ..., 4.5
+    assert cells(page, "Lag, mean and maximum") == ["2.2 and 9 steps"]  # mean of 0, 0.5, ..., 4.5
     assert cells(page, "Weight swaps by sampler") == ["far-0 4, near-0 40"]
     assert cells(page, "Largest canary difference") == ["4.0e-05"]
     assert cells(page, "Samplers") == [
@@ -230,5 +230,5 @@ def test_folder_without_a_run_is_an_error_for_people(tmp_path):
 
 def test_folder_that_cannot_be_written_is_an_error_for_people(tmp_path):
     (tmp_path / "out").write_text("a file stands here")
-    with pytest.raises(RunFolderError, match="choose another --out"):
+    with pytest.raises(RunFolderError, match="choose another folder with --out"):
         write_report([make_run(tmp_path / "run")], tmp_path / "out")

@@ -147,7 +147,7 @@ def describe(progress: LiveProgress, state: RunView) -> str:
     for slot, row in progress.slots.items():
         seen = state.slots[slot].state
         version = "" if row.version is None else f" v{row.version}"
-        parts.append(f"{slot}{version} {row.rollouts} rollouts" + ("" if seen == "up" else f" {seen}"))
+        parts.append(f"{slot}{version} {row.rollouts} rollouts" + ("" if seen == "up" else f" ({seen})"))
     if state.evaluating:
         parts.append(f"evaluating step {state.evaluating.step}")
     if progress.eta_s is not None and progress.step < progress.steps:
@@ -173,7 +173,7 @@ def _head(progress: LiveProgress, state: RunView) -> Table:
     grid.add_column()
     bar = Table.grid(padding=(0, 2))
     done = progress.step / progress.steps if progress.steps else 0.0
-    times = f"{duration(state.elapsed_s)} gone"
+    times = f"{duration(state.elapsed_s)} elapsed"
     if progress.eta_s is not None and progress.step < progress.steps:
         times += f" · ETA {duration(progress.eta_s)}"
     bar.add_row(

@@ -1,4 +1,4 @@
-"""Drawing runs: panels of learner metrics, who waits for whom, evaluation, and who held which version when.
+"""Plots of runs: panels of learner metrics, evaluation, waiting times, and the weights version of each process.
 
 One run: the learner in black, each sampler pool in its colour. Several: a colour each, where runs named alike but for
 `-s0`, `-s1`, ... are seeds of one thing: a thin line a seed and their mean. Raw values are faint, smoothed ones strong.
@@ -81,7 +81,7 @@ LAG = Panel("Lag", "learner steps", "lag/mean")
 PANELS = (
     Panel("Reward", "mean reward", "reward"),
     LAG,
-    Panel("Distance between sampler and learner", "KL, nats a token", "mismatch_kl", log=True),
+    Panel("KL divergence from sampler to learner", "nats per token", "mismatch_kl", log=True),
     Panel("Variance of the importance weight", "variance", "weight/variance", log=True),
     Panel("Effective sample size", "share of the batch", "weight/ess", top=1.0),
 )
@@ -283,7 +283,7 @@ def _draw_timeline(axes: Axes, run: RunSeries, colour: str | None) -> None:
         for n, life in enumerate(lives(run.samplers[slot])):
             at, held = [clock(t) / unit_s for t, _ in life], [version for _, version in life]
             axes.plot(at, held, **look, lw=1.5, drawstyle="steps-post", label=slot if n == 0 else None)
-    axes.set_title(run.name if colour else "Who held which weights", color=colour or INK)
+    axes.set_title(run.name if colour else "Weights version by process", color=colour or INK)
     axes.set_xlabel(f"{unit} since the start")
     axes.set_ylabel("version (learner step)")
     axes.set_xlim(0, total / unit_s or 1.0)

@@ -1,4 +1,4 @@
-"""`heterorl report RUN...`: one or several runs as a picture and as one page that needs nothing else.
+"""`heterorl report RUN...`: one or several runs as a PNG and as a self-contained HTML page.
 
 A run may be going on, stopped or crashed: what is there is shown. Writes `report.png` and `report.html`.
 """
@@ -33,13 +33,13 @@ dt { font-weight: 600 } dd { margin: 0 0 .5rem }
 """
 
 _HOW_TO_READ = {
-    "Reward": "mean over a step's completions; faint is every step, strong is smoothed.",
-    "Lag": "how many steps the learner had made since the weights that generated what it trains on.",
-    "Distance": "k3 estimate of the KL divergence from sampler to learner, on what is trained, before the update.",
-    "Variance of the importance weight": "of the loss's own weight: it grows with the lag; GEPO's is not 0 without.",
-    "Effective sample size": "share of completions (of tokens, for token ratios) that the weights leave effective.",
-    "Waiting": "the learner for rollouts, a sampler for room in the queue or for weights; who never waits is slowest.",
-    "Who held which weights": "a step up is a swap; the distance below the learner is the lag of what is generated.",
+    "Reward": "mean over the completions of a step; thin: every step, bold: smoothed.",
+    "Lag": "learner step minus the step of the weights that generated the rollouts.",
+    "KL divergence": "k3 estimate from sampler to learner on the rollouts of a step, before the update.",
+    "Variance of the importance weight": "of the loss's own weights; it grows with the lag. GEPO's is not 0 at lag 0.",
+    "Effective sample size": "as a fraction of the completions (of the tokens, for token-level ratios) of a step.",
+    "Waiting": "the learner for rollouts, samplers for room in the queue or for weights; the bottleneck never waits.",
+    "Weights version by process": "each step up is a swap; the gap below the learner is the lag of new rollouts.",
 }
 
 
@@ -57,7 +57,7 @@ def write_report(roots: Sequence[Path], out: Path | None = None) -> Path:
         page.write_text(render_page(runs, facts, (out / "report.png").read_bytes()), encoding="utf-8")
     except OSError as error:
         raise RunFolderError(
-            f"{out}: the report cannot be written there: {error.strerror}; choose another --out"
+            f"{out}: cannot write the report: {error.strerror}; choose another folder with --out"
         ) from error
     return page
 
@@ -145,17 +145,17 @@ def _evaluations(facts: Facts) -> str:
 _ROWS: dict[str, Callable[[Facts], str]] = {
     "Status": lambda f: html.escape(f"{f['status']}{': ' + f['reason'] if f['reason'] else ''}"),
     "Steps": lambda f: f"{f['steps']:,} of {f['steps_wanted']:,}",
-    "Wall time": lambda f: f"{f['wall_s'] / 60:.1f} min, of which {f['prepare_s'] / 60:.1f} preparing",
+    "Wall time": lambda f: f"{f['wall_s'] / 60:.1f} min, including {f['prepare_s'] / 60:.1f} min of preparation",
     "Loss": lambda f: f["spec"].algorithm.loss.type,
     "Seed": lambda f: str(f["spec"].seed),
     "Samplers": _samplers,
     "Reward, first → last tenth": lambda f: f"{_number(f['reward_first_tenth'])} → {_number(f['reward_last_tenth'])}",
-    "Lag, mean and largest": lambda f: f"{_number(f['lag_mean'], 1)} and {_number(f['lag_max'], 0)} steps",
+    "Lag, mean and maximum": lambda f: f"{_number(f['lag_mean'], 1)} and {_number(f['lag_max'], 0)} steps",
     "Evaluation, best / last / gap": _evaluations,
     "Rollouts by sampler": lambda f: _counts(f["rollouts"]),
     "Rollouts trained": lambda f: f"{f['rollouts_trained']:,} of {f['rollouts_published']:,} published",
     "… dropped as too old": lambda f: f"{f['rollouts_dropped']:,}",
-    "… still waiting": lambda f: f"{f['rollouts_pending']:,}",
+    "… pending": lambda f: f"{f['rollouts_pending']:,}",
     "… quarantined": lambda f: _bad_if_any(f["rollouts_quarantined"]),
     "… trained twice, lost": lambda f: f"{_bad_if_any(f['rollouts_trained_twice'])}, {_bad_if_any(f['rollouts_lost'])}",
     "Weight swaps by sampler": lambda f: _counts(f["swaps"]),
