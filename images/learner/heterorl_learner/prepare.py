@@ -28,9 +28,10 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from heterorl.data.datasets import PreparedData, prepare_rows
+from heterorl.data.tokenizer import load_tokenizer
 from heterorl.entry import exit_code
 from heterorl.errors import ModelError
 from heterorl.exchange.exchange import Exchange
@@ -102,19 +103,6 @@ def find_model(model: ModelSpec) -> Path | None:
     folder = _inner_model(Path(model.path)) if model.path and model.source == "path" else _download(model)
     _require_complete(folder)
     return folder
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer; ModelError when it holds none that can be read."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise ModelError(
-            f"{folder} has no tokenizer (tokenizer.json); copy the tokenizer's files there, as"
-            " `AutoTokenizer.from_pretrained(BASE_MODEL).save_pretrained(FOLDER)` does"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
 
 
 def _inner_model(folder: Path) -> Path:

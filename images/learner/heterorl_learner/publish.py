@@ -14,8 +14,9 @@ import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
+from heterorl.data.tokenizer import load_tokenizer
 from heterorl.errors import CorruptFile, UnknownProtocol
-from heterorl.exchange.canary import CANARY_TOKENS, Canary
+from heterorl.exchange.canary import CANARY_TOKENS, Canary, canary_texts
 from heterorl.exchange.exchange import Exchange
 from heterorl.heterogeneity.delay import horizon
 from heterorl.names import Version
@@ -31,7 +32,7 @@ class Publisher:
 
     def __init__(self, exchange: Exchange, engine: TrainingEngine, incarnation: int) -> None:
         self._exchange, self._engine, self._incarnation = exchange, engine, incarnation
-        self._texts = canary_texts(exchange)
+        self._texts = _canary_texts(exchange)
         self._batches = [_as_micro_batch(text) for text in self._texts]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._pending: Future[None] | None = None
@@ -99,14 +100,10 @@ def versions_to_keep(spec: RunSpec, published: list[tuple[Version, float]], now_
     return kept
 
 
-def canary_texts(exchange: Exchange) -> list[list[int]]:
-    """Two different texts of CANARY_TOKENS tokens each, made of the run's own prompts."""
+def _canary_texts(exchange: Exchange) -> list[list[int]]:
     with open(exchange.data_file("train")) as file:
         prompts = [json.loads(line)["prompt_ids"] for line in itertools.islice(file, 2 * CANARY_TOKENS)]
-    tokens = itertools.cycle(itertools.chain.from_iterable(prompts))
-    stream = list(itertools.islice(tokens, 2 * CANARY_TOKENS + 1))
-    # The odd token shifts the second text, so that it differs even where the data is one short prompt repeated.
-    return [stream[:CANARY_TOKENS], stream[CANARY_TOKENS + 1 :]]
+    return canary_texts(load_tokenizer(exchange.model_dir), prompts)
 
 
 def _as_micro_batch(text: list[int]) -> MicroBatch:

@@ -11,6 +11,7 @@ import tempfile
 import threading
 from pathlib import Path
 
+from heterorl.data.tokenizer import load_tokenizer
 from heterorl.entry import exit_code
 from heterorl.errors import HeteroRLError
 from heterorl.exchange.canary import CANARY_TOKENS
@@ -61,9 +62,7 @@ def serve(exchange: Exchange, pool_name: str, index: int | None, stop: threading
 
 def sample(exchange: Exchange, lease: Lease, status: SlotStatus, stop: threading.Event) -> None:
     """Start the leased slot's engine and sample until `stop`, keeping `status` up to date."""
-    from transformers import AutoTokenizer  # slow to import, and `--help` needs none of it
-
-    from heterorl_sampler.engines.build import build_engine
+    from heterorl_sampler.engines.build import build_engine  # slow to import, and `--help` needs none of it
     from heterorl_sampler.rewards import build_rewards
     from heterorl_sampler.sample import Sampler
 
@@ -89,7 +88,7 @@ def sample(exchange: Exchange, lease: Lease, status: SlotStatus, stop: threading
         ) as metrics,
         build_rewards(spec) as rewards,
     ):
-        tokenizer = AutoTokenizer.from_pretrained(exchange.model_dir)
+        tokenizer = load_tokenizer(exchange.model_dir)
         Sampler(exchange, lease, status, engine, tokenizer, rows, rewards, metrics, stop, Path(scratch)).run()
     engine.close()
 

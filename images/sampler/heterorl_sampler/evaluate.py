@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from heterorl.data.answers import AnswerChecker
 from heterorl.data.datasets import Row, prepare_rows
-from heterorl.errors import CanaryMismatch, ExchangeError, HeteroRLError, ModelError, UserError
+from heterorl.data.tokenizer import load_tokenizer
+from heterorl.errors import ExchangeError, HeteroRLError, ModelError, UserError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation
 from heterorl.logs import setup_logging
@@ -102,16 +103,6 @@ def evaluate(
     }
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer; ModelError when there is none."""
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise ModelError(f"{folder}: no tokenizer.json; copy the tokenizer's files of the base model there")
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    return tokenizer
-
-
 # ── during a run ─────────────────────────────────────────────────────────────────────────────────────────────────────
 def evaluate_version(exchange: Exchange, version: Version) -> dict[str, Any]:
     """Evaluate a published version on the run's evaluation sets and publish the result: `sets` by label, `average`.
@@ -179,11 +170,7 @@ def _served(exchange: Exchange, version: Version, max_model_len: int) -> Iterato
             tensor_parallel=max(1, gpus),
         )
         with closing(engine):
-            difference = canary.max_abs_diff(engine.score(canary.token_ids))
-            if not difference <= spec.canary_tolerance:
-                raise CanaryMismatch(
-                    f"weights {version}: the engine's log-probabilities of the canary differ by {difference:.3g}"
-                )
+            canary.check(version, engine.score, spec.canary_tolerance)
             yield engine
 
 

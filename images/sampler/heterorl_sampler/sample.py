@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -130,15 +130,24 @@ class Sampler:
         self.swaps += 1
         self.status.version, self.status.version_step = str(swap.version), swap.version.step
         self.status.swaps = self.swaps
-        self.status.canary_max_abs_diff = max(self.status.canary_max_abs_diff or 0.0, swap.canary_max_abs_diff)
+        self.status.canary_mean_abs_diff = swap.canary_mean_abs_diff
         self._save()
-        self.metrics.event("swap", {**asdict(swap), "version": str(swap.version), "version_step": swap.version.step})
+        self.metrics.event(
+            "swap",
+            {
+                "version": str(swap.version),
+                "version_step": swap.version.step,
+                "fetch_s": swap.fetch_s,
+                "load_s": swap.load_s,
+                "canary/mean_abs_diff": swap.canary_mean_abs_diff,
+            },
+        )
         log.info(
-            "weights %s: fetched in %.2f s, loaded in %.2f s, canary within %.1e",
+            "weights %s: fetched in %.2f s, loaded in %.2f s, canary off by %.1e on average",
             swap.version,
             swap.fetch_s,
             swap.load_s,
-            swap.canary_max_abs_diff,
+            swap.canary_mean_abs_diff,
         )
 
     def _save(self) -> None:

@@ -30,7 +30,7 @@ class Swap:
     version: Version
     fetch_s: float
     load_s: float
-    canary_max_abs_diff: float
+    canary_mean_abs_diff: float
 
 
 class WeightSync:
@@ -125,13 +125,7 @@ class WeightSync:
 
     def _load(self, fetched: Fetched) -> float:
         self._engine.load_weights(fetched.folder)
-        difference = fetched.canary.max_abs_diff(self._engine.score(fetched.canary.token_ids))
-        if not difference <= self._tolerance:
-            raise CanaryMismatch(
-                f"weights {fetched.version}: the engine's log-probabilities of the canary differ by {difference:.3g}"
-                f" from the learner's; at most {self._tolerance:g} is allowed (exchange.canary.tolerance)"
-            )
-        return difference
+        return fetched.canary.check(fetched.version, self._engine.score, self._tolerance)
 
     def _forget(self, version: Version) -> None:
         shutil.rmtree(self._scratch / str(version), ignore_errors=True)

@@ -140,13 +140,6 @@ def test_a_pinned_version_is_not_retired(exchange: Exchange) -> None:
     assert exchange.retire_weights([Version(4, 1)]) == [V3]
 
 
-def test_the_canary_tells_the_largest_difference_and_refuses_nan() -> None:
-    # |-0.5 - -0.4| = 0.1 and |-0.25 - -0.25| = 0
-    assert CANARY.max_abs_diff([[-0.4, -0.25]]) == pytest.approx(0.1)
-    assert CANARY.max_abs_diff([[float("nan"), -0.25]]) == float("inf")
-
-
-# ── rollouts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_a_rollout_is_read_back_as_it_was_put(exchange: Exchange) -> None:
     name = RolloutName(V3, FAR, 0)
     put(exchange, {name: rollout()})

@@ -63,7 +63,7 @@ def test_a_tail_gives_each_line_once_and_leaves_a_torn_one_for_later(tmp_path):
 def test_progress_follows_learner_and_samplers(exchange):
     reader = ProgressReader(exchange)
     append(exchange, "learner", step(1, reward=0.2, **{"perf/rollout_wait_s": 0.5, "perf/tokens_per_s": 900.0}))
-    append(exchange, "sampler-far-0", {"event": "swap", "version_step": 0, "canary_max_abs_diff": 2e-6})
+    append(exchange, "sampler-far-0", {"event": "swap", "version_step": 0, "canary/mean_abs_diff": 2e-6})
     batch = {"version_step": 0, "groups": 8, "tokens_per_s": 700.0}
     append(exchange, "sampler-far-0", {**batch, "rollout/backpressure_s": 1.0, "rollout/weights_wait_s": 0.5})
     exchange.write_learner(LearnerHeartbeat(step=1))

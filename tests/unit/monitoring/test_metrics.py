@@ -44,11 +44,11 @@ def test_each_record_is_one_line_and_readable_at_once(tmp_path):
         assert read_metrics(tmp_path / "learner.jsonl")[1:] == [
             {"time": 1000.0, "step": 1, "reward": 0.25, "lag/by_pool/far": 3}
         ]
-        metrics.event("swap", {"version_step": 1, "canary_max_abs_diff": 1e-6})
+        metrics.event("swap", {"version_step": 1, "canary/mean_abs_diff": 1e-6})
         metrics.write(None, {"rollouts": 8})
     lines = (tmp_path / "learner.jsonl").read_text().splitlines()
     assert [sorted(json.loads(line)) for line in lines[2:-1]] == [
-        ["canary_max_abs_diff", "event", "time", "version_step"],
+        ["canary/mean_abs_diff", "event", "time", "version_step"],
         ["rollouts", "time"],
     ]
 

@@ -51,7 +51,7 @@ def fill(root: Path, steps: int = 40) -> Path:
         for step in range(steps):
             held = step // every * every
             if held == step:
-                swap = {"fetch_s": 0.1, "load_s": 0.1, "canary_max_abs_diff": 1e-6 * (1 + step)}
+                swap = {"fetch_s": 0.1, "load_s": 0.1, "canary/mean_abs_diff": 1e-6 * (1 + step)}
                 records.append({"event": "swap", "time": 1000.0 + step, "version_step": held, **swap})
             names = [f"{Version(held, 1)}--{slot}--s{step:010d}"]
             waits = {"rollout/backpressure_s": 0.5, "rollout/weights_wait_s": 0.0}

@@ -97,7 +97,7 @@ def test_a_version_whose_canary_fails_is_refused_and_the_old_weights_are_loaded_
     wrong = publish(exchange, 1, -2.0, canary=-2.1)
     settle(follower)
     assert (engine.weight, follower.version) == (-1.0, first)
-    assert "differ by 0.1" in follower.rejected[wrong]
+    assert "differ by 0.1 on average" in follower.rejected[wrong]
     good = publish(exchange, 2, -3.0)
     settle(follower)
     assert (engine.weight, follower.version) == (-3.0, good)

@@ -1,14 +1,29 @@
-"""The canary of a version: texts and the learner's own log-probabilities of them, checked by every engine."""
+"""The canary: two texts and the learner's log-probabilities of them, by which an engine shows what weights it serves.
+
+The statistic is the mean absolute difference of a token's log-probability between engine and learner. One token's
+difference says little in bfloat16, where a rare token is off by 1 under honest rounding; the mean over 542 tokens is
+stable. `docs/exchange.md` says what it sees and what it cannot, with the measurements in `docs/reports/canary.md`.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from importlib.resources import files
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import ConfigDict, Field, FiniteFloat, model_validator
 from pydantic.dataclasses import dataclass
 
+from heterorl.errors import CanaryMismatch
+from heterorl.names import Version
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 CANARY_TOKENS = 272
-"""Tokens of a canary text: more than two blocks of any engine's KV cache (128 on a CPU), so that a stale one shows."""
+"""Tokens of a canary text: more than two blocks of any engine's KV cache (128 on a CPU)."""
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True))
@@ -27,10 +42,48 @@ class Canary:
             raise ValueError(f"has {found} log-probabilities for texts that need {expected}")
         return self
 
-    def max_abs_diff(self, scores: list[list[float]]) -> float:
-        """Largest difference between an engine's scores and the learner's; infinite if one is not a number."""
-        pairs = [
-            (a, b) for ours, theirs in zip(self.logp, scores, strict=True) for a, b in zip(ours, theirs, strict=True)
+    def mean_abs_diff(self, scores: list[list[float]]) -> float:
+        """Mean absolute difference between an engine's scores and the learner's; infinite if one is not finite."""
+        differences = [
+            abs(a - b)
+            for ours, theirs in zip(self.logp, scores, strict=True)
+            for a, b in zip(ours, theirs, strict=True)
         ]
-        differences = [abs(a - b) for a, b in pairs]
-        return max(differences) if all(d == d for d in differences) else float("inf")
+        mean = math.fsum(differences) / len(differences)
+        return mean if math.isfinite(mean) else math.inf
+
+    def check(self, version: Version, score: Callable[[list[list[int]]], list[list[float]]], tolerance: float) -> float:
+        """Score the texts with an engine that serves `version`; returns the mean absolute difference.
+
+        Raises CanaryMismatch when it exceeds the tolerance.
+        """
+        found = self.mean_abs_diff(score(self.token_ids))
+        if found > tolerance:
+            raise CanaryMismatch(
+                f"weights {version}: the engine's log-probabilities of the canary differ by {found:.3g} on average from"
+                f" the learner's; at most {tolerance:g} is allowed (exchange.canary.tolerance)"
+            )
+        return found
+
+
+def canary_texts(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[list[int]]) -> list[list[int]]:
+    """Two different texts of CANARY_TOKENS tokens: prose, or the run's prompts where the tokenizer cannot spell prose.
+
+    Prose, because its tokens are likely ones: rounding moves the log-probability of an unlikely token more.
+    """
+    prose = files("heterorl.exchange").joinpath("canary.txt").read_text().split("\n\n")
+    encoded = [_encode(tokenizer, " ".join(text.split())) for text in prose]
+    if all(len(ids) == CANARY_TOKENS for ids in encoded):
+        return encoded
+    tokens = itertools.cycle(itertools.chain.from_iterable(prompts))
+    stream = list(itertools.islice(tokens, 3 * CANARY_TOKENS))
+    first, *others = (stream[start : start + CANARY_TOKENS] for start in (0, *range(CANARY_TOKENS, 2 * CANARY_TOKENS)))
+    # Even where the data is one short prompt repeated, the texts differ from the first block on.
+    return [first, next((other for other in others if other != first), first)]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The text's first tokens; none when they do not spell it."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)[:CANARY_TOKENS]
+    spelt = "".join(str(tokenizer.decode(ids)).split())
+    return ids if spelt and "".join(text.split()).startswith(spelt) else []

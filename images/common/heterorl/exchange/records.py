@@ -206,7 +206,8 @@ class SlotStatus(Record):
     tokens_per_s: float | None = None
     pending: int = 0
     """Its rollouts that wait for the learner."""
-    canary_max_abs_diff: float | None = None
+    canary_mean_abs_diff: float | None = None
+    """Of the version it serves (`heterorl.exchange.canary`)."""
 
 
 class SlotHeartbeat(SlotStatus):

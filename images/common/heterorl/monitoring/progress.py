@@ -56,7 +56,7 @@ class SlotProgress:
     rejected: int = 0
     """Versions it refused."""
     canary: float | None = None
-    """Largest log-probability difference of its last swap."""
+    """Mean absolute difference of the canary's log-probabilities at its last swap."""
 
 
 @dataclass
@@ -149,7 +149,7 @@ def _take_sampler(slot: SlotProgress, record: dict[str, Any]) -> None:
     slot.version = record.get("version_step", slot.version)
     if record.get("event") == "swap":
         slot.swaps += 1
-        slot.canary = record.get("canary_max_abs_diff")
+        slot.canary = record.get("canary/mean_abs_diff")
     elif "event" not in record:
         slot.rollouts += record.get("groups", 0)
         slot.tokens_per_s = record.get("tokens_per_s") or 0.0

@@ -160,7 +160,7 @@ _ROWS: dict[str, Callable[[Facts], str]] = {
     "… trained twice, lost": lambda f: f"{_bad_if_any(f['rollouts_trained_twice'])}, {_bad_if_any(f['rollouts_lost'])}",
     "Weight swaps by sampler": lambda f: _counts(f["swaps"]),
     "Largest canary difference": lambda f: (
-        "–" if f["canary_max_abs_diff"] is None else f"{f['canary_max_abs_diff']:.1e}"
+        "–" if f["canary_mean_abs_diff"] is None else f"{f['canary_mean_abs_diff']:.1e}"
     ),
     "Restarts after crashes": lambda f: _counts({k: n for k, n in f["restarts"].items() if n}),
 }

@@ -89,8 +89,8 @@ def summarise(root: Path) -> dict[str, Any]:
         "rollouts_quarantined": len(ledger.quarantined),
         "rollouts_lost": len(ledger.lost),
         "swaps": {str(slot): len(events) for slot, events in swaps.items()},
-        "canary_max_abs_diff": max(
-            (value for events in swaps.values() for value in _column(events, "canary_max_abs_diff")), default=None
+        "canary_mean_abs_diff": max(
+            (value for events in swaps.values() for value in _column(events, "canary/mean_abs_diff")), default=None
         ),
         "restarts": runner.get("restarts", {}),
         "evaluations": _evaluations(exchange),

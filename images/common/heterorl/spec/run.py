@@ -690,7 +690,7 @@ class CanarySpec(Block):
     """The check that a sampler computes what the learner computes."""
 
     tolerance: float | None = Field(None, gt=0, le=100)
-    """Largest difference of a token's log-probability; absent: 1e-4 in float32, 0.15 in bfloat16."""
+    """Largest mean absolute difference of a token's log-probability; absent: 1e-4 in float32, 0.15 in bfloat16."""
 
 
 class ExchangeSpec(Block):
@@ -898,7 +898,7 @@ class RunSpec(Block):
 
     @property
     def canary_tolerance(self) -> float:
-        """Largest admissible |difference| of a canary token's log-probability, by data type unless set."""
+        """Largest admissible mean absolute difference of the canary's log-probabilities, by data type unless set."""
         default = 1e-4 if self.model.dtype == "float32" else 0.15
         return self.exchange.canary.tolerance or default
 
