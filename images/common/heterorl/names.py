@@ -29,7 +29,7 @@ class Version:
     def parse(cls, text: str) -> Self:
         """The version with that name; ValueError if it is none."""
         if not (match := _VERSION.fullmatch(text)):
-            raise ValueError(f"{text!r} is no weights version; expected a name as v00000012-i0001")
+            raise ValueError(f"{text!r} is not a weights version; expected a name such as v00000012-i0001")
         return cls(int(match[1]), int(match[2]))
 
 
@@ -47,7 +47,7 @@ class Slot:
     def parse(cls, text: str) -> Self:
         """The slot with that name; ValueError if it is none."""
         if not (match := _SLOT.fullmatch(text)):
-            raise ValueError(f"{text!r} is no slot; expected a name as far-0")
+            raise ValueError(f"{text!r} is not a slot; expected a name such as far-0")
         return cls(match[1], int(match[3]))
 
 
@@ -73,5 +73,5 @@ class RolloutName:
     def parse(cls, text: str) -> Self:
         """The rollout with that name; ValueError if it is none."""
         if not (match := _ROLLOUT.fullmatch(text)):
-            raise ValueError(f"{text!r} is no rollout; expected a name as v00000012-i0001--far-0--s0000000042")
+            raise ValueError(f"{text!r} is not a rollout; expected a name such as v00000012-i0001--far-0--s0000000042")
         return cls(Version.parse(match[1]), Slot.parse(match[2]), int(match[3]))

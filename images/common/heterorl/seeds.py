@@ -1,4 +1,4 @@
-"""Random numbers that depend on names alone: whoever takes a slot over draws what its predecessor would have."""
+"""Random numbers that depend only on names: the next holder of a slot draws what its predecessor would have drawn."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def plan(
 
 
 def balance(items: SequenceOf[list[Sequence]], world_size: int) -> list[list[list[Sequence]]]:
-    """Deals items out to ranks so that each gets about as many tokens: longest first, to whoever has least."""
+    """Distributes items over ranks evenly by tokens: longest first, to the rank with the fewest tokens."""
     shares: list[list[list[Sequence]]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
     for item in _longest_first(items):

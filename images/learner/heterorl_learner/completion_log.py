@@ -1,4 +1,4 @@
-"""A look at what the model writes: a few completions of a step, as text, with their rewards."""
+"""Log of sampled completions: a few completions of a step, as text, with their rewards."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_a_name_is_read_back_as_what_it_names(text: str, value: Version | Slot |
 
 @pytest.mark.parametrize("text", ["", "v1-i1", "v00000012-i0003--s0000000042", "../../etc/passwd", ".tmp-abc"])
 def test_what_is_no_rollout_name_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no rollout"):
+    with pytest.raises(ValueError, match="is not a rollout"):
         RolloutName.parse(text)
 
 

@@ -60,7 +60,7 @@ def test_a_sequence_above_the_budget_goes_alone() -> None:
     assert [[s.num_tokens for s in p] for p in packs] == [[50], [4, 4]]
 
 
-def test_balance_gives_the_longest_to_whoever_has_least() -> None:
+def test_balance_gives_the_longest_item_to_the_rank_with_the_fewest_tokens() -> None:
     # 8 | 7, 6 | 5 -> 8+5, 7+6 and then 2 to either: the first.
     shares = balance([[sequence(1, size)] for size in (2, 5, 6, 7, 8)], 2)
     assert [[item[0].num_tokens for item in share] for share in shares] == [[8, 5, 2], [7, 6]]

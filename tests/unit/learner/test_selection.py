@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from builders import spec_of
+from heterorl.exchange.records import LearnerHeartbeat
 from heterorl.names import RolloutName, Slot, Version
 from heterorl.spec.run import RunSpec
 from heterorl_learner.publish import versions_to_keep
@@ -61,16 +64,18 @@ def test_the_order_of_the_listing_does_not_matter() -> None:
     assert forward == select_rollouts(waiting[::-1], step=2, groups=5, max_steps=64, last=None)
 
 
-# ── pacing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── backpressure ─────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_what_was_taken_no_longer_waits() -> None:
     rollouts = [name(3, "far-0", 0), name(3, "far-0", 1), name(3, "near-0", 0), name(2, "near-0", 1)]
-    learner = {"taken": {"far-0": 0}}
+    learner = LearnerHeartbeat(step=3, taken={"far-0": 0})
     assert pending(spec(), rollouts, learner, Slot("far", 0), Version(3, 1)) == Queue(own=1, total=3, of_version=2)
 
 
-def test_what_is_too_old_to_be_taken_holds_nobody_back() -> None:
+def test_rollouts_that_are_too_old_do_not_count_towards_backpressure() -> None:
     rollouts = [name(0, "far-0", 0), name(1, "far-0", 1)]
-    queue = pending(spec(), rollouts, {"step": 65}, Slot("far", 0), Version(1, 1))  # lags 65 and 64; maxSteps 64
+    queue = pending(
+        spec(), rollouts, LearnerHeartbeat(step=65), Slot("far", 0), Version(1, 1)
+    )  # lags 65 and 64; maxSteps 64
     assert queue == Queue(own=1, total=1, of_version=1)
 
 
@@ -82,24 +87,26 @@ def test_what_is_too_old_to_be_taken_holds_nobody_back() -> None:
         ({"exchange": {"maxPendingGroups": 20}}, {"step": 5}, Queue(20, 31, 0), 5, None),  # a step takes 32
         ({"exchange": {"maxPendingGroups": 20}}, {"step": 5}, Queue(20, 32, 0), 5, "queue"),
         ({}, {"step": 70}, Queue(0, 0, 0), 5, "staleness"),  # 65 steps late, and 64 are allowed
-        ({}, {"finished": True}, Queue(0, 0, 0), 5, "finished"),
+        ({}, {"step": 5, "finished": True}, Queue(0, 0, 0), 5, "finished"),
         ({"mode": "online"}, {"step": 5}, Queue(0, 0, 0), 4, "weights"),  # newest is 5
         ({"mode": "online"}, {"step": 5}, Queue(32, 32, 32), 5, "weights"),  # 32 groups a step
         ({"mode": "online"}, {"step": 5}, Queue(16, 31, 31), 5, None),
     ],
 )
-def test_a_sampler_waits_only_for_a_reason(
-    fields: dict[str, object], learner: dict[str, object], queue: Queue, version: int, reason: str | None
+def test_each_reason_to_wait_holds_only_when_it_should(
+    fields: dict[str, object], learner: dict[str, Any], queue: Queue, version: int, reason: str | None
 ) -> None:
-    assert reason_to_wait(spec(**fields), Version(version, 1), Version(5, 1), learner, queue) == reason
+    assert (
+        reason_to_wait(spec(**fields), Version(version, 1), Version(5, 1), LearnerHeartbeat(**learner), queue) == reason
+    )
 
 
 def test_the_wait_policy_pauses_a_sampler_whose_rollouts_would_come_too_late() -> None:
     # 64 groups before it are 2 steps of 32: trained at step 40 + 2, weights of step 10 are then 32 steps old, of 9 33
     waiting = spec(algorithm={"staleness": {"maxSteps": 32, "policy": "wait"}})
     queue = Queue(own=0, total=64, of_version=0)
-    assert reason_to_wait(waiting, Version(10, 1), Version(40, 1), {"step": 40}, queue) is None
-    assert reason_to_wait(waiting, Version(9, 1), Version(40, 1), {"step": 40}, queue) == "staleness"
+    assert reason_to_wait(waiting, Version(10, 1), Version(40, 1), LearnerHeartbeat(step=40), queue) is None
+    assert reason_to_wait(waiting, Version(9, 1), Version(40, 1), LearnerHeartbeat(step=40), queue) == "staleness"
 
 
 def test_online_samplers_share_a_version_evenly_and_do_not_overshoot() -> None:
@@ -144,7 +151,7 @@ def kept(fields: dict[str, object], steps: range, now_s: float) -> list[int]:
     return sorted(version.step for version in versions_to_keep(spec(**fields), published(steps), now_s))
 
 
-def test_only_the_newest_few_are_kept_when_nobody_looks_back() -> None:
+def test_only_the_newest_versions_are_kept_without_a_transit_delay() -> None:
     assert kept({}, range(100), 990.0) == [97, 98, 99]
 
 

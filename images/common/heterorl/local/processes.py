@@ -102,7 +102,7 @@ class ManagedProcess:
 class RoleOutcome(Enum):
     """How a role's process ended, as far as the run has to care."""
 
-    CLEAN = "ended by itself, or was asked to by somebody else"
+    CLEAN = "exited by itself, or was told to by another process"
     RESTARTED = "failed, will be started again"
     GAVE_UP = "failed, will not be started again"
     STOPPED = "stopped as asked"

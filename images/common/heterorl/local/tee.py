@@ -29,7 +29,7 @@ class Tee:
         self._thread.start()
 
     def join(self) -> None:
-        """Wait until all is copied, or a moment if somebody still holds the pipe."""
+        """Wait until everything is copied, or briefly if another process still holds the pipe."""
         self._thread.join(timeout=5)
 
     def _copy(self, reader: int) -> None:

@@ -71,7 +71,7 @@ def mean_of(many: Sequence[Series]) -> Series:
 
 
 def active_clock(times: Sequence[float]) -> Callable[[float], float]:
-    """Seconds since the first time; where nobody wrote for long (the run was stopped), the gap is cut short."""
+    """Seconds since the first record; long gaps without records (the run was stopped) are shortened."""
     known = np.unique(np.array(times, np.float64))
     gaps = np.diff(known)
     longest = max(60.0, 20 * float(np.median(gaps))) if len(gaps) else 0.0
