@@ -15,7 +15,7 @@ import pytest
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.crash_budget import Attempts, attempts_of
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.records import Evaluation, LearnerHeartbeat, Prepared
+from heterorl.exchange.records import Evaluation, LearnerHeartbeat
 from heterorl.monitoring.run_metrics import parse_progress
 from heterorl.names import Version
 from heterorl.spec.run import HeteroRLRun
@@ -50,7 +50,7 @@ def exchange(tmp_path):
         exchange = Exchange(tmp_path)
         exchange.create(HeteroRLRun.model_validate({**manifest, "spec": spec}))
         if prepared:
-            exchange.mark_prepared(Prepared())
+            exchange.mark_prepared()
         return exchange
 
     return with_learner
@@ -127,7 +127,7 @@ def test_a_pod_waits_for_the_preparation_of_its_own_run(exchange, tmp_path):
     thread.join(timeout=0.3)
     assert thread.is_alive()
     assert not pod.readiness()[0]
-    run.mark_prepared(Prepared())
+    run.mark_prepared()
     thread.join()
     assert codes == [9]
 
@@ -149,7 +149,7 @@ def test_ranks_of_a_run_whose_volume_was_taken_over_are_killed_and_the_pod_tells
         specs[uid].write_text(json.dumps({**manifest, "metadata": {"name": f"{uid}-run", "uid": uid}}))
     old, new = (Exchange(volume, spec_file=spec) for spec in specs.values())
     old.create(old.run)
-    old.mark_prepared(Prepared())
+    old.mark_prepared()
     stop = threading.Event()
     pod, thread, codes = served(old, SAVING, stop)
     wait_until((volume / "started").exists)
@@ -417,7 +417,7 @@ def test_the_launcher_answers_from_its_first_moment_to_its_last(exchange, tmp_pa
             assert not parse_progress(get("metrics")[1]).prepared
             assert get("else")[0] == 404
             run.write_learner(LearnerHeartbeat(step=5, finished=True))
-            run.mark_prepared(Prepared())
+            run.mark_prepared()
             wait_until(lambda: get("ready")[0] == 200)
             assert parse_progress(get("metrics")[1]).finished
             wait_until(lambda: "idling until this pod is scaled away" in said.read_text())

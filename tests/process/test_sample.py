@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from builders import exchange_at, run_of
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.records import Prepared, SlotStatus
+from heterorl.exchange.records import SlotStatus
 from heterorl.monitoring.metrics import Metrics
 from heterorl.names import Slot, Version
 from heterorl.spec.run import HeteroRLRun
@@ -179,7 +179,7 @@ def test_a_sampler_whose_pool_is_removed_goes_on_until_its_pod_goes(
 def test_a_sampler_waits_until_its_pool_is_in_the_spec_and_the_run_is_prepared(exchange: Exchange) -> None:
     stop = Until(99, waits=3)
     serve(exchange, "far", None, stop)
-    exchange.mark_prepared(Prepared())
+    exchange.mark_prepared()
     stop = Until(99, waits=3)
     serve(exchange, "added", None, stop)
     assert stop.is_set()

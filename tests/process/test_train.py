@@ -12,7 +12,6 @@ import torch
 
 from builders import exchange_at, put, rollout_name, rollout_of, run_of, spec_of
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.records import Prepared
 from heterorl.monitoring.metrics import Metrics
 from heterorl.names import Version
 from heterorl.spec.run import HeteroRLRun
@@ -44,7 +43,7 @@ def exchange(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Exchange:
     exchange.model_dir.symlink_to(tiny_model_dir(tokenizer=True))
     exchange.data_file("train").parent.mkdir()
     exchange.data_file("train").write_text(json.dumps({"prompt_ids": [3, 4, 5]}) + "\n")
-    exchange.mark_prepared(Prepared())
+    exchange.mark_prepared()
     for seq in range(5):
         put(exchange, {rollout_name(seq): rollout_of()})
     return exchange

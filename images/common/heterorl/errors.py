@@ -11,11 +11,13 @@ HeteroRLError
 │   ├── UnknownProtocol  written by another version of HeteroRL; never taken for damage: exit code 2
 │   └── CanaryMismatch   an engine computes other log-probabilities than the learner
 ├── SiteError            something is wrong with this node (GPU, disk, memory, clock): exit code 3
-├── Superseded           another process has taken this one's place; it leaves without writing: exit code 0
+├── Superseded           another process has taken this one's place; it leaves without writing: exit code 143
 └── TrainingError        the learner cannot go on: non-finite loss, gradient
 """
 
 from __future__ import annotations
+
+import signal
 
 from heterorl.exit_codes import SITE_ERROR, USER_ERROR
 
@@ -84,10 +86,10 @@ class SiteError(HeteroRLError):
 class Superseded(HeteroRLError):
     """A newer incarnation of the learner, or a newer holder of the slot, has taken over: this process may not write.
 
-    It leaves as one that was asked to go: nothing has failed.
+    It ends with the exit code of a process that was told to go: nothing has failed, and nothing is charged.
     """
 
-    exit_code = 0
+    exit_code = 128 + signal.SIGTERM
 
 
 class TrainingError(HeteroRLError):

@@ -72,7 +72,7 @@ def prepare(exchange: Exchange) -> Prepared:
             made = _make_tiny(spec, tokenizer, tables["train"].rows, staged)
         origin = ModelOrigin(source=str(folder or "tiny"), digest=_digest(staged, exchange.files), **made)
     counts = {name: DataCount(rows=len(table.rows), skipped=table.skipped) for name, table in tables.items()}
-    return exchange.mark_prepared(Prepared(model=origin, data=counts))
+    return exchange.mark_prepared(origin, counts)
 
 
 # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

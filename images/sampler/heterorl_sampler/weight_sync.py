@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,7 @@ class WeightSync:
         self._published: dict[Version, float] = {}
         self._fetch: tuple[Version, float, Future[Fetched]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fetch")
+        self._closed = threading.Event()
         self.rejected: dict[Version, str] = {}
 
     @property
@@ -79,7 +81,8 @@ class WeightSync:
         return None
 
     def close(self) -> None:
-        """Stop fetching; the folders in scratch belong to the caller."""
+        """Stop fetching, a version that is half copied too; the folders in scratch belong to the caller."""
+        self._closed.set()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _start_fetch(self) -> None:
@@ -87,8 +90,12 @@ class WeightSync:
         target = self._adoption.choose(published, self.version, self._exchange.now())
         if target is not None and target != self.version:
             folder = self._scratch / str(target)
-            future = self._thread.submit(self._exchange.fetch_weights, target, folder)
+            future = self._thread.submit(self._exchange.fetch_weights, target, folder, check=self._check_open)
             self._fetch = (target, time.monotonic(), future)
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise CancelledError
 
     def _look(self) -> dict[Version, float]:
         """Versions and when they appeared by this machine's clock; those found at the start, by the learner's."""

@@ -19,7 +19,7 @@ from heterorl.exchange.storage import Files
 from heterorl.names import RolloutName, Slot, Version
 
 V3 = Version(3, 1)
-MADE = Prepared(model=ModelOrigin(source="tiny", digest="0"))
+MADE = ModelOrigin(source="tiny", digest="0")
 SPEC = {"samplers": [{"name": "far", "replicas": 2}], "exchange": {"leaseSeconds": 10}}
 
 
@@ -434,7 +434,7 @@ def test_a_fresh_volume_becomes_the_runs_and_stays_so(on_volume: Callable[..., E
     for _ in range(2):
         run.occupy()
     run.mark_prepared(MADE)
-    assert run.prepared == MADE.model_copy(update={"run": "uid-1"})
+    assert run.prepared == Prepared(run="uid-1", model=MADE)
     assert run.successor is None
     assert json.loads(run.run_file.read_bytes())["metadata"]["uid"] == "uid-1"
 
@@ -452,7 +452,7 @@ def test_a_volume_that_holds_another_run_is_refused_whether_it_was_prepared_or_n
         ):
             second.occupy()
         first.mark_prepared(MADE)
-    assert first.prepared == MADE.model_copy(update={"run": "uid-1"})
+    assert first.prepared == Prepared(run="uid-1", model=MADE)
     assert second.prepared is None
 
 
@@ -464,7 +464,7 @@ def test_a_resumed_run_takes_the_volume_over_with_all_that_is_on_it(on_volume: C
     second = on_volume("again", "uid-2", resume=True, learner={"steps": 2000})
     assert second.prepared is None
     second.occupy()
-    assert second.prepared == MADE.model_copy(update={"run": "uid-2"})
+    assert second.prepared == Prepared(run="uid-2", model=MADE)
     assert first.prepared is None
     assert (first.successor, second.successor) == ("again", None)
     assert second.list_versions() == [V3]
@@ -480,7 +480,7 @@ def test_a_resumed_run_that_would_need_another_preparation_is_refused(on_volume:
 
 def test_a_rendered_run_is_told_by_its_name(on_volume: Callable[..., Exchange]) -> None:
     on_volume("mine").occupy()
-    on_volume("mine").mark_prepared(Prepared())
+    on_volume("mine").mark_prepared()
     assert on_volume("mine").prepared == Prepared(run="mine")
     assert on_volume("other").prepared is None
 
@@ -488,7 +488,7 @@ def test_a_rendered_run_is_told_by_its_name(on_volume: Callable[..., Exchange]) 
 def test_a_run_folder_on_one_machine_is_never_another_runs(on_volume: Callable[..., Exchange]) -> None:
     moved = on_volume("mine", "uid-1")
     moved.occupy()
-    moved.mark_prepared(Prepared())
+    moved.mark_prepared()
     here = Exchange(moved.root)
     here.create(run_of(**SPEC))
     assert here.prepared is not None

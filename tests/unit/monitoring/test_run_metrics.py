@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from builders import Clock, exchange_at, publish, run_of
 from heterorl.exchange.crash_budget import Attempts
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.records import Evaluation, LearnerHeartbeat, Prepared, SlotStatus
+from heterorl.exchange.records import Evaluation, LearnerHeartbeat, SlotStatus
 from heterorl.monitoring.run_metrics import PoolProgress, RunObserver, RunProgress, parse_progress, to_text
 from heterorl.names import Slot, Version
 
@@ -99,7 +99,7 @@ def test_foreign_text_is_refused(text):
 def test_an_empty_volume_has_nothing_and_a_prepared_one_has_pools(exchange):
     nothing = RunProgress(steps=40, attempts={"clean": 0, "signalled": 0, "crashed": 0})
     assert RunObserver(exchange).observe() == nothing
-    exchange.mark_prepared(Prepared())
+    exchange.mark_prepared()
     pools = {"near": PoolProgress(), "far": PoolProgress()}
     assert RunObserver(exchange).observe() == replace(nothing, prepared=True, pools=pools)
 
@@ -112,7 +112,7 @@ def test_what_is_there_before_the_preparation_is_another_runs_and_not_told(excha
 
 
 def test_the_learners_heartbeat_evaluations_and_versions_are_told(exchange, clock):
-    exchange.mark_prepared(Prepared())
+    exchange.mark_prepared()
     exchange.write_learner(LearnerHeartbeat(step=12, checkpoint_step=10, reward=0.25, lag=3.5, finished=False))
     for step in (0, 5, 10, 12):
         publish(exchange, Version(step, 1))
@@ -130,7 +130,7 @@ def test_the_learners_heartbeat_evaluations_and_versions_are_told(exchange, cloc
 
 
 def test_a_run_is_stalled_only_while_its_ranks_run(exchange, clock):
-    exchange.mark_prepared(Prepared())
+    exchange.mark_prepared()
     exchange.write_learner(LearnerHeartbeat(step=12, finished=False))
     clock.now += 100
     observer = RunObserver(exchange)
@@ -141,7 +141,7 @@ def test_a_run_is_stalled_only_while_its_ranks_run(exchange, clock):
 
 
 def test_the_last_version_is_due_once_the_run_is_trained(exchange):
-    exchange.mark_prepared(Prepared())
+    exchange.mark_prepared()
     for step in (0, 38):
         publish(exchange, Version(step, 1))
     exchange.write_eval(Version(0, 1), Evaluation(average=0.5))
@@ -155,7 +155,7 @@ def test_the_last_version_is_due_once_the_run_is_trained(exchange):
 
 
 def test_a_pool_sums_its_slots_and_shows_the_oldest_live_version(exchange, clock):
-    exchange.mark_prepared(Prepared())
+    exchange.mark_prepared()
     leases = [exchange.acquire_slot(lambda index=index: [Slot("far", index)]) for index in range(3)]
     for lease, step in zip(leases, (7, 5, 9), strict=True):
         exchange.beat(lease, SlotStatus(rollouts=10, rejected=1, version=str(Version(step, 1))))
@@ -193,7 +193,7 @@ def test_another_runs_preparation_and_attempts_do_not_count(tmp_path):
         seen = RunObserver(exchange).observe()
         assert (seen.prepared, seen.attempts["crashed"]) == (False, 0)
         exchange.root.mkdir(exist_ok=True)
-        exchange.mark_prepared(Prepared())
+        exchange.mark_prepared()
         Attempts(exchange, 0, "pod-a").begin()
         Attempts(exchange, 0, "pod-a").end("crashed", 1, "")
         seen = RunObserver(exchange).observe()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import builders
 from builders import exchange_at, run_of
+from heterorl.exchange import storage
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.storage import Files
 from heterorl.heterogeneity.delay import Adoption
 from heterorl.names import Version
 from heterorl.spec.run import DelaySpec
@@ -137,3 +141,48 @@ def test_a_hold_in_steps_ends_when_the_learner_went_back_to_an_earlier_step() ->
     adoption.adopted(Version(100, 1), now_s=0.0, newest_step=100)
     assert adoption.choose([(Version(120, 1), 0.0)], Version(100, 1), 0.0) is None  # 20 steps of 30
     assert adoption.choose([(Version(50, 2), 0.0)], Version(100, 1), 0.0) == Version(50, 2)
+
+
+class SlowFiles(Files):
+    """A network that brings one byte after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.chunks = threading.Event(), 0
+
+    def copy(self, source: Path, target: Path, *, check: Callable[[], None] = lambda: None) -> str:
+        def arrived() -> None:
+            self.chunks += 1
+            self.begun.set()
+            time.sleep(0.005)
+            check()
+
+        return super().copy(source, target, check=arrived)
+
+
+def test_a_sampler_that_is_told_to_go_ends_its_fetch_in_the_midst_of_a_file(
+    tmp_path: Path, engine: OneNumberEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_CHUNK", 1)
+    files = SlowFiles()
+    exchange = exchange_at(tmp_path / "run", files=files)
+    builders.publish(exchange, Version(0, 1), b"0" * 10_000)
+    follower = WeightSync(exchange, engine, Adoption(DelaySpec(), slot="far-0"), tmp_path / "scratch")
+    follower.advance()
+    assert files.begun.wait(10)
+    follower.close()
+    follower._thread.shutdown(wait=True)
+    assert files.chunks < 10_000
+
+
+@pytest.mark.parametrize("manifest", ['{"protocol": 1}', '{"protocol": 2}', ""])
+def test_a_manifest_of_no_use_refuses_its_version_and_the_next_one_is_served(
+    exchange: Exchange, engine: OneNumberEngine, follower: WeightSync, manifest: str
+) -> None:
+    refused = publish(exchange, 0, -1.0)
+    (exchange.root / "weights" / str(refused) / "manifest.json").write_text(manifest)
+    assert settle(follower) == []
+    publish(exchange, 1, -2.0)
+    assert [swap.version for swap in settle(follower)] == [Version(1, 1)]
+    assert list(follower.rejected) == [refused]
+    assert exchange.list_versions() == [refused, Version(1, 1)]

@@ -239,7 +239,7 @@ class DataCount(Record):
 class Prepared(Record):
     """Model and data are complete."""
 
-    run: str = ""
+    run: str
     """Id of the run that they were prepared for."""
     model: ModelOrigin | None = None
     data: dict[str, DataCount] = {}
@@ -273,10 +273,10 @@ def parse_record(model: type[_R], data: bytes, what: str) -> _R:
     Raises UnknownProtocol when a later version of HeteroRL may have written it, and CorruptFile when no version did.
     """
     found = _json_object(data, what)
-    protocol, kind = found.get("protocol", PROTOCOL), found.get("kind")
+    protocol, kind = found.get("protocol"), found.get("kind")
     if isinstance(protocol, int) and protocol > PROTOCOL:
         raise unknown_protocol(what, f"protocol {protocol}", f"protocol {PROTOCOL}")
-    if issubclass(model, Manifest) and isinstance(kind, str) and kind not in _KINDS:
+    if issubclass(model, Manifest) and protocol == PROTOCOL and isinstance(kind, str) and kind not in _KINDS:
         raise unknown_protocol(what, f"kind {kind!r}", " and ".join(_KINDS))
     try:
         record = model.model_validate_json(data)

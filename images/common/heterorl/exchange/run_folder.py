@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from heterorl.errors import VOLUME_IN_USE, RunFolderError
 from heterorl.exchange.live_spec import LiveSpec
 from heterorl.exchange.record_store import RecordStore
-from heterorl.exchange.records import Prepared
+from heterorl.exchange.records import DataCount, ModelOrigin, Prepared
 from heterorl.exchange.storage import Files
 from heterorl.spec.mutability import IMMUTABLE, changes, within
 from heterorl.spec.run import HeteroRLRun, RunSpec
@@ -118,7 +118,7 @@ class RunFolder:
                 )
         self.create(self.run)
         if (marker := self._records.read(self._marker, Prepared)) is not None:
-            self.mark_prepared(marker)
+            self.mark_prepared(marker.model, marker.data)
 
     def check_volume(self) -> None:
         """Try what the protocol needs of the mount, before anything is entrusted to it; RunFolderError if it cannot."""
@@ -139,9 +139,9 @@ class RunFolder:
         """What tells this run from others on its volume: the uid Kubernetes gave it, or its name."""
         return _id_of(self.run)
 
-    def mark_prepared(self, info: Prepared) -> Prepared:
+    def mark_prepared(self, model: ModelOrigin | None = None, data: Mapping[str, DataCount] | None = None) -> Prepared:
         """Say that model and data are complete, and whose they are; returns what is said."""
-        marker = info.model_copy(update={"run": self.run_id})
+        marker = Prepared(run=self.run_id, model=model, data=dict(data or {}))
         self._records.write(self._marker, marker)
         return marker
 

@@ -342,8 +342,7 @@ class Files:
         try:
             self.make_dir(trial)
             self._try_mount(trial)
-            for other in others:
-                self.make_dir(other)
+            for other in filter(self.exists, others):  # what is made later is on the same mount
                 self._try_rename(trial / "new", other / trial.name)
         except OSError as error:
             if error.errno in TRANSIENT or error.errno in (errno.ENOSPC, errno.EDQUOT):
