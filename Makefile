@@ -36,7 +36,7 @@ cluster-programs:
 
 # A cluster to play with until Ctrl-C: make cluster LEVEL=apiserver|controllers|kwok|node
 cluster: setup cluster-programs
-	$(BIN)/python tests/cluster/harness.py $(or $(LEVEL),controllers)
+	PYTHONPATH=tests $(BIN)/python -m cluster.harness $(or $(LEVEL),controllers)
 
 test-cluster: setup cluster-programs
 	$(BIN)/python -m pytest tests/cluster
@@ -44,7 +44,7 @@ test-cluster: setup cluster-programs
 # Time, memory and writes of the operator with many runs, recorded in docs/benchmarks.md: half an hour. With RUNS=1000
 # that row alone is printed.
 bench-operator: setup cluster-programs
-	$(BIN)/python tests/bench/operator_scale.py $(or $(RUNS),--record)
+	PYTHONPATH=tests $(BIN)/python -m bench.operator_scale $(or $(RUNS),--record)
 
 # The container images, with buildah or docker: make images REGISTRY=registry.example.com/heterorl EXTRA=sampler-cpu
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)

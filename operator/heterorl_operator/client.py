@@ -77,9 +77,9 @@ def connect(pool_size: int) -> ApiClient:
     """A client with the pod's service account, or with the current context of the kubeconfig."""
     settings = Configuration()
     if in_cluster():
-        config.load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]
+        config.load_incluster_config(client_configuration=settings)
     else:
-        config.load_kube_config(client_configuration=settings)  # type: ignore[no-untyped-call]
+        config.load_kube_config(client_configuration=settings)
     settings.connection_pool_maxsize = pool_size
     settings.retries = False  # ours is the queue's back-off
     return ApiClient(settings)

@@ -1,6 +1,6 @@
 """How the operator scales: many runs of three pools on a real API server, with real controllers and kwok's pods.
 
-    python tests/bench/operator_scale.py [--record] [RUNS ...]      [1 100 1000]
+    PYTHONPATH=tests python -m bench.operator_scale [--record] [RUNS ...]      [1 100 1000]
 
 Beside it, in the same run, a bare loop of the same client applies the same objects on a fresh cluster. `--record` writes
 the table into docs/benchmarks.md.
@@ -12,7 +12,6 @@ import argparse
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
-from harness import Cluster
 from kubernetes import config
-from operators import OperatorProcess, run_manifest, wait_for
 
+from cluster.harness import Cluster
+from cluster.operators import OperatorProcess, run_manifest, wait_for
 from heterorl.kubernetes.manifests import Images, desired_state
 from heterorl.spec.run import HeteroRLRun
 from heterorl_operator.client import Api
@@ -222,7 +220,7 @@ def _in_parallel(work: Callable[[Any], object], items: Any) -> None:
 
 # ── telling ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 BEGIN, END = "<!-- operator scale: begin -->", "<!-- operator scale: end -->"
-COLUMNS = {
+COLUMNS: dict[str, Callable[[Result], str]] = {
     "runs": lambda r: f"{r.runs:,}",
     "objects": lambda r: f"{r.runs * OBJECTS:,}",
     "bare loop": lambda r: f"{r.bare_s:.1f} s",

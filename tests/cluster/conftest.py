@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,11 +17,8 @@ from typing import Any
 import pytest
 from kubernetes import client, config
 
-sys.path.insert(0, str(Path(__file__).parent))
-import build
-import images
-import operators
-from harness import Cluster, Unavailable, find_programs
+from cluster import build, images, operators
+from cluster.harness import Cluster, Unavailable, find_programs
 
 ROOT = Path(__file__).parents[2]
 

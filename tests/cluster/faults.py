@@ -7,11 +7,11 @@ import random
 import ssl
 import threading
 from contextlib import closing, suppress
-from http.client import HTTPSConnection
+from http.client import HTTPResponse, HTTPSConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from harness import Cluster
+from cluster.harness import Cluster
 
 HOP_BY_HOP = {"connection", "transfer-encoding", "content-length", "keep-alive", "host", "accept-encoding"}
 REASONS = {409: "Conflict", 422: "Invalid", 429: "TooManyRequests", 500: "InternalError", 503: "ServiceUnavailable"}
@@ -93,8 +93,8 @@ class FaultyProxy:
     def _handle(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
         if code := self._fault(request.command):
-            answer = {"kind": "Status", "code": code, "reason": REASONS[code], "message": f"injected {REASONS[code]}"}
-            self._answer(request, code, {"Content-Type": "application/json"}, json.dumps(answer).encode())
+            refusal = {"kind": "Status", "code": code, "reason": REASONS[code], "message": f"injected {REASONS[code]}"}
+            self._answer(request, code, {"Content-Type": "application/json"}, json.dumps(refusal).encode())
             return
         upstream = HTTPSConnection(self._cluster.host, self._cluster.port, context=self._context)
         headers = {name: value for name, value in request.headers.items() if name.lower() not in HOP_BY_HOP}
@@ -119,7 +119,7 @@ class FaultyProxy:
         request.end_headers()
         request.wfile.write(body)
 
-    def _stream(self, request, upstream, answer) -> None:
+    def _stream(self, request: BaseHTTPRequestHandler, upstream: HTTPSConnection, answer: HTTPResponse) -> None:
         with self._lock:
             self._streams.add(upstream)
         request.close_connection = True

@@ -1,6 +1,6 @@
 """A Kubernetes cluster for tests, made of its real programs (see `build.py`) and taken down to the last process.
 
-    python tests/cluster/harness.py [LEVEL]     a cluster to play with, until Ctrl-C
+    PYTHONPATH=tests python -m cluster.harness [LEVEL]     a cluster to play with, until Ctrl-C
 
     level        runs                                               for
     apiserver    etcd, kube-apiserver                               the CRD, RBAC, server-side apply
@@ -32,8 +32,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import build
-import node
+from cluster import build, node
 
 LEVELS = {
     "apiserver": ("etcd", "kube-apiserver"),
@@ -302,7 +301,7 @@ class Cluster:
 
     def ready(self) -> bool:
         """Whether the API server says that it can be used."""
-        return self.get("/readyz") == "ok"
+        return bool(self.get("/readyz") == "ok")
 
     def wait(self, what: str, done: Callable[[], bool], limit_s: float = START_LIMIT_S) -> None:
         """Wait until `done`; RuntimeError when a server ends meanwhile, TimeoutError after the limit."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import Cluster, Unavailable
+from cluster.harness import Cluster, Unavailable
 
 ROOT = Path(__file__).parents[2]
 PREFIX, TAG = "localhost/heterorl", "test"

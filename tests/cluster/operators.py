@@ -13,8 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness import Cluster, Server, free_ports
-
+from cluster.harness import Cluster, Server, free_ports
 from heterorl.monitoring.http import Endpoint
 from heterorl.monitoring.run_metrics import RunProgress, to_text
 

@@ -8,9 +8,9 @@ from contextlib import suppress
 
 import pytest
 from kubernetes import client, watch
-from operators import apply, give_volume, operator, patch, reasons, run_manifest, status, wait_for
 from urllib3.exceptions import HTTPError
 
+from cluster.operators import apply, give_volume, operator, patch, reasons, run_manifest, status, wait_for
 from heterorl.heterogeneity.availability import replicas_at
 from heterorl.spec.run import HeteroRLRun
 from heterorl_operator.timestamps import seconds

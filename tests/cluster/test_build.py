@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 
-import build
 import pytest
-from harness import Unavailable, find_programs
+
+from cluster import build
+from cluster.harness import Unavailable, find_programs
 
 
 def program(path):

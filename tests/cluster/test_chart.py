@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import yaml
-from harness import Cluster
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 
+from cluster.harness import Cluster
 from heterorl.kubernetes.manifests import Images, desired_state, evaluation_job
 from heterorl.monitoring.run_metrics import PoolProgress, RunProgress, to_text
 from heterorl.names import Version

@@ -6,8 +6,9 @@ import random
 import time
 
 import pytest
-from faults import FaultyProxy
-from operators import (
+
+from cluster.faults import FaultyProxy
+from cluster.operators import (
     CHILDREN,
     StandIn,
     apply,

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import node
 import psutil
 import pytest
-from harness import Cluster
 
-HARNESS = Path(__file__).parent / "harness.py"
+from cluster import node
+from cluster.harness import Cluster
+
+TESTS = Path(__file__).parents[1]
 
 
 def wait_for(look: Callable[[], bool], limit_s: float = 60) -> None:
@@ -57,8 +58,8 @@ def control_groups_of_containers() -> set[Path]:
 def test_nothing_outlives_the_program_that_started_it(needs, start, level, number):
     programs = needs(level)
     containers_before = control_groups_of_containers()
-    command = [sys.executable, HARNESS, level]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as harness:
+    command = [sys.executable, "-m", "cluster.harness", level]
+    with subprocess.Popen(command, cwd=TESTS, stdout=subprocess.PIPE, text=True, start_new_session=True) as harness:
         assert harness.stdout
         line = harness.stdout.readline().strip()
         assert line.startswith("export KUBECONFIG=")

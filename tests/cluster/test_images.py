@@ -11,9 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import images
 import pytest
 import yaml
+
+from cluster import images
 
 CLUSTER = {"level": "node"}
 

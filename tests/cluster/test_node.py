@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import node
 import pytest
+
+from cluster import node
 
 CLUSTER = {"level": "node"}
 

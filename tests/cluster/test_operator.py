@@ -9,7 +9,8 @@ import json
 import time
 
 import pytest
-from operators import (
+
+from cluster.operators import (
     CHILDREN,
     OperatorProcess,
     StandIn,
@@ -29,7 +30,6 @@ from operators import (
     wait_for_reason,
     wait_for_state,
 )
-
 from heterorl.monitoring.run_metrics import PoolProgress
 from heterorl.names import Version
 

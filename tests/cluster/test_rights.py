@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from harness import Cluster
 from kubernetes import config
-from operators import (
+
+from cluster.harness import Cluster
+from cluster.operators import (
     CHILDREN,
     Object,
     StandIn,
@@ -32,7 +33,6 @@ from operators import (
     wait_for_reason,
     wait_for_state,
 )
-
 from heterorl.kubernetes.manifests import Images, desired_state
 from heterorl.names import Version
 from heterorl.spec.run import HeteroRLRun

@@ -5,11 +5,7 @@ The ratio to the bare loop is judged by the benchmark alone: here the operator's
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-import operator_scale
+from bench import operator_scale
 
 
 def test_a_hundred_runs_are_made_kept_and_found_again(needs, capsys):

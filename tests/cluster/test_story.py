@@ -10,9 +10,10 @@ import copy
 import json
 import re
 
-import images
 import pytest
-from operators import (
+
+from cluster import images
+from cluster.operators import (
     condition,
     listed,
     patch,
@@ -23,7 +24,6 @@ from operators import (
     wait_for_reason,
     wait_for_state,
 )
-
 from heterorl.kubernetes.pods import METRICS_PORT
 from heterorl.monitoring.run_metrics import parse_progress
 from heterorl_operator.client import Api

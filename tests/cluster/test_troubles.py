@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from operators import (
+
+from cluster.operators import (
     CHILDREN,
     apply,
     children_names,

@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]  # bound where stubs do not look
+from torch.distributed.rendezvous import rendezvous
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def join(device: torch.device, *, group_of_one: bool) -> None:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _store, number, count = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        _store, number, count = next(rendezvous("env://", timeout=_PATIENCE))
         dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=_PATIENCE)
     elif group_of_one:
         os.environ.setdefault("LOCAL_RANK", "0")

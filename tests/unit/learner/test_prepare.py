@@ -1,6 +1,5 @@
 import errno
 import json
-import logging
 import shutil
 import sys
 
@@ -224,16 +223,6 @@ def test_hub_model_in_the_local_cache_needs_no_network(tmp_path, hub_cache, read
 def test_impossible_hub_name_is_refused(tmp_path, hub_cache):
     with pytest.raises(ModelError, match=r"Qwen/Qwen3-1\.7B"):
         prepare(exchange_with(tmp_path / "run", model={"source": "hub", "name": "a/b/c"}))
-
-
-@pytest.fixture
-def own_logging():
-    """`main` sets logging up for its whole process; afterwards it is as it was."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
-    logging.captureWarnings(False)
 
 
 @pytest.mark.usefixtures("own_logging")

@@ -248,16 +248,7 @@ def test_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):
 
 
 # ── logs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-@pytest.fixture
-def _logging_restored():
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
-    logging.captureWarnings(False)
-
-
-@pytest.mark.usefixtures("_logging_restored")
+@pytest.mark.usefixtures("own_logging")
 def test_logs_are_lines_for_people(capsys):
     setup_logging("far-0")
     logging.getLogger("heterorl_sampler.loop").info("adopted %s", "v00000012-i0001")
@@ -268,7 +259,7 @@ def test_logs_are_lines_for_people(capsys):
     assert second[8:] == " far-0: warning: slow volume"
 
 
-@pytest.mark.usefixtures("_logging_restored")
+@pytest.mark.usefixtures("own_logging")
 def test_logs_are_json_lines_for_collectors(capsys, monkeypatch):
     monkeypatch.setenv("HETERORL_LOG_FORMAT", "json")
     setup_logging("learner")

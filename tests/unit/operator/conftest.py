@@ -1,6 +1,16 @@
-"""Makes the helpers beside the tests importable."""
+"""Fixtures of the operator's tests."""
 
-import sys
-from pathlib import Path
+import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+from heterorl_operator.cache import ObjectCache
+from heterorl_operator.workqueue import WorkQueue
+
+
+@pytest.fixture
+def cache() -> ObjectCache:
+    return ObjectCache()
+
+
+@pytest.fixture
+def queue() -> WorkQueue:
+    return WorkQueue()

@@ -36,7 +36,12 @@ EARLIER = "2023-11-14T22:13:10Z"
 def body(kind: str, name: str, version: int = 1, **fields: Any) -> Object:
     """An object of the run `run`, unless `run` says otherwise. `owner`: uid of its controller."""
     run, owner = fields.pop("run", KEY.name), fields.pop("owner", UID)
-    metadata = {"namespace": KEY.namespace, "name": name, "uid": f"uid-of-{name}", "resourceVersion": str(version)}
+    metadata: Object = {
+        "namespace": KEY.namespace,
+        "name": name,
+        "uid": f"uid-of-{name}",
+        "resourceVersion": str(version),
+    }
     metadata |= {"generation": 1, "creationTimestamp": CREATED, "labels": {"heterorl.dev/run": run} if run else {}}
     if owner:
         metadata["ownerReferences"] = [{"uid": owner, "controller": True}]
@@ -196,7 +201,7 @@ class FakeApi:
         self.before(verb, kind.name, name)
 
     def _written(self, kind: ResourceKind, desired: Object, known: Object | None) -> Object:
-        earlier = known["metadata"] if known else {"uid": f"uid-{len(self.calls)}", "generation": 0}
+        earlier: Object = known["metadata"] if known else {"uid": f"uid-{len(self.calls)}", "generation": 0}
         metadata = {"creationTimestamp": CREATED, **earlier, **desired["metadata"]}
         status = {"status": known["status"]} if known and "status" in known else {}
         return self.put(

@@ -6,13 +6,13 @@ import time
 
 import pytest
 import yaml
-from operator_world import KEY, run_body
 
 from heterorl.errors import UserError
 from heterorl.kubernetes.manifests import Images
 from heterorl_operator.app import Operator, Options
 from heterorl_operator.client import Conflict, Transient
 from heterorl_operator.reconcile import Unfinished
+from unit.operator.operator_world import KEY, run_body
 
 OPTIONS = Options(Images("learner", "sampler"), workers=2, release="mine", release_namespace="lab")
 

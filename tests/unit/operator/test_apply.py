@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from operator_world import KEY, MANAGER, FakeApi, body, children, claim_body, run_body
 
 from heterorl_operator.apply import Applier, ManagedByAnotherOperator
 from heterorl_operator.cache import ObjectCache
 from heterorl_operator.client import Conflict, Forbidden, Invalid, NotFound, Transient
+from unit.operator.operator_world import KEY, MANAGER, FakeApi, body, children, claim_body, run_body
 
 OTHER = "heterorl-operator/theirs/release"
 

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import pytest
-from operator_world import CREATED, KEY, UID, body, children, claim_body, job_end, pod_body, run_body, spec_of
 
 from heterorl_operator.cache import ObjectCache
 from heterorl_operator.objects import child_of, key_of, spec_version_of
 from heterorl_operator.resources import RunKey
+from unit.operator.operator_world import (
+    CREATED,
+    KEY,
+    UID,
+    body,
+    children,
+    claim_body,
+    job_end,
+    pod_body,
+    run_body,
+    spec_of,
+)
 
 
 @pytest.fixture

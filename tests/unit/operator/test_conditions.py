@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from operator_world import (
+
+from heterorl.kubernetes.names import prepare_name
+from heterorl.monitoring.run_metrics import PoolProgress, RunProgress
+from heterorl.names import Version
+from heterorl.spec.status import RunStatus
+from heterorl_operator.events import transitions
+from heterorl_operator.lifecycle import decide
+from heterorl_operator.problems import ObjectProblem, Problem
+from heterorl_operator.status import refused, status_of
+from heterorl_operator.timestamps import moment
+from unit.operator.operator_world import (
     EARLIER,
     START,
     STARTED,
@@ -20,16 +30,6 @@ from operator_world import (
     pod,
     run_of,
 )
-
-from heterorl.kubernetes.names import prepare_name
-from heterorl.monitoring.run_metrics import PoolProgress, RunProgress
-from heterorl.names import Version
-from heterorl.spec.status import RunStatus
-from heterorl_operator.events import transitions
-from heterorl_operator.lifecycle import decide
-from heterorl_operator.problems import ObjectProblem, Problem
-from heterorl_operator.status import refused, status_of
-from heterorl_operator.timestamps import moment
 
 PREPARE = prepare_name(run_of())
 PREPARED = condition("Prepared", "True", "Prepared")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from operator_world import KEY, MANAGER, START, UID, FakeApi, run_body
 
 from heterorl_operator.cache import ObjectCache
 from heterorl_operator.client import Forbidden
 from heterorl_operator.events import Events
+from unit.operator.operator_world import KEY, MANAGER, START, UID, FakeApi, run_body
 
 
 @pytest.fixture

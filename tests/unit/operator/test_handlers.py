@@ -6,24 +6,12 @@ import asyncio
 
 import kopf
 import pytest
-from operator_world import CREATED, KEY, FakeApi, body, run_body
 
 from heterorl_operator import handlers
 from heterorl_operator.apply import Applier
-from heterorl_operator.cache import ObjectCache
 from heterorl_operator.handlers import Watcher, registry_for, settings
 from heterorl_operator.resources import DEPLOYMENT, LABELLED, RUN
-from heterorl_operator.workqueue import WorkQueue
-
-
-@pytest.fixture
-def cache():
-    return ObjectCache()
-
-
-@pytest.fixture
-def queue():
-    return WorkQueue()
+from unit.operator.operator_world import CREATED, KEY, FakeApi, body, run_body
 
 
 @pytest.fixture

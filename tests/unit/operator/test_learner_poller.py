@@ -9,12 +9,12 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from operator_world import KEY
 
 from heterorl.monitoring.http import Endpoint
 from heterorl.monitoring.run_metrics import RunProgress, to_text
 from heterorl_operator.client import Transient
 from heterorl_operator.learner_poller import PollResult, ProgressPoller, Target
+from unit.operator.operator_world import KEY
 
 
 class Learner:

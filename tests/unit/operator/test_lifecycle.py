@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from operator_world import (
+
+from heterorl.kubernetes.names import prepare_name
+from heterorl.monitoring.run_metrics import RunProgress
+from heterorl.names import Version
+from heterorl_operator.lifecycle import decide, preparation_problem
+from heterorl_operator.timestamps import moment, seconds
+from unit.operator.operator_world import (
     CREATED,
     EARLIER,
     START,
@@ -19,12 +25,6 @@ from operator_world import (
     pod,
     run_of,
 )
-
-from heterorl.kubernetes.names import prepare_name
-from heterorl.monitoring.run_metrics import RunProgress
-from heterorl.names import Version
-from heterorl_operator.lifecycle import decide, preparation_problem
-from heterorl_operator.timestamps import moment, seconds
 
 PREPARE = prepare_name(run_of())
 STARTED_NOW = {"start_time": STARTED}

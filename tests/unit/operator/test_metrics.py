@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from operator_world import KEY, run_body
 from prometheus_client import CollectorRegistry, generate_latest
 
 from heterorl_operator.cache import ObjectCache
 from heterorl_operator.metrics import RunsCollector
+from unit.operator.operator_world import KEY, run_body
 
 
 def told_of(**status: object) -> dict[str, float]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from operator_world import CREATED, ended, pod
 
 from heterorl_operator.podstate import has_crashed, has_user_error, is_given_up, problem_of
+from unit.operator.operator_world import CREATED, ended, pod
 
 NO_NODE = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
 NO_CLAIM = "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims."

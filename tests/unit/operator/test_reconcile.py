@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 import pytest
-from operator_world import (
+
+from heterorl.kubernetes.manifests import Images
+from heterorl.kubernetes.names import prepare_name
+from heterorl.monitoring.run_metrics import RunProgress
+from heterorl_operator.apply import Applier
+from heterorl_operator.cache import ObjectCache
+from heterorl_operator.client import Forbidden, Transient
+from heterorl_operator.events import Events
+from heterorl_operator.learner_poller import PollResult, ProgressPoller
+from heterorl_operator.reconcile import Reconciler, Unfinished
+from heterorl_operator.resources import DEPLOYMENT
+from heterorl_operator.run_reader import RunReader
+from heterorl_operator.status_writer import StatusWriter
+from unit.operator.operator_world import (
     EARLIER,
     KEY,
     MANAGER,
@@ -19,19 +32,6 @@ from operator_world import (
     run_of,
     spec_of,
 )
-
-from heterorl.kubernetes.manifests import Images
-from heterorl.kubernetes.names import prepare_name
-from heterorl.monitoring.run_metrics import RunProgress
-from heterorl_operator.apply import Applier
-from heterorl_operator.cache import ObjectCache
-from heterorl_operator.client import Forbidden, Transient
-from heterorl_operator.events import Events
-from heterorl_operator.learner_poller import PollResult, ProgressPoller
-from heterorl_operator.reconcile import Reconciler, Unfinished
-from heterorl_operator.resources import DEPLOYMENT
-from heterorl_operator.run_reader import RunReader
-from heterorl_operator.status_writer import StatusWriter
 
 PREPARE = prepare_name(run_of())
 OBJECTS = {

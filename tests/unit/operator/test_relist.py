@@ -5,16 +5,14 @@ from __future__ import annotations
 import time
 
 import pytest
-from operator_world import KEY, FakeApi, body, run_body
 
 from heterorl_operator import handlers, relist
 from heterorl_operator.apply import Applier
-from heterorl_operator.cache import ObjectCache
 from heterorl_operator.client import Forbidden, NotFound, Transient
 from heterorl_operator.handlers import Watcher
 from heterorl_operator.relist import Relister
 from heterorl_operator.resources import DEPLOYMENT
-from heterorl_operator.workqueue import WorkQueue
+from unit.operator.operator_world import KEY, FakeApi, body, run_body
 
 NAME = ("Deployment", "run-sampler-near")
 
@@ -25,16 +23,6 @@ def api():
     served.put(run_body())
     served.put(body(*NAME, spec={"replicas": 1}))
     return served
-
-
-@pytest.fixture
-def cache():
-    return ObjectCache()
-
-
-@pytest.fixture
-def queue():
-    return WorkQueue()
 
 
 @pytest.fixture
