@@ -173,5 +173,5 @@ def test_log_probs_are_those_of_the_sampling_distribution(engine, weights):
 
 
 def test_a_gpu_is_not_promised_by_the_cpu_build(tiny_model_dir):
-    with pytest.raises(UserError, match="this vLLM is its CPU build"):
+    with pytest.raises(UserError, match="this vLLM is the CPU build"):
         build_engine("vllm", tiny_model_dir(), dtype="float32", max_model_len=64, gpus=1)

@@ -157,8 +157,8 @@ def _checked_beta_weights(rewards: list[NDArray[np.float64]]) -> NDArray[np.floa
     low, high = min(group.min() for group in rewards), max(group.max() for group in rewards)
     if low < 0 or high > 1:
         raise UserError(
-            f"rewards reach from {low:g} to {high:g}, but advantage.scale beta takes rewards in [0, 1];"
-            " weight the rewards so that they stay there, or write algorithm.advantage.scale: group"
+            f"rewards range from {low:g} to {high:g}, but advantage.scale beta requires rewards in [0, 1];"
+            " change the weights of the rewards, or set algorithm.advantage.scale: group"
         )
     return beta_weights(np.array([group.mean() for group in rewards]))
 

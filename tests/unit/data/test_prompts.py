@@ -50,7 +50,7 @@ def test_raw_is_the_problem_alone_and_needs_no_chat_template(tokenizer) -> None:
 @pytest.mark.parametrize("template", ["think", "noThink"])
 def test_a_tokenizer_without_a_chat_template_is_refused_with_the_way_out(tokenizer, template) -> None:
     tokenizer.chat_template = None
-    with pytest.raises(ModelError, match="no chat template; write promptTemplate: raw"):
+    with pytest.raises(ModelError, match="no chat template; set promptTemplate: raw"):
         render(template, tokenizer, "1+1?")
 
 

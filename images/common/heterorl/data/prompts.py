@@ -35,7 +35,7 @@ def render(template: Template, tokenizer: Any, problem: str) -> list[int]:
     if not tokenizer.chat_template:
         raise ModelError(
             f"data.promptTemplate is {template}, but the model's tokenizer has no chat template;"
-            " write promptTemplate: raw, or take a model that was trained to chat"
+            " set promptTemplate: raw, or use a model that was trained to chat"
         )
     from jinja2 import TemplateError
 
@@ -45,7 +45,7 @@ def render(template: Template, tokenizer: Any, problem: str) -> list[int]:
         )
     except TemplateError as error:
         raise ModelError(
-            f"data.promptTemplate is {template}, but the tokenizer's chat template refuses a system and a user turn"
-            f" ({error}); write promptTemplate: raw, or take another model"
+            f"data.promptTemplate is {template}, but the tokenizer's chat template rejects a system and a user turn"
+            f" ({error}); set promptTemplate: raw, or use another model"
         ) from error
     return list(ids)

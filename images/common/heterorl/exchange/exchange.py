@@ -1,6 +1,6 @@
 """The exchange: how a learner and many samplers work together through one folder, and the only code that knows a path.
 
-Nobody talks to anybody. One side writes, the other lists names and reads; either may be absent for hours.
+Processes never communicate directly. One side writes, the other lists names and reads; either may be absent for hours.
 
     ROOT/
       run.json                      the resolved manifest                                 runner or operator
@@ -16,7 +16,7 @@ Nobody talks to anybody. One side writes, the other lists names and reads; eithe
       attempts-NODE.json            starts of a pod of the learner, and how they ended    the pod's launcher
       pins/VERSION                  this version is still being evaluated                 runner or launcher
       evals/VERSION.json            results                                               evaluation
-      quarantine/                   what failed its checks, with the reason               whoever found it
+      quarantine/                   what failed its checks, with the reason               the reader that found it
       output/  logs/  metrics/      the trained model, logs, JSONL
 
 Rules
@@ -35,7 +35,7 @@ Rules
      surviving weights, none that was published is lost.
   7. A rollout is deleted (or archived) only when the oldest checkpoint kept covers it. The learner is the only one
      that deletes weights and rollouts.
-  8. A slot is leased: whoever creates lease-EPOCH.json with the highest epoch holds it. A lease is free when it was
+  8. A slot is leased: the creator of lease-EPOCH.json with the highest epoch holds it. A lease is free when it was
      released, when its holder was a process on this machine that is gone, or when its heartbeat has stood still for
      leaseSeconds by the observer's own clock; clocks of different machines are never compared.
 
@@ -103,7 +103,7 @@ class Fetched:
 
 
 class Exchange(RunFolder):
-    """One run's folder on the shared volume, as learner, samplers and everybody else use it."""
+    """One run's folder on the shared volume, as used by the learner, the samplers and all other processes."""
 
     incarnation: int | None = None
     """Of the learner, once this process has begun one or was told its first rank's: it is asked before each write."""
@@ -208,7 +208,7 @@ class Exchange(RunFolder):
         with published_folder.standing(self.files, source):
             for name, expected in manifest.files.items():
                 if Path(name).name != name:
-                    raise CorruptFile(f"weights {version}: {name!r} is no plain file name")
+                    raise CorruptFile(f"weights {version}: {name!r} is not a plain file name")
                 published_folder.check_size(self.files, source / name, expected)
                 digest = self.files.copy(source / name, to / name, check=check)
                 published_folder.check_digest(source / name, digest, expected)
@@ -460,7 +460,7 @@ class Exchange(RunFolder):
         return None
 
     def _next_seq(self, slot: Slot) -> int:
-        """The first sequence number that nobody can have used, by everything that tells of one: any may be lost."""
+        """The first sequence number that cannot have been used, from all records, any of which may be lost."""
         state, learner = self._slots.load(slot), self.learner
         published = [*self.list_rollouts(), *self.list_quarantined()]
         published += self._records.names(self.root / "archive", RolloutName.parse, _SAFETENSORS)

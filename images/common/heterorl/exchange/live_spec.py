@@ -17,11 +17,11 @@ log = logging.getLogger(__name__)
 
 
 class LiveSpec:
-    """The manifest in a file, read again whenever the file is another one.
+    """The manifest in a file, read again whenever the file was replaced.
 
-    Whoever started with a value and keeps it goes on with it; whoever asks again sees the edit. Only what may change in
-    a live run changes here (`heterorl.spec.mutability`), so that no process ever works with half of an edit: nobody
-    guards a ConfigMap that is edited by hand. A file that cannot be read leaves everything as it was.
+    A process that keeps a value is not affected by an edit; one that asks again sees it. Only what may change during a
+    run changes here (`heterorl.spec.mutability`), so that no process works with half of an edit: a ConfigMap that is
+    edited manually is validated by no API server. A file that cannot be read leaves everything as it was.
     """
 
     def __init__(self, file: Path, root: Path, files: Files) -> None:
@@ -47,7 +47,7 @@ class LiveSpec:
             content = self._files.read(self._file)
         except FileNotFoundError:
             raise RunFolderError(
-                f"{self._root} is no run folder: {self._file} is missing; start with `heterorl run`"
+                f"{self._root} is not a run folder: {self._file} is missing; start with `heterorl run`"
             ) from None
         try:
             run = HeteroRLRun.model_validate_json(content)

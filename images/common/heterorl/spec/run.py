@@ -690,7 +690,7 @@ class CanarySpec(Block):
     """The check that a sampler computes what the learner computes."""
 
     tolerance: float | None = Field(None, gt=0, le=100)
-    """Largest mean absolute difference of a token's log-probability; absent: 1e-4 in float32, 0.15 in bfloat16."""
+    """Maximum mean absolute difference of a token's log-probability; default: 1e-4 in float32, 0.15 in bfloat16."""
 
 
 class ExchangeSpec(Block):

@@ -45,7 +45,7 @@ def build_engine(
             raise
         raise UserError(
             "engine: vllm, but vLLM is not installed; install heterorl[sampler] on a GPU machine, heterorl[sampler-cpu]"
-            " without one, or write engine: transformers for a tiny model"
+            " without one, or set engine: transformers for a tiny model"
         ) from error
     return VLLMEngine(
         model_dir,

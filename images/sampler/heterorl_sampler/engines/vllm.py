@@ -177,11 +177,11 @@ class VLLMEngine:
 
 def _require_device(gpus: int) -> None:
     if gpus and current_platform.is_cpu():
-        raise UserError(f"gpus: {gpus}, but this vLLM is its CPU build; write gpus: 0 or install heterorl[sampler]")
+        raise UserError(f"gpus: {gpus}, but this vLLM is the CPU build; set gpus: 0 or install heterorl[sampler]")
     if gpus > torch.cuda.device_count():
-        raise UserError(f"gpus: {gpus}, but torch finds {torch.cuda.device_count()} here; write a smaller number")
+        raise UserError(f"gpus: {gpus}, but torch finds {torch.cuda.device_count()} here; set a smaller number")
     if not gpus and not current_platform.is_cpu():
-        raise UserError("gpus: 0, but this vLLM is no CPU build; write gpus: 1 or install heterorl[sampler-cpu]")
+        raise UserError("gpus: 0, but this vLLM is not the CPU build; set gpus: 1 or install heterorl[sampler-cpu]")
 
 
 def _served_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
