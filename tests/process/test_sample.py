@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,21 +13,25 @@ import pytest
 from transformers import AutoTokenizer
 
 from builders import exchange_at, run_of
+from heterorl.errors import SiteError, UserError
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import SlotStatus
 from heterorl.monitoring.metrics import Metrics
 from heterorl.names import Slot, Version
 from heterorl.spec.run import HeteroRLRun
-from heterorl_sampler.__main__ import serve
+from heterorl_sampler.__main__ import Heartbeat, serve
+from heterorl_sampler.activity import Activity
 from heterorl_sampler.engines.base import Completion
 from heterorl_sampler.engines.build import build_engine
 from heterorl_sampler.engines.transformers import TransformersEngine
 from heterorl_sampler.rewards import build_rewards
+from heterorl_sampler.rollout_maker import RolloutMaker
 from heterorl_sampler.sample import Sampler
+from heterorl_sampler.weight_sync import WeightSync
 
 FAR = Slot("far", 0)
-ROWS = [{"id": i, "prompt_ids": [2 + i, 5], "answer": str(i), "columns": {}} for i in range(8)]
+ROWS = [{"id": i, "prompt": "", "prompt_ids": [2 + i, 5], "answer": str(i), "columns": {}} for i in range(8)]
 
 
 @pytest.fixture
@@ -84,11 +89,13 @@ def work(
     """Lease the slot and sample so many batches, or until nothing but waiting is left; returns the slot's status."""
     lease, status = exchange.acquire_slot(lambda: [FAR]), SlotStatus()
     assert lease is not None
+    scratch = tmp_path / "scratch"
     engine = make_engine(model, dtype="float32")
     engine.until = Until(batches)
     with build_rewards(exchange.spec) as rewards:
-        tokenizer, scratch = AutoTokenizer.from_pretrained(model), tmp_path / "scratch"
-        Sampler(exchange, lease, status, engine, tokenizer, ROWS, rewards, Metrics(), engine.until, scratch).run()
+        maker = RolloutMaker(exchange.spec, lease, engine, AutoTokenizer.from_pretrained(model), rewards, ROWS)
+        weights = WeightSync(exchange, engine, lease.slot, scratch)
+        Sampler(exchange, lease, Activity(status), weights, maker, Metrics(), engine.until).run()
     exchange.beat(lease, status, released=True)
     return status
 
@@ -184,3 +191,74 @@ def test_a_sampler_waits_until_its_pool_is_in_the_spec_and_the_run_is_prepared(e
     serve(exchange, "added", None, stop)
     assert stop.is_set()
     assert exchange.heartbeats() == {}
+
+
+# ── rewards that fail, work that hangs ───────────────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Exchange]:
+    """Factory of the run with a custom reward that fails on these rows."""
+
+    def make(exchange: Exchange, failing: list[int]) -> Exchange:
+        module = f"judge_{'_'.join(map(str, failing))}"
+        (tmp_path / f"{module}.py").write_text(
+            "def judge(completions, answer, **columns):\n"
+            f"    if int(answer[0]) in {failing}: raise ValueError('no verdict')\n"
+            "    return [1.0 for _ in completions]\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        tree = exchange.run.resolved()
+        tree["spec"]["rewards"] = [{"name": "custom", "path": f"{module}.judge"}]
+        tree["spec"]["exchange"]["maxPendingGroups"] = 99
+        exchange.create(HeteroRLRun.model_validate(tree))
+        return Exchange(exchange.root)  # as a process that starts now
+
+    return make
+
+
+def test_a_reward_that_fails_on_one_row_costs_that_group_only(
+    exchange: Exchange,
+    tiny_model_dir: Callable[..., Path],
+    tmp_path: Path,
+    judged: Callable[..., Exchange],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    status = work(judged(exchange, [3]), tiny_model_dir(tokenizer=True), tmp_path, 3)
+    rows = [row for _, row in walked(exchange)]
+    assert len(rows) + status.unrewarded == 9  # three batches of three; eight rows are an epoch
+    assert 3 not in rows
+    assert status.unrewarded in (1, 2)
+    assert "failed on row 3: ValueError: no verdict" in caplog.text
+
+
+def test_a_reward_that_fails_on_every_row_is_the_users_error_and_names_the_row(
+    exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path, judged: Callable[..., Exchange]
+) -> None:
+    with pytest.raises(UserError, match=r"failed on row \d: ValueError: no verdict.*all of the first 6 groups"):
+        work(judged(exchange, list(range(8))), tiny_model_dir(tokenizer=True), tmp_path, 99)
+    assert exchange.list_rollouts() == []
+
+
+def test_a_reward_that_works_elsewhere_and_not_here_is_this_nodes_failure(
+    exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path, judged: Callable[..., Exchange]
+) -> None:
+    model = tiny_model_dir(tokenizer=True)
+    work(exchange, model, tmp_path, 1)
+    with pytest.raises(SiteError, match="failed here, others did not"):
+        work(judged(exchange, list(range(8))), model, tmp_path, 99)
+
+
+def test_a_sampler_that_is_stuck_says_where_and_ends_as_a_failure_of_its_node(
+    exchange: Exchange, caplog: pytest.LogCaptureFixture
+) -> None:
+    lease = exchange.acquire_slot(lambda: [FAR])
+    assert lease is not None
+    ended: list[int] = []
+    activity = Activity(SlotStatus())
+    activity.progress("scoring row 7")
+    tree = exchange.run.resolved()
+    tree["spec"]["exchange"]["leaseSeconds"] = 0.4
+    exchange.create(HeteroRLRun.model_validate(tree))
+    with Heartbeat(Exchange(exchange.root), lease, activity, threading.Event(), stuck_s=0.3, end=ended.append):
+        time.sleep(1.0)
+    assert ended == [3]
+    assert "scoring row 7" in caplog.text

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from heterorl.data.tokenizer import load_tokenizer
@@ -18,9 +20,11 @@ from heterorl.exchange.canary import CANARY_TOKENS
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import SlotStatus
 from heterorl.exchange.slots import Lease
+from heterorl.exit_codes import SITE_ERROR
 from heterorl.logs import setup_logging
 from heterorl.monitoring.metrics import Metrics
 from heterorl.names import Slot
+from heterorl_sampler.activity import STUCK_S, Activity
 
 log = logging.getLogger("heterorl_sampler")
 
@@ -55,16 +59,18 @@ def serve(exchange: Exchange, pool_name: str, index: int | None, stop: threading
     lease = exchange.acquire_slot(slots, stop.is_set)
     if lease is None:
         return
-    status = SlotStatus(state="starting", rollouts=lease.first_seq)
-    with Heartbeat(exchange, lease, status, stop):
-        sample(exchange, lease, status, stop)
+    activity = Activity(SlotStatus(state="starting", rollouts=lease.first_seq))
+    with Heartbeat(exchange, lease, activity, stop):
+        sample(exchange, lease, activity, stop)
 
 
-def sample(exchange: Exchange, lease: Lease, status: SlotStatus, stop: threading.Event) -> None:
-    """Start the leased slot's engine and sample until `stop`, keeping `status` up to date."""
+def sample(exchange: Exchange, lease: Lease, activity: Activity, stop: threading.Event) -> None:
+    """Start the leased slot's engine and sample until `stop`, telling `activity` of it."""
     from heterorl_sampler.engines.build import build_engine  # slow to import, and `--help` needs none of it
     from heterorl_sampler.rewards import build_rewards
+    from heterorl_sampler.rollout_maker import RolloutMaker
     from heterorl_sampler.sample import Sampler
+    from heterorl_sampler.weight_sync import WeightSync
 
     spec = exchange.spec
     pool = spec.pool(lease.slot.pool)
@@ -88,35 +94,55 @@ def sample(exchange: Exchange, lease: Lease, status: SlotStatus, stop: threading
         ) as metrics,
         build_rewards(spec) as rewards,
     ):
-        tokenizer = load_tokenizer(exchange.model_dir)
-        Sampler(exchange, lease, status, engine, tokenizer, rows, rewards, metrics, stop, Path(scratch)).run()
+        maker = RolloutMaker(spec, lease, engine, load_tokenizer(exchange.model_dir), rewards, rows)
+        weights = WeightSync(exchange, engine, lease.slot, Path(scratch))
+        Sampler(exchange, lease, activity, weights, maker, metrics, stop).run()
     engine.close()
 
 
 class Heartbeat:
-    """Keeps a lease on a thread of its own: a slow start or a long generation must not lose it. Released at the end."""
+    """Keeps a lease on a thread of its own: a slow start or a long generation must not lose it. Released at the end.
 
-    def __init__(self, exchange: Exchange, lease: Lease, status: SlotStatus, stop: threading.Event) -> None:
-        self._exchange, self._lease, self._status, self._stop = exchange, lease, status, stop
+    A sampler that is stuck must not keep it: then the process is ended, as a failure of this node.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        lease: Lease,
+        activity: Activity,
+        stop: threading.Event,
+        *,
+        stuck_s: float = STUCK_S,
+        end: Callable[[int], None] = os._exit,
+    ) -> None:
+        self._exchange, self._lease, self._activity, self._stop = exchange, lease, activity, stop
+        self._stuck_s, self._end = stuck_s, end
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> None:
-        self._exchange.beat(self._lease, self._status)
+        self._exchange.beat(self._lease, self._activity.status)
         self._thread.start()
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._done.set()
         self._thread.join()
         if kind is None:
-            self._status.state = "stopped"
-            self._exchange.beat(self._lease, self._status, released=True)
+            self._activity.status.state = "stopped"
+            self._exchange.beat(self._lease, self._activity.status, released=True)
 
     def _run(self) -> None:
         period = min(2.0, self._exchange.spec.exchange.lease_seconds / 4)
         while not self._done.wait(period):
+            status, idle_s = self._activity.status, self._activity.idle_s
+            if idle_s > self._stuck_s:
+                log.critical("stuck: nothing came of it for %.0f s (%s); this process ends", idle_s, status.state)
+                self._end(SITE_ERROR)
+                return
+            status.idle_s = round(idle_s, 1)
             try:
-                self._exchange.beat(self._lease, self._status)
+                self._exchange.beat(self._lease, status)
             except HeteroRLError as error:
                 log.error("%s", error)
                 self._stop.set()

@@ -46,6 +46,10 @@ class CompletionGroup:
         return [self.checker.check(self.row["answer"], text) for text in self.texts]
 
 
+class RewardFailed(UserError):
+    """A custom reward did not give one finite number for each completion of a group."""
+
+
 RewardFunction = Callable[[CompletionGroup, RewardSpec], list[float]]
 
 
@@ -150,14 +154,14 @@ def language(group: CompletionGroup, params: RewardSpec) -> list[float]:
 def custom(group: CompletionGroup, params: RewardSpec) -> list[float]:
     """What the function at `path` returns for `(prompts=, completions=, **columns)`, every one a list of G.
 
-    `answer` is the reference answer; the other columns are the row's own. Raises `UserError` when the function fails.
+    `answer` is the reference answer; the other columns are the row's own. Raises `RewardFailed` when it fails.
     """
     columns = {**group.row["columns"], "prompts": group.row["prompt"], "answer": group.row["answer"]}
     repeated = {name: [value] * len(group.texts) for name, value in columns.items()}
     try:
         return list(_imported(params.path)(**{**repeated, "completions": group.texts}))
     except Exception as error:
-        raise UserError(
+        raise RewardFailed(
             f"custom reward {params.path} failed on row {group.row['id']}: {type(error).__name__}: {error};"
             " it is called with prompts, completions and every column of the row as lists, so accept **columns"
         ) from error
@@ -209,7 +213,7 @@ class Rewards:
     ) -> tuple[Floats, dict[str, Floats]]:
         """The weighted sum [G] and each reward's own, unweighted values [G] by name, for one prompt's completions.
 
-        `lengths` are in tokens. Raises `UserError` when a custom reward does not give one finite number a completion.
+        `lengths` are in tokens. Raises `RewardFailed` unless a custom reward gives one finite number a completion.
         """
         group = CompletionGroup(texts, list(lengths), list(truncated), row, self._checker)
         terms = {
@@ -247,14 +251,14 @@ def _term_names(rewards: list[RewardSpec]) -> list[str]:
 
 
 def _checked(name: str, values: list[float], num_completions: int, row: Row) -> Floats:
-    """The values as float32 [G], or `UserError`."""
+    """The values as float32 [G], or `RewardFailed`."""
     where = f"reward {name}, row {row['id']}"
     if len(values) != num_completions:
-        raise UserError(f"{where}: {len(values)} values for {num_completions} completions; return one for each")
+        raise RewardFailed(f"{where}: {len(values)} values for {num_completions} completions; return one for each")
     try:
         array = np.asarray(values, np.float32)
     except (TypeError, ValueError):
         array = np.full(num_completions, np.nan, np.float32)
     if array.shape != (num_completions,) or not np.isfinite(array).all():
-        raise UserError(f"{where}: found {values}; every value must be a finite number")
+        raise RewardFailed(f"{where}: found {values}; every value must be a finite number")
     return array

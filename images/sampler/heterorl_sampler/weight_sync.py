@@ -14,11 +14,12 @@ import time
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from heterorl.errors import CanaryMismatch, CorruptFile, UnknownProtocol
 from heterorl.exchange.exchange import Exchange, Fetched
 from heterorl.heterogeneity.delay import Adoption
-from heterorl.names import Version
+from heterorl.names import Slot, Version
 from heterorl_sampler.engines.base import InferenceEngine
 
 log = logging.getLogger(__name__)
@@ -37,18 +38,30 @@ class Swap:
 class WeightSync:
     """Keeps one engine on the version its delay allows; refuses what fails its checks, once and for all."""
 
-    def __init__(self, exchange: Exchange, engine: InferenceEngine, adoption: Adoption, scratch: Path) -> None:
+    def __init__(self, exchange: Exchange, engine: InferenceEngine, slot: Slot, scratch: Path) -> None:
+        """`scratch`: a folder of this machine for fetched versions, which belongs to the caller."""
         self._exchange = exchange
         self._engine = engine
-        self._adoption = adoption
         self._scratch = scratch
-        self._tolerance = exchange.spec.canary_tolerance
+        spec, saved = exchange.spec, exchange.load_slot(slot)
+        self._tolerance = spec.canary_tolerance
+        self.pool = spec.pool(slot.pool)
+        """The slot's pool as it is now; one that is removed stays as it was."""
+        self._adoption = Adoption(
+            self.pool.delay,
+            slot=str(slot),
+            seed=spec.seed,
+            time_scale=spec.time_scale,
+            state=saved.adoption if saved else None,
+        )
         self._serving: Fetched | None = None
         self._published: dict[Version, float] = {}
         self._fetch: tuple[Version, float, Future[Fetched]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fetch")
         self._closed = threading.Event()
+        self._listed: set[Version] = set()
         self.rejected: dict[Version, str] = {}
+        """All versions that failed their checks, and why."""
 
     @property
     def version(self) -> Version | None:
@@ -56,12 +69,23 @@ class WeightSync:
         return self._serving.version if self._serving else None
 
     @property
+    def state(self) -> dict[str, Any]:
+        """What the slot's next holder must know to go on with its delays."""
+        return self._adoption.state
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Versions on the volume that failed their checks here, and why."""
+        return {str(version): reason for version, reason in self.rejected.items() if version in self._listed}
+
+    @property
     def newest(self) -> Version | None:
         """The newest version this side has seen."""
-        return max(self._published, default=None)
+        return max(self._listed, default=None)
 
     def advance(self) -> Swap | None:
         """Do what is due without waiting: start a fetch, or swap to what a fetch brought. Call it between batches."""
+        self._follow_edits()
         if self._fetch is None:
             self._start_fetch()
             return None
@@ -81,13 +105,19 @@ class WeightSync:
         return None
 
     def close(self) -> None:
-        """Stop fetching, a version that is half copied too; the folders in scratch belong to the caller."""
+        """Stop fetching, a version that is half copied too."""
         self._closed.set()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    def _follow_edits(self) -> None:
+        """Take over what may change in a live run."""
+        for pool in self._exchange.spec.samplers:
+            if pool.name == self.pool.name and pool != self.pool:
+                self._adoption.change(pool.delay)
+                self.pool = pool
+
     def _start_fetch(self) -> None:
-        published = [(version, at) for version, at in self._look().items() if version not in self.rejected]
-        target = self._adoption.choose(published, self.version, self._exchange.now())
+        target = self._adoption.choose(list(self._look().items()), self.version, self._exchange.now())
         if target is not None and target != self.version:
             folder = self._scratch / str(target)
             future = self._thread.submit(self._exchange.fetch_weights, target, folder, check=self._check_open)
@@ -101,7 +131,11 @@ class WeightSync:
         """Versions and when they appeared by this machine's clock; those found at the start, by the learner's."""
         first_look = not self._published
         seen: dict[Version, float] = {}
-        for version in self._exchange.list_versions():
+        versions = self._exchange.list_versions()
+        self._listed = set(versions)
+        for version in versions:
+            if version in self.rejected:
+                continue
             try:
                 seen[version] = self._published.get(version) or (
                     self._exchange.published_at(version) if first_look else self._exchange.now()

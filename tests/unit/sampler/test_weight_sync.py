@@ -16,7 +16,7 @@ from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.storage import Files
 from heterorl.heterogeneity.delay import Adoption
-from heterorl.names import Version
+from heterorl.names import Slot, Version
 from heterorl.spec.run import DelaySpec
 from heterorl_sampler.weight_sync import Swap, WeightSync
 
@@ -48,7 +48,7 @@ def engine() -> OneNumberEngine:
 
 @pytest.fixture
 def follower(exchange: Exchange, engine: OneNumberEngine, tmp_path: Path) -> WeightSync:
-    return WeightSync(exchange, engine, Adoption(DelaySpec(), slot="far-0"), tmp_path / "scratch")
+    return WeightSync(exchange, engine, Slot("far", 0), tmp_path / "scratch")
 
 
 def publish(exchange: Exchange, step: int, weight: float, *, canary: float | None = None) -> Version:
@@ -101,10 +101,13 @@ def test_a_version_whose_canary_fails_is_refused_and_the_old_weights_are_loaded_
     wrong = publish(exchange, 1, -2.0, canary=-2.1)
     settle(follower)
     assert (engine.weight, follower.version) == (-1.0, first)
-    assert "differ by 0.1 on average" in follower.rejected[wrong]
+    assert "differ by 0.1 on average" in follower.refused[str(wrong)]
     good = publish(exchange, 2, -3.0)
     settle(follower)
     assert (engine.weight, follower.version) == (-3.0, good)
+    exchange.retire_weights([good])
+    settle(follower)
+    assert (list(follower.rejected), follower.refused) == ([wrong], {})  # no longer published
 
 
 def test_a_version_retired_during_the_fetch_is_no_failure(

@@ -202,6 +202,12 @@ class SlotStatus(Record):
     swaps: int = 0
     rejected: int = 0
     """Versions that it refused."""
+    refused: dict[str, str] = {}
+    """Those of them that are still published, and why."""
+    unrewarded: int = 0
+    """Groups that were left out because a reward failed on them."""
+    idle_s: float = 0.0
+    """Seconds since something came of its work."""
     reward: float | None = None
     tokens_per_s: float | None = None
     pending: int = 0

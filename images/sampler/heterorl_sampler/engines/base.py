@@ -11,11 +11,12 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 from safetensors import SafetensorError, safe_open
 
 from heterorl.errors import CorruptFile, ModelError
+from heterorl.spec.run import GenerationSpec
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -48,6 +49,18 @@ class Sampling:
     """Min-p sampling: minimum probability relative to the most likely token; 0 disables."""
     repetition_penalty: float = 1.0
     """Repetition penalty on tokens seen so far, including those of the prompt; 1 disables."""
+
+    @classmethod
+    def of(cls, generation: GenerationSpec) -> Self:
+        """That of a run's rollouts."""
+        return cls(
+            max_tokens=generation.max_completion_tokens,
+            temperature=generation.temperature,
+            top_p=generation.top_p,
+            top_k=generation.top_k,
+            min_p=generation.min_p,
+            repetition_penalty=generation.repetition_penalty,
+        )
 
 
 def never() -> bool:

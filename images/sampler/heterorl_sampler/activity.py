@@ -1,0 +1,28 @@
+"""What a sampler does now, and for how long nothing has come of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from heterorl.exchange.records import SlotStatus
+
+STUCK_S = 1800.0
+"""Without a token, a reward or a look at the volume for so long, a sampler is stuck: longer than any engine starts."""
+
+
+class Activity:
+    """Told by the thread that works, read by the one that writes heartbeats."""
+
+    def __init__(self, status: SlotStatus, clock: Callable[[], float] = time.monotonic) -> None:
+        self.status, self._clock = status, clock
+        self._last = clock()
+
+    def progress(self, state: str) -> None:
+        """Something came of the work; what it is now, as the heartbeat shows it."""
+        self.status.state, self._last = state, self._clock()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the last progress."""
+        return self._clock() - self._last
