@@ -95,8 +95,9 @@ class RolloutFeed:
         return None
 
     def _select(self, step: int) -> dict[RolloutName, Rollout] | None:
+        settled = self._known | self._left
         selection = select_rollouts(
-            (name for name in self._exchange.list_rollouts() if name not in self._known | self._left),
+            (name for name in self._exchange.list_rollouts() if name not in settled),
             step=step,
             groups=self._spec.learner.batch.groups,
             max_steps=self._spec.max_lag,

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from heterorl.errors import CorruptFile, RunFolderError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import LearnerHeartbeat
 from heterorl.monitoring.metrics import Metrics
@@ -91,7 +90,7 @@ class Trainer:
         found: tuple[Path, dict[str, Any]] | None = None
         if self.engine.rank == 0:
             self.exchange.sweep()
-            found = open_newest_checkpoint(self.exchange)
+            found = self.exchange.open_newest_checkpoint()
         found = ranks.agree(found)
         if found is None:
             return TrainerState()
@@ -191,32 +190,3 @@ class Trainer:
                     lag=self.told.get("lag/mean"),
                 )
             )
-
-
-def open_newest_checkpoint(exchange: Exchange) -> tuple[Path, dict[str, Any]] | None:
-    """Folder and small state of the newest checkpoint that passes its checks; None when there are none at all.
-
-    Newer ones that fail go to quarantine. When all fail nothing is moved and RunFolderError is raised: a run that was
-    trained for days does not start again at step 0 because a disk was bad. UnknownProtocol for one that a later version
-    of HeteroRL saved, also when an older one could be used.
-    """
-    damaged: dict[int, str] = {}
-    for step in reversed(exchange.list_checkpoints()):
-        try:
-            found = exchange.open_checkpoint(step)
-        except FileNotFoundError:
-            continue
-        except CorruptFile as error:
-            log.error("checkpoint of step %d is damaged (%s); trying the one before", step, error)
-            damaged[step] = str(error)
-            continue
-        for failed, reason in damaged.items():
-            exchange.quarantine_checkpoint(failed, reason)
-        return found
-    if damaged:
-        raise RunFolderError(
-            f"{exchange.root / 'checkpoints'}: none of the checkpoints can be used ("
-            + "; ".join(damaged.values())
-            + "); put one back that is whole, or move them all out of the folder to start again at step 0"
-        )
-    return None

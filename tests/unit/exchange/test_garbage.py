@@ -314,6 +314,39 @@ def test_two_damaged_checkpoints_of_one_step_are_both_kept(exchange: Exchange) -
     assert (aside / "step-00000005.2" / "state.pt").read_bytes() == b"second"
 
 
+def test_the_newest_whole_checkpoint_is_opened_and_damaged_newer_ones_are_kept_aside(exchange: Exchange) -> None:
+    for step in (5, 10, 15):
+        checkpoint(exchange, step)
+    for step, content in ((10, b"stat"), (15, b"statf")):
+        (exchange.root / "checkpoints" / f"step-{step:08d}" / "state.pt").write_bytes(content)
+    folder, state = exchange.open_newest_checkpoint()
+    assert (folder.name, state) == ("step-00000005", {"step": 5})
+    assert exchange.list_checkpoints() == [5]
+    aside = exchange.root / "quarantine" / "checkpoints"
+    assert (aside / "step-00000010" / "state.pt").read_bytes() == b"stat"
+    assert "has 4 bytes; its manifest says 5" in (aside / "step-00000010.reason.json").read_text()
+    assert "checksum" in (aside / "step-00000015.reason.json").read_text()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again_by_itself(exchange: Exchange) -> None:
+    assert exchange.open_newest_checkpoint() is None
+    for step in (5, 10):
+        (checkpoint(exchange, step) / "manifest.json").write_bytes(b"\0\0")
+    for _ in range(2):
+        with pytest.raises(RunFolderError, match=r"none of the checkpoints can be used .*; put one back that is whole"):
+            exchange.open_newest_checkpoint()
+    assert exchange.list_checkpoints() == [5, 10]
+
+
+def test_a_newer_checkpoint_of_a_later_version_is_not_passed_over(exchange: Exchange) -> None:
+    for step in (5, 10):
+        checkpoint(exchange, step)
+    (exchange.root / "checkpoints" / "step-00000010" / "manifest.json").write_bytes(LATER)
+    with pytest.raises(UnknownProtocol, match=r"step-00000010/manifest\.json has protocol 2"):
+        exchange.open_newest_checkpoint()
+    assert exchange.list_checkpoints() == [5, 10]
+
+
 @pytest.mark.parametrize(
     "canary", [*GARBAGE.values(), b'{"token_ids": [[1, 2]], "logp": [[NaN]]}', b'{"token_ids": [[1]], "logp": [[]]}']
 )
@@ -386,7 +419,7 @@ def test_a_strange_name_is_told_once(exchange: Exchange, caplog: pytest.LogCaptu
 
 @pytest.mark.parametrize("name", ["far-00", "far-01", "far-٣", "Far-0", "far"])
 def test_a_slot_has_one_name(name: str) -> None:
-    with pytest.raises(ValueError, match="is no slot"):
+    with pytest.raises(ValueError, match="is not a slot"):
         Slot.parse(name)
 
 

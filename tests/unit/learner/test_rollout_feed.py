@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import builders
-from builders import exchange_at, rollout_name, rollout_of, run_of
+from builders import FAR, exchange_at, rollout_name, rollout_of, run_of
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import SlotStatus
 from heterorl.names import RolloutName
 from heterorl_learner.rollout_feed import RolloutFeed
 
@@ -162,3 +163,35 @@ def test_a_replay_stops_when_told_and_is_left_to_the_next_incarnation(
 
 def test_a_waiting_feed_stops_when_told(exchange: Exchange) -> None:
     assert RolloutFeed(exchange, 0, 1, lambda: True).take(0) is None
+
+
+def test_a_rollout_of_a_later_version_is_left_where_it_is_and_others_are_trained(
+    exchange: Exchange, put: Callable[..., RolloutName]
+) -> None:
+    later = put(0)
+    path = exchange.root / "rollouts" / f"{later}.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"protocol":"1"', b'"protocol":"2"'))
+    put(1), put(2)
+    feed = RolloutFeed(exchange, 0, 1, never)
+    with pytest.raises(Stop):
+        feed.take(0)
+    assert take(feed, 0) == [1, 2]
+    assert later in exchange.list_rollouts()
+    assert exchange.list_quarantined() == []
+
+
+def test_a_rollout_made_after_its_lease_had_ended_is_not_trained(exchange: Exchange) -> None:
+    old = exchange.acquire_slot(lambda: [FAR])
+    exchange.beat(old, SlotStatus(), released=True)
+    in_time = {rollout_name(seq): rollout_of([1.0, 1.0], meta={"lease_epoch": old.epoch}) for seq in (0, 1)}
+    exchange.put_rollouts(old, in_time)
+    assert exchange.acquire_slot(lambda: [FAR]).first_seq == 2
+    late = rollout_name(2)
+    # As from a holder that froze after it had asked and before it published.
+    builders.put(exchange, {late: rollout_of([1.0, 1.0], meta={"lease_epoch": old.epoch})}, epoch=99)
+    builders.put(exchange, {rollout_name(3): rollout_of([1.0, 1.0], meta={"lease_epoch": 2})}, epoch=99)
+    feed = RolloutFeed(exchange, 0, 1, never)
+    assert take(feed, 0) == [0, 1]
+    with pytest.raises(Stop):
+        feed.take(1)
+    assert exchange.list_quarantined() == [late]

@@ -58,7 +58,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from heterorl.errors import CorruptFile, ExchangeError, Superseded, UnknownProtocol
+from heterorl.errors import CorruptFile, ExchangeError, RunFolderError, Superseded, UnknownProtocol
 from heterorl.exchange import published_folder
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.records import (
@@ -411,6 +411,33 @@ class Exchange(RunFolder):
                 published_folder.check_size(self.files, folder / name, expected)
                 published_folder.check_digest(folder / name, self.files.digest(folder / name), expected)
         return folder, manifest.state
+
+    def open_newest_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that passes its checks, as `open_checkpoint`; None when there are none at all.
+
+        Newer ones that fail go to quarantine. When all fail, nothing is moved and RunFolderError is raised: a run does
+        not start again at step 0 because a disk was bad, unless somebody clears the folder. UnknownProtocol, when a
+        later version of HeteroRL saved a newer one than the newest that is whole.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self.list_checkpoints()):
+            try:
+                found = self.open_checkpoint(step)
+            except FileNotFoundError:
+                continue
+            except CorruptFile as error:
+                log.error("checkpoint of step %d is damaged (%s); trying the one before", step, error)
+                damaged[step] = str(error)
+                continue
+            for failed, reason in damaged.items():
+                self.quarantine_checkpoint(failed, reason)
+            return found
+        if damaged:
+            raise RunFolderError(
+                f"{self.root / 'checkpoints'}: none of the checkpoints can be used ({'; '.join(damaged.values())}); put"
+                " one back that is whole, or move them all out of this folder to start again at step 0"
+            )
+        return None
 
     def remove_checkpoint(self, step: int) -> None:
         """Delete a checkpoint that newer ones make dispensable."""

@@ -1,0 +1,84 @@
+"""What a publication does to the versions before it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from builders import exchange_at, publish, run_of
+from heterorl.errors import Superseded
+from heterorl.exchange.exchange import Exchange
+from heterorl.names import Version
+from heterorl_learner.batching import MicroBatch
+from heterorl_learner.publish import Publisher
+
+
+class OneTensorEngine:
+    """A model of one tensor that finds every token equally likely."""
+
+    rank = 0
+
+    def score(self, batch: MicroBatch) -> torch.Tensor:
+        return torch.zeros(int(batch.lengths.sum()))
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        return {"weight": torch.ones(2)}
+
+
+@pytest.fixture
+def exchange(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Exchange:
+    exchange = exchange_at(tmp_path / "run", run_of(exchange={"retention": {"weights": 2}}))
+    exchange.model_dir.symlink_to(tiny_model_dir(tokenizer=True))
+    exchange.data_file("train").parent.mkdir()
+    exchange.data_file("train").write_text(json.dumps({"prompt_ids": [3, 4, 5]}) + "\n")
+    return exchange
+
+
+@pytest.fixture
+def publisher(exchange: Exchange) -> Iterator[Publisher]:
+    publisher = Publisher(exchange, OneTensorEngine(), exchange.begin_incarnation())
+    yield publisher
+    publisher._thread.shutdown()
+
+
+def test_the_newest_versions_are_kept_and_older_ones_retired(exchange: Exchange, publisher: Publisher) -> None:
+    for step in range(4):
+        publisher.publish(step)
+    publisher.wait()
+    assert exchange.list_versions() == [Version(2, 1), Version(3, 1)]
+
+
+@pytest.mark.parametrize(
+    "manifest", ["", '{"protocol": 1}', '{"protocol": 1, "kind": "anchor", "step": 0, "files": {}}']
+)
+def test_a_damaged_manifest_of_a_version_that_is_kept_is_put_aside_and_publication_goes_on(
+    exchange: Exchange, publisher: Publisher, manifest: str
+) -> None:
+    damaged = publish(exchange, Version(0, 1))
+    (exchange.root / "weights" / str(damaged) / "manifest.json").write_text(manifest)
+    publisher.publish(1)
+    publisher.publish(2)
+    publisher.wait()
+    assert exchange.list_versions() == [Version(1, 1), Version(2, 1)]
+    assert (exchange.root / "quarantine" / "weights" / str(damaged) / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_version_of_a_later_protocol_is_kept_whatever_is_published(exchange: Exchange, publisher: Publisher) -> None:
+    later = publish(exchange, Version(0, 1))
+    (exchange.root / "weights" / str(later) / "manifest.json").write_text('{"protocol": 2}')
+    for step in (1, 2, 3):
+        publisher.publish(step)
+    publisher.wait()
+    assert exchange.list_versions() == [later, Version(2, 1), Version(3, 1)]
+
+
+def test_a_superseded_learner_learns_it_when_it_publishes(exchange: Exchange, publisher: Publisher) -> None:
+    Exchange(exchange.root).begin_incarnation()
+    publisher.publish(1)
+    with pytest.raises(Superseded):
+        publisher.wait()
+    assert exchange.list_versions() == []
