@@ -26,7 +26,7 @@ def test_validate_reports_all_problems_of_all_files_and_exits_2(capsys, tmp_path
     assert code == 2
     assert out == f"{good}: ok\n"
     assert err.splitlines() == [
-        f'heterorl: {bad}: line 3: metadata.name: found 3, expected text; write it in quotes: "3"',
+        f'heterorl: {bad}: line 3: metadata.name: found 3, expected a string; put it in quotes: "3"',
         f"heterorl: {bad}: line 4: spec.samplers: is required but missing",
         f"heterorl: {missing}: no such file",
     ]

@@ -69,7 +69,7 @@ def test_all_problems_are_reported_at_once_with_line_path_found_and_advice(manif
     assert 'found "onlin", expected one of hetero, online; did you mean online?' in text
     assert "unknown field; did you mean steps?" in text
     assert "near is used more than once" in text
-    assert 'found "2", expected a whole number; write 2 without quotes' in text
+    assert 'found "2", expected an integer; remove the quotes: 2' in text
     assert "is 40 and must be below upper, which is 30" in text
     assert "is 1, but advantages are relative to the group mean" in text
 
@@ -83,14 +83,14 @@ def test_all_problems_are_reported_at_once_with_line_path_found_and_advice(manif
         ("steps: 10", "finish_grace_seconds: 3", "did you mean finishGraceSeconds?"),
         ("steps: 10", "xyz: 3", "unknown field; valid fields are batch, checkpoint"),
         ("steps: 10", "steps: 0", "found 0, expected at least 1"),
-        ("steps: 10", "steps: 1.0", "found 1.0, expected a whole number"),
-        ("steps: 10", "steps: true", "found true, expected a whole number"),
-        ("steps: 10", "steps:", "found nothing, expected a whole number; set a value or remove the line"),
+        ("steps: 10", "steps: 1.0", "found 1.0, expected an integer"),
+        ("steps: 10", "steps: true", "found true, expected an integer"),
+        ("steps: 10", "steps:", "found null, expected an integer; set a value or remove the line"),
         ("steps: 10", "batch: 3", "found 3, expected a mapping"),
-        ("steps: 10", "gradientCheckpointing: yes", 'found "yes", expected true or false; write true'),
+        ("steps: 10", "gradientCheckpointing: yes", 'found "yes", expected true or false; use true'),
         ("steps: 10", "optimizer: {betas: [0.9]}", "found length 1, expected at least 2"),
         ("steps: 10", "optimizer: {eps: .nan}", "expected a finite number"),
-        ("name: test", "name: 3", 'found 3, expected text; write it in quotes: "3"'),
+        ("name: test", "name: 3", 'found 3, expected a string; put it in quotes: "3"'),
         ("name: test", "name: no_good", "expected lower-case letters, digits and '-'"),
         ("name: test", f"name: {'x' * 41}", "expected at most 40 characters"),
         ("  - name: far\n", "  - gpus: 0\n", "spec.samplers.1.name: is required but missing"),
@@ -166,7 +166,7 @@ def test_set_changes_fields_and_list_items_by_name_or_number(manifest):
 def test_a_wrong_value_from_set_is_reported_as_such(manifest):
     assert problems(manifest(), "learner.steps=ten", "algorithm.loss.typ=grpo") == [
         "--set: spec.algorithm.loss.typ: unknown field; did you mean type?",
-        '--set: spec.learner.steps: found "ten", expected a whole number',
+        '--set: spec.learner.steps: found "ten", expected an integer',
     ]
 
 

@@ -84,7 +84,7 @@ def _sections(root: type[Block]) -> Iterator[str]:
 def _section(block: type[Block]) -> str:
     properties = schema_of(block)["properties"]
     lines = [f"### {block.__name__}", "", " ".join((block.__doc__ or "").split()), ""]
-    lines += ["| field | type | default | bounds | |", "|---|---|---|---|---|"]
+    lines += ["| field | type | default | bounds | description |", "|---|---|---|---|---|"]
     for name, info in block.model_fields.items():
         key = info.alias or name
         cells = [f"`{key}`", _type(info, properties[key]), _default(info), _bounds(properties[key])]
@@ -105,8 +105,8 @@ def _plain_type(schema: dict[str, Any]) -> str:
     if schema["type"] == "array":
         return f"list of {_plain_type(schema['items'])}"
     if schema["type"] == "object":
-        return "mapping of text" if "additionalProperties" in schema else "mapping"
-    return {"string": "text", "integer": "whole number", "number": "number", "boolean": "boolean"}[schema["type"]]
+        return "map of string" if "additionalProperties" in schema else "object"
+    return str(schema["type"])
 
 
 def _default(info: FieldInfo) -> str:

@@ -42,15 +42,15 @@ _PLACEHOLDERS: dict[str, Any] = {
     "replicas": 0,
 }
 _TYPES = {
-    "int_type": "a whole number",
+    "int_type": "an integer",
     "float_type": "a number",
     "finite_number": "a finite number",
-    "string_type": "text",
+    "string_type": "a string",
     "bool_type": "true or false",
     "list_type": "a list",
     "dict_type": "a mapping",
     "model_type": "a mapping",
-    "invalid_key": "a text key",
+    "invalid_key": "a string as key",
 }
 _BOUNDS = {
     "greater_than_equal": ("ge", "at least {}"),
@@ -234,11 +234,11 @@ def _explain_type(kind: str, value: Any) -> str:
     if value is None:
         return f"{message}; set a value or remove the line"
     if kind == "string_type" and isinstance(value, bool | int | float):
-        return f'{message}; write it in quotes: "{_found(value)}"'
+        return f'{message}; put it in quotes: "{_found(value)}"'
     if kind in ("int_type", "float_type") and isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+", value):
-        return f"{message}; write {value} without quotes"
+        return f"{message}; remove the quotes: {value}"
     if kind == "bool_type" and str(value).lower() in ("yes", "on", "1", "no", "off", "0"):
-        return f"{message}; write {'true' if str(value).lower() in ('yes', 'on', '1') else 'false'}"
+        return f"{message}; use {'true' if str(value).lower() in ('yes', 'on', '1') else 'false'}"
     if kind == "list_type":
         return f"{message}; start each item with '- '"
     return message
@@ -254,7 +254,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 def _found(value: Any) -> str:
     """What was found, shortened to fit on a line."""
     if value is None:
-        return "nothing"
+        return "null"
     if isinstance(value, dict | list):
         return "a mapping" if isinstance(value, dict) else "a list"
     text = json.dumps(value, ensure_ascii=False, default=str)
