@@ -170,7 +170,7 @@ def test_a_sampler_that_is_told_to_go_ends_its_fetch_in_the_midst_of_a_file(
     files = SlowFiles()
     exchange = exchange_at(tmp_path / "run", files=files)
     builders.publish(exchange, Version(0, 1), b"0" * 10_000)
-    follower = WeightSync(exchange, engine, Adoption(DelaySpec(), slot="far-0"), tmp_path / "scratch")
+    follower = WeightSync(exchange, engine, Slot("far", 0), tmp_path / "scratch")
     follower.advance()
     assert files.begun.wait(10)
     follower.close()
