@@ -15,7 +15,7 @@ from heterorl_operator.problems import NEEDS_ACTION, ObjectProblem, Problem
 from heterorl_operator.resources import CLAIM, DEPLOYMENT, JOB, SERVICE, STATEFUL_SET
 from heterorl_operator.timestamps import moment, seconds
 
-_LEARNER_REASONS = ("Training", "Stalled", "WaitingForPreparation")
+_LEARNER_REASONS = ("Training", "Stalled", "WeightsRefused", "WaitingForPreparation")
 """Reasons of the condition Progressing that follow from the learner's progress."""
 
 
@@ -198,6 +198,8 @@ def _progressing(context: RunContext, decision: Decision) -> ConditionState:
         if last is None:
             raise AssertionError("handled above")
         return ConditionState(last.status, last.reason, last.message)  # not polled yet since the operator's start
+    if progress.weights_refused:
+        return ConditionState("False", "WeightsRefused", progress.weights_refused)
     if (progress.stalled_s or 0.0) > context.run.spec.learner.stall_seconds:
         return ConditionState("False", "Stalled", _stalled(context))
     if not progress.prepared:

@@ -42,6 +42,7 @@ NEEDS_ACTION = frozenset(
         "Stalled",
         "Unschedulable",
         "VolumeInUse",
+        "WeightsRefused",
     }
 )
 """Reasons that do not resolve by themselves: each is posted as an event, and is shown before the others."""

@@ -12,15 +12,18 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from heterorl.errors import CorruptFile, UnknownProtocol
+from heterorl.errors import CorruptFile, UnknownProtocol, UserError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import JournalEntry
+from heterorl.exchange.refusals import dead_end
 from heterorl.exchange.rollout import Rollout
 from heterorl.names import RolloutName, Slot
 from heterorl_learner import ranks
 
 log = logging.getLogger(__name__)
 
+DEAD_END_S = 30.0
+"""How long every sampler must have refused every version before the learner ends the run."""
 VISIBILITY_S = 60.0
 """How long another rank waits for a file that rank 0 has already read (attribute caches of network file systems)."""
 
@@ -82,10 +85,12 @@ class RolloutFeed:
             return None  # also in the midst of a replay, which the next incarnation goes on with
         if step in self._replay and (replayed := self._replayed(step)):
             return replayed
+        alive_at = time.monotonic()
         warn_at = time.monotonic() + self._spec.learner.stall_seconds
         while not self._stop():
             if found := self._select(step):
                 return found
+            alive_at = self._last_hope(step, alive_at)
             self._exchange.sleep(self._spec.exchange.poll_seconds)
             if time.monotonic() >= warn_at:
                 log.warning(
@@ -93,6 +98,22 @@ class RolloutFeed:
                 )
                 warn_at = time.monotonic() + self._spec.learner.stall_seconds
         return None
+
+    def _last_hope(self, step: int, alive_at: float) -> float:
+        """When a rollout could last have come; UserError when none can any more, as every sampler refuses the weights.
+
+        Only after a while, since a version that is being written at this moment may be accepted.
+        """
+        exchange, now = self._exchange, time.monotonic()
+        reason = dead_end(self._spec, step, exchange.list_versions(), exchange.heartbeats())
+        if reason is None:
+            return now
+        if now - alive_at >= DEAD_END_S:
+            raise UserError(
+                f"{reason}. The learner waits for rollouts that cannot come: see that learner and samplers run the same"
+                " versions of their libraries; exchange.canary.tolerance is how much their rounding may differ"
+            )
+        return alive_at
 
     def _select(self, step: int) -> dict[RolloutName, Rollout] | None:
         settled = self._known | self._left

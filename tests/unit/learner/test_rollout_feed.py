@@ -9,9 +9,10 @@ import pytest
 
 import builders
 from builders import FAR, exchange_at, rollout_name, rollout_of, run_of
+from heterorl.errors import UserError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import SlotStatus
-from heterorl.names import RolloutName
+from heterorl.names import RolloutName, Version
 from heterorl_learner.rollout_feed import RolloutFeed
 
 
@@ -54,6 +55,22 @@ def test_a_step_is_on_the_disk_before_it_is_trained(exchange: Exchange, put: Cal
     names = [put(0), put(1)]
     RolloutFeed(exchange, 0, 1, never).take(0)
     assert exchange.read_journal()[0].names == names
+
+
+def test_the_run_ends_with_the_reason_when_every_sampler_refuses_the_weights(
+    exchange: Exchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = Version(0, 1)
+    (exchange.stage_weights(version) / "model.safetensors").write_text("weights")
+    exchange.commit_weights(version, builders.CANARY)
+    lease = exchange.acquire_slot(lambda: [FAR])
+    assert lease is not None
+    exchange.beat(lease, SlotStatus(state="waiting: weights", refused={str(version): "the canary differs by 0.4"}))
+    with pytest.raises(Stop):  # a version that is being written now may be accepted: it waits
+        RolloutFeed(exchange, 0, 1, never).take(0)
+    monkeypatch.setattr("heterorl_learner.rollout_feed.DEAD_END_S", 0.0)
+    with pytest.raises(UserError, match=r"v00000000-i0001: the canary differs by 0.4\. .*exchange\.canary\.tolerance"):
+        RolloutFeed(exchange, 0, 1, never).take(0)
 
 
 def test_no_rollout_is_given_twice(exchange: Exchange, put: Callable[..., RolloutName]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from builders import exchange_at, run_of
+from builders import CANARY, exchange_at, run_of
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import LearnerHeartbeat, SlotStatus
 from heterorl.local.live_view import PlainView, ProcessState, RunView, describe, duration, open_view, render, sparkline
@@ -82,6 +82,23 @@ def test_a_heartbeat_says_what_the_sampler_does(exchange):
     exchange.beat(exchange.acquire_slot(lambda: [FAR]), SlotStatus(state="waiting: queue", version_step=7, rejected=1))
     row = ProgressReader(exchange).read().slots[FAR]
     assert (row.activity, row.version, row.rejected) == ("waiting: queue", 7, 1)
+
+
+def test_weights_that_no_sampler_accepts_are_named_in_the_plain_line_and_the_panel(exchange):
+    version = Version(3, 1)
+    (exchange.stage_weights(version) / "model.safetensors").write_text("weights")
+    exchange.commit_weights(version, CANARY)
+    refused = {str(version): "the canary differs by 0.4"}
+    exchange.beat(
+        exchange.acquire_slot(lambda: [FAR]), SlotStatus(state="waiting: weights", rejected=1, refused=refused)
+    )
+    state = RunView(learner=UP, slots={FAR: UP}, evaluating=None, elapsed_s=1.0)
+    progress = ProgressReader(exchange).read()
+    said = "no sampler accepts weights v00000003-i0001: the canary differs by 0.4"
+    assert said in describe(progress, state)
+    console = Console(file=io.StringIO(), width=100, color_system=None)
+    console.print(render("run", Path("runs/run"), progress, state))
+    assert said[:60] in console.file.getvalue()
 
 
 def test_steps_repeated_after_a_crash_replace_the_earlier_ones(exchange):

@@ -31,6 +31,7 @@ WHOLE = RunProgress(
     reward=0.25,
     lag=3.5,
     prepared=True,
+    weights_refused='no sampler accepts weights v00000012-i0001: the canary "differs"',
     finished=False,
     stalled_s=7.5,
     weights_version="v00000012-i0002",

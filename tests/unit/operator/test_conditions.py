@@ -278,6 +278,12 @@ TRAINED_SO_FAR = condition("Progressing", "True", "Training")
         ({"unreachable": "pod run-learner-0: refused"}, ("Unknown", "Unreachable")),
         ({"progress": replace(TRAINING, stalled_s=1800.0)}, ("True", "Training")),
         ({"progress": replace(TRAINING, stalled_s=1801.0)}, ("False", "Stalled")),
+        (
+            {
+                "progress": replace(TRAINING, weights_refused="no sampler accepts weights"),
+            },
+            ("False", "WeightsRefused"),
+        ),
         ({"progress": replace(TRAINING, prepared=False)}, ("False", "WaitingForPreparation")),
         # What it said last does not say that it trains still.
         ({"pods": []}, ("False", "LearnerAway")),

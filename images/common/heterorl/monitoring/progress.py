@@ -12,6 +12,7 @@ from typing import Any
 
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation
+from heterorl.exchange.refusals import refused_by_all
 from heterorl.names import Slot, Version
 
 _RECENT = 20
@@ -68,6 +69,8 @@ class LiveProgress:
     newest: Version | None = None
     rewards: dict[int, float] = field(default_factory=dict)
     """Mean reward by step."""
+    weights_refused: str | None = None
+    """That every sampler refused the newest, and why."""
     lag_mean: float | None = None
     lag_max: float = 0.0
     """Largest lag of the whole run; `lag_mean` is of the recent steps."""
@@ -114,6 +117,7 @@ class ProgressReader:
                 now.slots[slot].rejected = beat.rejected
         if (learner := self._exchange.learner) is not None:
             now.step = learner.step
+        now.weights_refused = refused_by_all(self._exchange.list_versions(), self._exchange.heartbeats().values())
         now.newest = max(self._exchange.list_versions(), default=None)
         now.evals = self._exchange.read_evals()
         now.eta_s = self._eta()

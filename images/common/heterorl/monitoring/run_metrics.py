@@ -20,6 +20,7 @@ from heterorl.exchange.crash_budget import attempts_of, gave_up, outcomes
 from heterorl.exchange.evaluations import due_now
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import SlotHeartbeat
+from heterorl.exchange.refusals import refused_by_all
 from heterorl.names import Slot, Version
 
 _PREFIX = "heterorl_run_"
@@ -71,6 +72,8 @@ class RunProgress:
     """Seconds since the last step, while the ranks run."""
     weights_version: str | None = None
     """The newest that is published."""
+    weights_refused: str | None = None
+    """That every sampler refused it, and why."""
     attempts: Mapping[str, int] = field(default_factory=dict)
     """Ends of the learner: clean, signalled, crashed."""
     gave_up: tuple[str, str] | None = None
@@ -116,11 +119,15 @@ class RunObserver:
             if training_since is None or finished
             else max(0.0, exchange.now() - max(training_since, learner.time if learner else 0.0)),
             weights_version=str(versions[-1]) if versions else None,
+            weights_refused=refused_by_all(versions, self._live(exchange.heartbeats())),
             pools=self._pools(),
             evaluation_best=max(averages, default=None),
             evaluation_last=averages[-1] if averages else None,
             evaluations_due=tuple(due_now(exchange, finished=finished)),
         )
+
+    def _live(self, beats: Mapping[Slot, SlotHeartbeat]) -> list[SlotHeartbeat]:
+        return [beat for slot, beat in beats.items() if self._is_alive(slot, beat)]
 
     def _pools(self) -> dict[str, PoolProgress]:
         beats: dict[str, dict[Slot, SlotHeartbeat]] = {pool.name: {} for pool in self._exchange.spec.samplers}
@@ -129,7 +136,7 @@ class RunObserver:
         return {name: self._pool(of_pool) for name, of_pool in beats.items()}
 
     def _pool(self, beats: Mapping[Slot, SlotHeartbeat]) -> PoolProgress:
-        alive = [beat for slot, beat in beats.items() if self._is_alive(slot, beat)]
+        alive = self._live(beats)
         return PoolProgress(
             rollouts=sum(beat.rollouts for beat in beats.values()),
             rejected=sum(beat.rejected for beat in beats.values()),
@@ -177,6 +184,8 @@ def _values_of(progress: RunProgress) -> Iterator[tuple[str, dict[str, str], flo
     yield from ((name, {}, getattr(progress, attribute)) for name, attribute in _NUMBERS.items())
     if progress.weights_version is not None:
         yield "weights_info", {"version": progress.weights_version}, 1
+    if progress.weights_refused is not None:
+        yield "weights_refused", {"message": progress.weights_refused}, 1
     for outcome, count in progress.attempts.items():
         yield "attempts", {"outcome": outcome}, count
     if progress.gave_up is not None:
@@ -218,6 +227,7 @@ def parse_progress(text: str) -> RunProgress:
         finished=bool(number("finished")),
         stalled_s=number("stalled_seconds"),
         weights_version=next((labels["version"] for labels, _ in found.get("weights_info", ())), None),
+        weights_refused=next((labels["message"] for labels, _ in found.get("weights_refused", ())), None),
         attempts={labels["outcome"]: int(value) for labels, value in found.get("attempts", ())},
         gave_up=next(((labels["reason"], labels["message"]) for labels, _ in found.get("gave_up", ())), None),
         pools={

@@ -690,7 +690,7 @@ class CanarySpec(Block):
     """The check that a sampler computes what the learner computes."""
 
     tolerance: float | None = Field(None, gt=0, le=100)
-    """Maximum mean absolute difference of a token's log-probability; default: 1e-4 in float32, 0.15 in bfloat16."""
+    """Maximum mean absolute difference of a token's log-probability; default: 1e-4 in float32, 0.1 in bfloat16."""
 
 
 class ExchangeSpec(Block):
@@ -899,7 +899,7 @@ class RunSpec(Block):
     @property
     def canary_tolerance(self) -> float:
         """Largest admissible mean absolute difference of the canary's log-probabilities, by data type unless set."""
-        default = 1e-4 if self.model.dtype == "float32" else 0.15
+        default = 1e-4 if self.model.dtype == "float32" else 0.1
         return self.exchange.canary.tolerance or default
 
     @property
