@@ -54,7 +54,7 @@ def _parse(arguments: Sequence[str] | None) -> Options:
     add("--progress-seconds", type=float, default=15.0, metavar="S", help="how often to poll a learner [15]")
     add("--workers", type=int, default=8, metavar="N", help="runs reconciled at the same time [8]")
     add("--resync-seconds", type=float, default=600.0, metavar="S", help="reconcile each run at least this often [600]")
-    add("--host", default="0.0.0.0", metavar="ADDRESS", help="address of /healthz and /metrics [0.0.0.0]")
+    add("--host", default="::", metavar="ADDRESS", help="address of /healthz and /metrics [::, all of IPv6 and IPv4]")
     add("--port", type=int, default=8080, metavar="PORT", help="port of /healthz and /metrics [8080]")
     add("--log-format", choices=["json", "plain"], default="json", help="[json]")
     add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="[info]")

@@ -7,6 +7,7 @@ never taken from another owner, neither another object nor another operator.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +20,17 @@ from heterorl_operator.cache import ObjectCache
 from heterorl_operator.client import Api, Conflict, Forbidden, Invalid, NotFound, Transient
 from heterorl_operator.objects import OPERATOR_ANNOTATION, CachedChild, CachedRun, belongs_to, child_of, spec_version_of
 from heterorl_operator.problems import ObjectProblem, Problem
-from heterorl_operator.resources import BY_NAME, JOB, RUN, ResourceKind, RunKey
+from heterorl_operator.resources import (
+    BY_NAME,
+    CLAIM,
+    CONFIG_MAP,
+    DEPLOYMENT,
+    JOB,
+    RUN,
+    STATEFUL_SET,
+    ResourceKind,
+    RunKey,
+)
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +38,11 @@ MANAGER_PREFIX = "heterorl-operator/"
 
 _REFUSED_S = 300.0
 """After this long a refused object is tried again: what refused it, as a webhook, may have changed."""
+_MOUNTED = (CONFIG_MAP.name, CLAIM.name)
+"""Kinds that a run's pods mount; they are applied first."""
+_WORKLOADS = (JOB.name, STATEFUL_SET.name, DEPLOYMENT.name)
+_TAKEN = ("NameConflict", "Terminating")
+"""Reasons of an object whose name is another owner's."""
 _UNSEEN_S = 60.0
 """What no watch has reported this long after its apply is gone, or lost its label."""
 
@@ -89,8 +105,13 @@ class Applier:
         Raises ApiError when it should be retried; what was written until then is remembered.
         """
         self.check(known)
-        problems = []
+        problems: list[ObjectProblem] = []
         for each in desired:
+            place = each["kind"], each["metadata"]["name"]
+            if any(problem.kind in _MOUNTED and problem.cause.reason in _TAKEN for problem in problems) and (
+                each["kind"] in _WORKLOADS and place not in known
+            ):
+                continue  # its pods would mount what is another owner's
             problem = self._apply_one(run, self._signed(each), known, first_pass)
             if problem:
                 problems.append(problem)
@@ -221,26 +242,30 @@ class Applier:
         self, key: RunKey, place: tuple[str, str], rendered: str, error: Invalid | Forbidden | NotFound
     ) -> ObjectProblem:
         kind, name = place
-        problem = ObjectProblem(kind, name, _problem_for(f"{kind} {name}", error))
+        problem = ObjectProblem(kind, name, _problem_for(kind, name, error))
         if isinstance(error, Invalid):
             with self._lock:
                 self._refused.setdefault(key, {})[place] = _Refused(rendered, problem, self._clock())
         return problem
 
 
-def _problem_for(what: str, error: Invalid | Forbidden | NotFound) -> Problem:
+def _problem_for(kind: str, name: str, error: Invalid | Forbidden | NotFound) -> Problem:
     """Why an object cannot be written, and what to do."""
+    what, message = f"{kind} {name}", str(error)
+    if isinstance(error, NotFound):
+        return Problem("NamespaceGone", f"{what} cannot be created: {message}")
+    if isinstance(error, Forbidden) and re.search('User ".+" cannot ', message):  # a missing right
+        return forbidden(f"write {what}", message)
+    if "exceeded quota" in message:
+        return Problem("QuotaExceeded", f"{what} cannot be created: {message}; raise the quota or ask for less")
+    if kind == CLAIM.name:
+        way_out = "set exchange.volume back to what it was, or to what its storage class allows"
+        return Problem("Refused", f"the cluster refuses {what}: {message}; {way_out}")
     if isinstance(error, Invalid):
         way_out = "correct the podTemplate or the field it names"
-        return Problem("InvalidPodTemplate", f"the API server refuses {what}: {error}; {way_out}")
-    if isinstance(error, NotFound):
-        return Problem("NamespaceGone", f"{what} cannot be created: {error}")
-    if "exceeded quota" in str(error):
-        return Problem("QuotaExceeded", f"{what} cannot be created: {error}; raise the quota or ask for less")
-    if " cannot " not in str(error):  # as the API server says of rights
-        way_out = "change what it names, or have the rule changed"
-        return Problem("Refused", f"a rule of the cluster refuses {what}: {error}; {way_out}")
-    return forbidden(f"write {what}", error)
+        return Problem("InvalidPodTemplate", f"the API server refuses {what}: {message}; {way_out}")
+    way_out = "change what it names, or have the policy changed"
+    return Problem("Refused", f"a policy of the cluster refuses {what}: {message}; {way_out}")
 
 
 def forbidden(doing: str, error: object) -> Problem:

@@ -93,10 +93,20 @@ class Api:
         self._client, self.manager = client, manager
 
     def list(
-        self, kind: ResourceKind, namespace: str | None, selector: str = "", *, metadata_only: bool = False
+        self,
+        kind: ResourceKind,
+        namespace: str | None,
+        selector: str = "",
+        *,
+        fields: str = "",
+        metadata_only: bool = False,
     ) -> Iterator[Object]:
-        """All objects of a namespace (or of all), page by page; they lack `kind` and `apiVersion`."""
-        query = {"limit": str(_PAGE), **({"labelSelector": selector} if selector else {})}
+        """Objects of a namespace (or of all), by label and field selector, page by page.
+
+        They lack `kind` and `apiVersion`.
+        """
+        query = {"limit": str(_PAGE)} | ({"labelSelector": selector} if selector else {})
+        query |= {"fieldSelector": fields} if fields else {}
         accept = _METADATA if metadata_only else _JSON
         while True:
             page = self._request("GET", kind.path(namespace), query, accept=accept)

@@ -52,6 +52,18 @@ class RunContext:
         found = [pod for pod in self.pods if owner and pod.owner_uid == owner.uid and not pod.deleting]
         return sorted(found, key=lambda pod: pod.created)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the status says so, in whatever words; an end is never forgotten."""
+        ended = any(each.type in ("Succeeded", "Failed") and each.status == "True" for each in self.before.conditions)
+        return ended or self.before.state in ("Succeeded", "Failed") or self.before.completion_time is not None
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether the run failed and `failurePolicy.resumes` was increased since."""
+        failed = self.condition("Failed") == "True" or self.before.state == "Failed"
+        return failed and self.run.spec.failure_policy.resumes > (self.before.resumes or 0)
+
     def condition(self, kind: str) -> str:
         """Status of a condition as last written; Unknown if there is none."""
         return next((each.status for each in self.before.conditions if each.type == kind), "Unknown")

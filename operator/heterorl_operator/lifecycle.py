@@ -2,7 +2,7 @@
 
     Pending ─▶ Preparing ─▶ Running ─▶ Succeeded ──grace──▶ learner to zero ──TTL──▶ deleted
                   ▲            │
-                  └ Suspended ◀┴─▶ Failed
+                  └ Suspended ◀┴─▶ Failed ──failurePolicy.resumes──▶ as before
 
 It is called again and again and keeps no state: what has to be remembered is in the run's status.
 """
@@ -12,16 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from heterorl.errors import VOLUME_IN_USE
-from heterorl.heterogeneity.availability import next_change, replicas_at
 from heterorl.kubernetes.manifests import ReplicaCounts
-from heterorl.kubernetes.names import evaluation_name, prepare_name
+from heterorl.kubernetes.names import evaluation_name
 from heterorl.names import Version
-from heterorl.spec.run import RunSpec, SamplerPoolSpec
 from heterorl_operator.context import RunContext
+from heterorl_operator.ending import RunEnd, change_after, preparation_problem, run_end, wanted
 from heterorl_operator.objects import CachedChild
-from heterorl_operator.podstate import has_user_error, is_given_up
-from heterorl_operator.problems import Problem
 from heterorl_operator.resources import JOB
 from heterorl_operator.timestamps import seconds
 
@@ -50,15 +46,6 @@ class RunClock:
 
 
 @dataclass(frozen=True)
-class RunEnd:
-    """How the run ended."""
-
-    succeeded: bool
-    reason: str
-    message: str
-
-
-@dataclass(frozen=True)
 class Decision:
     """What should run, and when to decide again."""
 
@@ -80,7 +67,7 @@ class Decision:
 def decide(context: RunContext) -> Decision:
     """What should run now."""
     clock = _clock(context)
-    end = _end(context, clock)
+    end = run_end(context, clock.elapsed_s(context.now))
     if end and clock.completion is None:
         clock = replace(clock, completion=context.now)
     failed = _failed_evaluations(context)
@@ -111,6 +98,10 @@ def _clock(context: RunContext) -> RunClock:
     since = seconds(before.suspended_since) if before.suspended_since else None
     total = before.suspended_seconds or 0.0
     completion = seconds(before.completion_time) if before.completion_time else None
+    if context.is_resumed and completion is not None:
+        # Between its failure and its resumption the run was as good as suspended.
+        total += max(0.0, context.now - (since if since is not None else completion))
+        since = completion = None
     if completion is None and suspend:
         since = context.now if since is None else since
     elif completion is None and since is not None:
@@ -132,7 +123,7 @@ def _requeue_s(context: RunContext, clock: RunClock, end: RunEnd | None) -> floa
         if spec.active_deadline_seconds:
             times.append(spec.active_deadline_seconds - elapsed)
         for pool in spec.samplers:
-            change = _next_change(pool, spec, elapsed)
+            change = change_after(pool, spec, elapsed)
             times.append(None if change is None else change - elapsed)
     return min((max(0.0, time) for time in times if time is not None and time != 0.0), default=None)
 
@@ -144,89 +135,6 @@ def _expiry(context: RunContext, clock: RunClock) -> float | None:
 
 def _remaining(at: float | None, now: float) -> float | None:
     return None if at is None else max(0.0, at - now)
-
-
-# ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _end(context: RunContext, clock: RunClock) -> RunEnd | None:
-    for each in context.before.conditions:
-        if each.type in ("Succeeded", "Failed") and each.status == "True":
-            return RunEnd(each.type == "Succeeded", each.reason, each.message)  # for good
-    if context.before.state in ("Succeeded", "Failed") or clock.completion is not None:
-        # By another version of the operator, whose conditions this one does not understand. Over is over.
-        message = "the run ended under another version of the operator; its learner's log says how"
-        return RunEnd(context.before.state == "Succeeded", "Ended", message)
-    spec, progress = context.run.spec, context.progress
-    if progress and progress.finished:
-        return RunEnd(True, "Trained", f"{progress.step} steps are trained; the model is in output/ on the volume")
-    if progress and progress.gave_up:
-        reason, message = progress.gave_up
-        way_out = "; put it right and start a new run on the volume with resume: true"
-        return RunEnd(False, reason, f"the learner: {message}{'' if reason == VOLUME_IN_USE else way_out}")
-    if problem := _samplers_lost(context, clock) or _preparation_failed(context):
-        return RunEnd(False, *problem)
-    deadline = spec.active_deadline_seconds
-    if deadline and clock.elapsed_s(context.now) >= deadline:
-        return RunEnd(
-            False,
-            "DeadlineExceeded",
-            f"activeDeadlineSeconds {deadline} passed; start a new run on the volume with"
-            " resume: true and a later deadline",
-        )
-    return None
-
-
-def _preparation_failed(context: RunContext) -> Problem | None:
-    problem = preparation_problem(context)
-    return None if problem is None or problem.reason == VOLUME_IN_USE else problem
-
-
-def preparation_problem(context: RunContext) -> Problem | None:
-    """Why the preparation failed for good; None when it did not."""
-    job = context.child(JOB.name, prepare_name(context.run))
-    if job is None or job.phase != "Failed":
-        return None
-    if refused := _volume_refused(context):
-        return refused  # its pod may be gone by now
-    messages = [message for pod in context.pods_under(job) if (message := pod.exit_message.strip())]
-    last = messages[-1] if messages else job.message
-    line = last.splitlines()[-1] if last else "it left no message"
-    if VOLUME_IN_USE in line:
-        return Problem(VOLUME_IN_USE, line[line.index(VOLUME_IN_USE) :])
-    return Problem(
-        "PreparationFailed",
-        f"the preparation failed: {line}; see `kubectl logs job/{job.name}`, put it right, delete the run and apply it"
-        " again",
-    )
-
-
-def _volume_refused(context: RunContext) -> Problem | None:
-    known = (each for each in context.before.conditions if each.type == "Prepared" and each.reason == VOLUME_IN_USE)
-    return next((Problem(each.reason, each.message) for each in known), None)
-
-
-def _samplers_lost(context: RunContext, clock: RunClock) -> Problem | None:
-    spec, elapsed = context.run.spec, clock.elapsed_s(context.now)
-    pools = {pool.name: context.pods_of("sampler", pool.name) for pool in spec.samplers}
-    pods = [pod for of_pool in pools.values() for pod in of_pool]
-    if mistaken := next((pod for pod in pods if has_user_error(pod)), None):
-        line = (mistaken.exit_message.strip().splitlines() or ["it left no message"])[-1]
-        return Problem(
-            "UserError",
-            f"sampler pod {mistaken.name}: {line}; put it right and start a new run on the volume with resume: true",
-        )
-    budget = spec.failure_policy.sampler_restarts
-    still_to_come = (
-        _wanted(pool, spec, elapsed) or _next_change(pool, spec, elapsed) is not None
-        for pool in spec.samplers
-        if not pools[pool.name]
-    )
-    if pods and all(is_given_up(pod, budget) for pod in pods) and not any(still_to_come):
-        return Problem(
-            "SamplersCrashed",
-            f"every sampler crashed more than {budget} times"
-            f" (failurePolicy.samplerRestarts); see `kubectl logs -p {pods[0].name}`",
-        )
-    return None
 
 
 # ── pods and Jobs ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -243,15 +151,7 @@ def _replicas(context: RunContext, clock: RunClock, end: RunEnd | None, *, busy:
         return ReplicaCounts(spec.learner.replicas if idles and not spec.suspend else 0, no_samplers)
     if spec.suspend or preparation_problem(context):
         return ReplicaCounts(0, no_samplers)
-    return ReplicaCounts(spec.learner.replicas, {pool.name: _wanted(pool, spec, elapsed) for pool in spec.samplers})
-
-
-def _wanted(pool: SamplerPoolSpec, spec: RunSpec, elapsed: float) -> int:
-    return replicas_at(pool, elapsed, seed=spec.seed, time_scale=spec.time_scale)
-
-
-def _next_change(pool: SamplerPoolSpec, spec: RunSpec, elapsed: float) -> float | None:
-    return next_change(pool, elapsed, seed=spec.seed, time_scale=spec.time_scale)
+    return ReplicaCounts(spec.learner.replicas, {pool.name: wanted(pool, spec, elapsed) for pool in spec.samplers})
 
 
 def evaluation_jobs(context: RunContext) -> Iterable[tuple[int, CachedChild]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sys import intern
 
 from heterorl.kubernetes.merge import Object
-from heterorl.kubernetes.names import HASH_ANNOTATION, POOL_LABEL, ROLE_LABEL, RUN_LABEL
+from heterorl.kubernetes.names import HASH_ANNOTATION, POOL_LABEL, RESUMES_ANNOTATION, ROLE_LABEL, RUN_LABEL
 from heterorl.spec.status import keep_end
 from heterorl_operator.resources import CLAIM, CONFIG_MAP, JOB, POD, RUN, SERVICE, RunKey
 
@@ -74,6 +74,8 @@ class CachedPod:
     exit_message: str
     """The last lines it logged."""
     restarts: int
+    resumes: int
+    """`failurePolicy.resumes` of the template that it was made from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +207,7 @@ def _pod(body: Object) -> CachedPod:
         exit_reason=intern(ended.get("reason", "")),
         exit_message=_kept(ended),
         restarts=container.get("restartCount", 0),
+        resumes=_resumes(metadata.get("annotations") or {}),
     )
 
 
@@ -219,6 +222,11 @@ def _outcome(kind: str, status: Object) -> tuple[str, str]:
 def _kept(part: Object) -> str:
     """The message of a part of a status, in bounds."""
     return keep_end(part.get("message") or "", _MESSAGE)
+
+
+def _resumes(annotations: Object) -> int:
+    text = annotations.get(RESUMES_ANNOTATION, "")
+    return int(text) if text.isdecimal() else 0
 
 
 def _controller(metadata: Object) -> str | None:

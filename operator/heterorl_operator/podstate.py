@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from heterorl.exit_codes import USER_ERROR
+from heterorl.exit_codes import SITE_ERROR
 from heterorl_operator.objects import CachedPod
 from heterorl_operator.problems import Problem
 
@@ -47,6 +47,12 @@ def _exit_problem(pod: CachedPod) -> Problem:
             f"pod {pod.name} used more memory than it may and was killed ({pod.restarts} restarts); raise"
             f" resources.limits.memory in its podTemplate (the run has to be suspended for that), or use less{lines}",
         )
+    if pod.exit_code == SITE_ERROR:
+        return Problem(
+            "SiteError",
+            f"pod {pod.name} fails for its node's GPU, disk, memory or clock ({pod.restarts} restarts, with back-off);"
+            f" repair or drain the node{lines}",
+        )
     ended = f"{pod.exit_reason or 'exited'} with code {pod.exit_code}"
     return Problem(
         "Crashed", f"pod {pod.name} {ended} ({pod.restarts} restarts); see `kubectl logs -p {pod.name}`{lines}"
@@ -70,13 +76,3 @@ def is_out_of_memory(pod: CachedPod) -> bool:
 def has_crashed(pod: CachedPod) -> bool:
     """Whether its container last failed by itself; one that was asked to leave has not."""
     return pod.exit_code is not None and pod.exit_code not in _REGULAR_EXITS
-
-
-def has_user_error(pod: CachedPod) -> bool:
-    """Whether it ended with an error that a restart does not mend."""
-    return pod.exit_code == USER_ERROR and not pod.ready
-
-
-def is_given_up(pod: CachedPod, budget: int) -> bool:
-    """Whether it crashed more often than the budget allows."""
-    return has_crashed(pod) and not pod.ready and pod.restarts > budget

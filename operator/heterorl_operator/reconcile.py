@@ -95,7 +95,7 @@ class Reconciler:
             self._applier.delete_run(run)
             return None
         problems = self._apply_desired(run, context, decision, first_pass)
-        times = (decision.requeue_s, self._reader.requeue_s(context))
+        times = (decision.requeue_s, self._reader.requeue_s(run.key, context))
         next_s = min((each for each in times if each is not None), default=None)
         if first_pass:
             self._requeue_later(run.key)

@@ -43,6 +43,7 @@ def status_of(context: RunContext, decision: Decision, problems: Sequence[Object
         suspended_since=_moment(clock.suspended_since),
         suspended_seconds=round(clock.suspended_s, 3) or None,
         completion_time=_moment(clock.completion),
+        resumes=_resumes(context),
     )
 
 
@@ -135,6 +136,13 @@ def _evaluation(context: RunContext, decision: Decision) -> EvaluationStatus | N
     if best is None and not failed:
         return None
     return EvaluationStatus(best=_rounded(best), last=_rounded(last), gap=_rounded(gap), failed_steps=failed[-256:])
+
+
+def _resumes(context: RunContext) -> int | None:
+    """What a failed run has to exceed to go on: as it was when it ended."""
+    if context.has_ended and not context.is_resumed:
+        return context.before.resumes
+    return context.run.spec.failure_policy.resumes or None
 
 
 def _moment(at: float | None) -> str | None:

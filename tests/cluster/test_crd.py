@@ -196,7 +196,6 @@ NEVER = [
     (volume(claimName="other"), "claimName cannot change; start a new run"),
     (volume(storageClassName="fast"), "storageClassName cannot change; start a new run"),
     (volume(accessModes=["ReadWriteOnce"]), "accessModes cannot change; start a new run"),
-    (volume(size="10Gi"), "size can only be increased"),
 ]
 
 
@@ -263,6 +262,7 @@ def test_how_it_trains_changes_in_a_suspended_run_only(lasting, patch, what):
         {"samplers": [{"name": "near"}]},
         {"samplers": [{"name": "far", "replicas": 2}, {"name": "new", "engine": "transformers"}]},
         volume(size="200Gi"),
+        volume(size="10Gi"),
         {"exchange": {"retention": {"weights": 5, "volume": "Delete"}}},
         {"evaluation": {"samplesPerPrompt": 4}},
         {"failurePolicy": {"learnerRestarts": 5}},
@@ -289,6 +289,15 @@ def test_a_run_that_ended_refuses_edits_instead_of_ignoring_them(runs):
     runs.try_patch("test", {"ttlSecondsAfterFinished": 60})
     runs.patch("test", {"metadata": {"labels": {"kept": "yes"}}}, dry_run="All")
     runs.patch_status("test", {"samplersReady": "0/1"})
+
+
+def test_a_run_that_failed_is_resumed_by_an_edit_that_may_change_the_rest_and_one_that_succeeded_is_not(runs):
+    runs.create(manifest())
+    resumed = {"failurePolicy": {"resumes": 1}, "activeDeadlineSeconds": 60}
+    runs.patch_status("test", {"state": "Succeeded", "completionTime": "2026-01-01T00:00:00Z"})
+    assert ENDED in runs.refusal(runs.try_patch, "test", resumed)
+    runs.patch_status("test", {"state": "Failed"})
+    runs.try_patch("test", resumed)
 
 
 def test_no_rule_is_without_a_test():

@@ -139,9 +139,12 @@ def live(cluster: Cluster, namespace: str) -> None:
     learner = {"podTemplate": {"annotations": {"test/ip": "127.0.0.1"}}}  # nobody listens there
     apply(cluster, namespace, run_manifest("short", activeDeadlineSeconds=2, ttlSecondsAfterFinished=1))
     apply(cluster, namespace, run_manifest("waits"))  # for a volume: no node takes its preparation
+    gold = {"podTemplate": {"priorityClassName": "gold"}}  # there is none, as the events of its StatefulSet say
+    apply(cluster, namespace, run_manifest("refused", learner=gold))
     apply(cluster, namespace, run_manifest(pools={"near": {}, "far": {}}, learner=learner))
     wait_for(lambda: set(of_run(cluster, namespace)) == children_names(pools=("near", "far")), "the objects")
     wait_for_reason(cluster, namespace, "Progressing", "Unreachable")
+    wait_for_reason(cluster, namespace, "LearnerReady", "FailedCreate", "refused")
     apply(cluster, namespace, run_manifest(learner=learner))
     wait_for(lambda: set(of_run(cluster, namespace)) == children_names(), "the end of a pool")
     patch(cluster, namespace, "run", {"exchange": {"retention": {"volume": "Delete"}}})

@@ -321,11 +321,42 @@ def test_ranks_of_all_pods_meet_at_the_first_pod_of_the_service():
 
 def test_gpus_are_limits_and_pods_without_any_are_shown_none():
     objects = objects_of(run_of(learner={"gpus": 2, "processesPerReplica": 2}))
-    assert container_of(objects["StatefulSet"])["resources"] == {"limits": {"nvidia.com/gpu": "2"}}
+    assert container_of(objects["StatefulSet"])["resources"]["limits"] == {"nvidia.com/gpu": "2"}
     assert "CUDA_VISIBLE_DEVICES" not in env_of(objects["StatefulSet"])
-    assert "resources" not in container_of(objects["Deployment"])
+    assert "limits" not in container_of(objects["Deployment"])["resources"]
     assert env_of(objects["Deployment"])["CUDA_VISIBLE_DEVICES"] == ""
     assert env_of(objects["Job"])["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_every_pod_requests_cpu_and_memory_so_that_none_is_best_effort():
+    objects = [*desired_state(run_of(), images=IMAGES), evaluation_job(run_of(), Version(1, 1), images=IMAGES)]
+    for workload in workloads(objects):
+        assert set(container_of(workload)["resources"]["requests"]) == {"cpu", "memory"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"requests": {"cpu": "8"}}, {"requests": {"memory": "1Gi", "cpu": "8"}}),
+        # The default could exceed the limit, which the API server refuses.
+        ({"limits": {"cpu": "50m"}}, {"requests": {"memory": "1Gi"}, "limits": {"cpu": "50m"}}),
+        (
+            {"requests": {"cpu": "1"}, "limits": {"memory": "2Gi"}},
+            {"requests": {"cpu": "1"}, "limits": {"memory": "2Gi"}},
+        ),
+    ],
+)
+def test_what_the_manifest_says_of_a_resource_replaces_its_default_request(given, expected):
+    run = run_of(learner={"podTemplate": {"resources": given}})
+    assert container_of(objects_of(run)["StatefulSet"])["resources"] == expected
+
+
+def test_a_resumed_run_has_other_pods_and_another_preparation():
+    before, after = objects_of(run_of()), objects_of(run_of(failurePolicy={"resumes": 2}))
+    for kind in ("StatefulSet", "Deployment"):
+        assert "annotations" not in before[kind]["spec"]["template"]["metadata"]
+        assert after[kind]["spec"]["template"]["metadata"]["annotations"] == {"heterorl.dev/resumes": "2"}
+    assert before["Job"]["metadata"]["name"] != after["Job"]["metadata"]["name"]
 
 
 def test_evaluation_names_the_version_and_its_log_goes_after_an_hour():

@@ -1,5 +1,6 @@
 """The pages that processes answer over HTTP."""
 
+import socket
 import urllib.error
 import urllib.request
 
@@ -43,3 +44,29 @@ def test_a_page_that_fails_is_an_error_and_not_the_end(get):
     status, text = get("/broken")
     assert (status, "Input/output error" in text) == (500, True)
     assert get("/good")[0] == 200
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "[::1]"])
+def test_every_address_is_of_ipv6_and_ipv4_alike(address):
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    with (
+        Endpoint("::", 0, {"/ready": text_page(lambda: (True, "yes"))}) as endpoint,
+        urllib.request.urlopen(f"http://{address}:{endpoint.port}/ready", timeout=5) as answer,
+    ):
+        assert answer.read() == b"yes\n"
+
+
+def test_a_machine_without_ipv6_is_served_by_ipv4(monkeypatch):
+    real = socket.socket
+
+    def without_ipv6(family=socket.AF_INET, *arguments, **options):
+        if family == socket.AF_INET6:
+            raise OSError(97, "Address family not supported by protocol")
+        return real(family, *arguments, **options)
+
+    monkeypatch.setattr("socketserver.socket.socket", without_ipv6)
+    with Endpoint("::", 0, {"/ready": text_page(lambda: (True, "yes"))}) as endpoint:
+        monkeypatch.undo()
+        with urllib.request.urlopen(f"http://127.0.0.1:{endpoint.port}/ready", timeout=5) as answer:
+            assert answer.status == 200

@@ -300,3 +300,19 @@ def test_a_refused_object_is_tried_again_after_five_minutes(api, run):
     for now[0] in (0.0, 299.0, 301.0):
         applier.apply(run, [desired()], {})
     assert [at for at in refusals if at] == [301.0]
+
+
+@pytest.mark.parametrize("kind", ["ConfigMap", "PersistentVolumeClaim"])
+def test_no_pods_are_made_that_would_mount_what_is_somebody_elses_and_those_there_are_still_follow(
+    api, applier, run, kind
+):
+    api.put(body(kind, "mounted", owner="somebody", run=None))
+    workloads = [desired("Job", "job"), desired("StatefulSet", "set"), desired("Deployment", "new", replicas=1)]
+    there = desired("Deployment", "there", replicas=0)
+    api.put(body("Deployment", "there", spec={"replicas": 3}))
+    problems = applier.apply(run, [desired(kind, "mounted"), *workloads, there], known(api))
+    assert [(each.name, each.cause.reason) for each in problems] == [("mounted", "NameConflict")]
+    assert api.writes() == [("apply", "Deployment/there")]
+    del api.objects[kind, "mounted"]
+    assert applier.apply(run, [desired(kind, "mounted"), *workloads, there], known(api)) == []
+    assert {("Job", "job"), ("StatefulSet", "set"), ("Deployment", "new")} <= set(api.objects)

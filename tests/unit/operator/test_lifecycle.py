@@ -225,7 +225,7 @@ def test_a_preparation_that_failed_fails_the_run_with_its_last_line():
     decision = decide(context(before=STARTED_NOW, **failed_preparation("loading\nmodel.path is not there\n")))
     assert decision.end is not None
     assert decision.end.reason == "PreparationFailed"
-    assert "the preparation failed: model.path is not there;" in decision.end.message
+    assert decision.end.message.endswith(": model.path is not there")
     assert counts(decision) == (0, {"near": 0})
 
 
@@ -279,17 +279,21 @@ WELL = {"status": {"conditions": [{"type": "Ready", "status": "True"}]}}
         ([sampler("a", restarts=3), sampler("b", restarts=3, **WELL)], None),
         ([sampler("a", restarts=3), sampler("b", code=143, restarts=9)], None),
         ([sampler("a", restarts=3, **GONE)], None),
-        ([sampler("a", code=0), sampler("b", code=2)], "UserError"),
+        ([sampler("a", code=0), sampler("b", code=2)], None),
+        ([sampler("a", restarts=3), sampler("b", code=2)], "UserError"),
+        ([sampler("a", code=3, restarts=4), sampler("b", code=3, restarts=4)], None),
+        ([sampler("a", code=3, restarts=9), sampler("b", code=3, restarts=9)], "SiteError"),
+        ([sampler("a", code=3, restarts=9), sampler("b", restarts=2)], None),
         ([sampler("a", code=2, **GONE)], None),
     ],
 )
-def test_samplers_end_the_run_by_an_error_of_its_user_or_once_all_are_given_up(pods, reason):
-    spec = {"failurePolicy": {"samplerRestarts": 2}, "samplers": [{"name": "near", "replicas": 2}]}
+def test_samplers_end_the_run_once_all_of_them_are_given_up(pods, reason):
+    spec = {"failurePolicy": {"samplerRestarts": 2, "siteRestarts": 8}, "samplers": [{"name": "near", "replicas": 2}]}
     end = decide(context(spec=spec, before=STARTED_NOW, pods=pods)).end
     assert (end and end.reason) == reason
     if reason == "UserError":
         assert end is not None
-        assert "sampler pod b: what it said" in end.message
+        assert "pod b ended with what its user has to put right: exit code 2: what it said" in end.message
 
 
 def test_a_run_is_not_lost_while_a_pool_may_still_come():

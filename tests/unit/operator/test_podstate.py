@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from heterorl_operator.podstate import has_crashed, has_user_error, is_given_up, problem_of
+from heterorl_operator.podstate import create_problem, has_crashed, problem_of
 from unit.operator.operator_world import CREATED, ended, pod
 
 NO_NODE = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
@@ -20,6 +20,11 @@ def waiting(reason, message=""):
     return {"state": {"waiting": {"reason": reason, "message": message}}, "restartCount": 0}
 
 
+def out_of_memory():
+    last = {"exitCode": 137, "reason": "OOMKilled"}
+    return {"state": {"waiting": {"reason": "CrashLoopBackOff"}}, "lastState": {"terminated": last}, "restartCount": 2}
+
+
 READY = {"conditions": [{"type": "Ready", "status": "True"}]}
 
 
@@ -32,6 +37,12 @@ READY = {"conditions": [{"type": "Ready", "status": "True"}]}
         ({"container": waiting("InvalidImageName")}, "ImagePullFailed", ["podTemplate"]),
         ({"container": waiting("CreateContainerConfigError", "no secret s")}, "PodConfigInvalid", ["no secret s"]),
         ({"container": ended(137)}, "Crashed", ["code 137", "kubectl logs -p far"]),
+        (
+            {"container": out_of_memory()},
+            "OOMKilled",
+            ["pod far used more memory than it may", "resources.limits.memory"],
+        ),
+        ({"container": ended(3, "SiteError: no GPU")}, "SiteError", ["repair or drain the node", "SiteError: no GPU"]),
         ({"container": ended(1, "Traceback\nOSError: full")}, "Crashed", ["its last lines", "OSError: full"]),
     ],
 )
@@ -66,16 +77,17 @@ def test_to_be_told_to_go_is_no_crash(code, crashed):
     assert has_crashed(pod("sampler", container=ended(code))) is crashed
 
 
-def test_an_error_of_its_user_is_code_2_until_the_pod_is_ready_after_all():
-    assert has_user_error(pod("sampler", container=ended(2)))
-    assert not has_user_error(pod("sampler", container=ended(1)))
-    assert not has_user_error(pod("sampler", container=ended(2), status=READY))
+QUOTA = 'pods "run-learner-0" is forbidden: exceeded quota: few, requested: pods=1, used: pods=0, limited: pods=0'
+NO_CLASS = 'pods "run-learner-0" is forbidden: no PriorityClass with name gold was found'
 
 
 @pytest.mark.parametrize(
-    ("restarts", "code", "status", "given_up"),
-    [(3, 1, {}, True), (2, 1, {}, False), (9, 143, {}, False), (9, 1, READY, False)],
+    ("words", "reason", "way_out"),
+    [(QUOTA, "QuotaExceeded", "raise the quota"), (NO_CLASS, "FailedCreate", "create what is missing")],
 )
-def test_a_sampler_is_given_up_after_more_crashes_than_its_budget(restarts, code, status, given_up):
-    sampler = pod("sampler", container=ended(code, restarts=restarts), status=status)
-    assert is_given_up(sampler, budget=2) is given_up
+def test_pods_that_cannot_be_created_are_named_with_the_clusters_words_at_the_end(words, reason, way_out):
+    problem = create_problem("StatefulSet", "run-learner", words)
+    assert problem.reason == reason
+    assert problem.message.startswith("StatefulSet run-learner cannot create its pods")
+    assert way_out in problem.message
+    assert problem.message.endswith(words)

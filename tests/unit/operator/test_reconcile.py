@@ -84,6 +84,13 @@ class World:
         found = {**found, "generation": found["generation"] + 1, **metadata}
         self.api.put({**run, "spec": spec or run["spec"], "metadata": found})
 
+    def creates_pods(self):
+        """As the cluster does for the learner and the preparation, which then run."""
+        for (kind, name), each in list(self.api.objects.items()):
+            if kind in ("StatefulSet", "Job"):
+                role = each["metadata"]["labels"]["heterorl.dev/role"]
+                self.api.put(pod_body(role, f"{name}-0", owner=each["metadata"]["uid"]))
+
     def ends(self, job, how="Failed"):
         self.api.put({**self.api.objects["Job", job], "status": job_end(how)})
 
@@ -142,13 +149,15 @@ def test_after_a_restart_a_second_look_undoes_what_was_edited_meanwhile(world):
 
 
 def test_a_run_gets_its_objects_and_a_status_and_then_nothing_is_written(world):
-    assert world.look() is None
+    world.look()
     assert world.children() == OBJECTS
     assert world.status["startTime"] == "2023-11-14T22:13:20.000Z"
     assert world.status["observedGeneration"] == 1
+    world.creates_pods()
     for _ in range(2):
         world.watch()
         world.look()
+    assert world.look() is None
     written = len(world.api.writes())
     world.now += 500
     world.watch()
@@ -316,7 +325,7 @@ def test_a_run_that_is_deleted_during_the_look_is_no_error(world):
             world.api.objects.pop(("HeteroRLRun", "run"), None)
 
     world.api.before = deleted_meanwhile
-    assert world.look() is None
+    world.look()
     assert world.events() == set()
     assert world.cache.run(KEY) is None  # nothing more is made for it, though no watch has told yet
 
@@ -418,6 +427,7 @@ def test_a_run_that_is_trained_ends_and_is_deleted_when_its_time_has_come(world)
     world.edit(spec_of(ttlSecondsAfterFinished=1000, learner={"finishGraceSeconds": 300}))
     world.watch()
     world.look()
+    world.creates_pods()
     world.watch()
     world.hears(step=9, finished=True, prepared=True)
     assert world.look() == 300
@@ -523,3 +533,99 @@ def test_a_run_that_has_ended_gets_no_pods_again_whatever_another_version_made_o
     assert restarted.replicas("Deployment", "run-sampler-near") == 0
     assert restarted.status["state"] in ("Succeeded", "Failed")
     assert all(len(each["message"]) <= 32768 for each in restarted.status["conditions"])
+
+
+# ── pods that cannot be created ──────────────────────────────────────────────────────────────────────────────────────
+WORDS = 'pods "run-learner-0" is forbidden: exceeded quota: few'
+
+
+def test_pods_that_cannot_be_created_show_in_a_condition_an_event_and_the_state(world, monkeypatch):
+    monkeypatch.setattr("heterorl_operator.create_failures._PATIENCE_S", 0.0)
+    world.look()
+    world.api.objects["Event", "of-the-job"] = {
+        "kind": "Event",
+        "metadata": {"uid": "e", "resourceVersion": "1"},
+        "reason": "FailedCreate",
+        "message": WORDS,
+        "lastTimestamp": "2023-11-14T22:13:21Z",
+    }
+    deployment = world.api.objects["Deployment", "run-sampler-near"]
+    failure = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": "denied by a policy"}
+    world.api.put({**deployment, "status": {"conditions": [failure]}})
+    world.watch()
+    world.look()
+    world.look()
+    assert world.status["state"] == "Pending"
+    reasons = {each["type"]: each["reason"] for each in world.status["conditions"]}
+    assert reasons["Prepared"] == reasons["LearnerReady"] == reasons["Ready"] == "QuotaExceeded"
+    assert reasons["SamplersAvailable"] == "FailedCreate"
+    assert {"QuotaExceeded", "FailedCreate"} <= {
+        e.get("reason") for (k, _), e in world.api.objects.items() if k == "Event"
+    }
+    messages = {each["type"]: each["message"] for each in world.status["conditions"]}
+    assert messages["LearnerReady"].endswith(WORDS)
+    assert messages["SamplersAvailable"].endswith("denied by a policy")
+
+
+def test_the_state_is_preparing_only_while_the_pod_runs(world):
+    world.look()
+    world.watch()
+    world.look()
+    assert world.status["state"] == "Pending"
+    world.creates_pods()
+    world.watch()
+    world.look()
+    assert (world.status["state"], world.reason("Prepared")) == ("Preparing", "Preparing")
+
+
+# ── resumed in place ─────────────────────────────────────────────────────────────────────────────────────────────────
+def test_a_failed_run_goes_on_with_new_pods_when_resumes_is_increased_and_can_fail_and_go_on_again(world):
+    world.look()
+    world.creates_pods()
+    world.watch()
+    for resumes in (1, 2):
+        world.hears(step=4, prepared=True, gave_up=("LearnerCrashed", "it crashed 4 times"))
+        world.look()
+        assert world.status["state"] == "Failed"
+        world.now += 5000
+        world.watch()
+        world.look()
+        assert world.replicas("StatefulSet", "run-learner") == 0
+        world.edit(spec_of(failurePolicy={"resumes": resumes}))
+        world.watch()
+        world.look()
+        world.watch()
+        world.look()  # the learner's old pod is still there, and says nothing any more
+        assert world.status["state"] == "Running"
+        assert "completionTime" not in world.status
+        assert world.status["suspendedSeconds"] == 5000 * resumes  # its availability goes on where it stopped
+        for kind, name in (("StatefulSet", "run-learner"), ("Deployment", "run-sampler-near")):
+            template = world.api.objects[kind, name]["spec"]["template"]
+            assert template["metadata"]["annotations"]["heterorl.dev/resumes"] == str(resumes)
+            assert world.replicas(kind, name) == 1
+    assert "Resumed" in world.events()
+
+
+def test_a_resumed_run_whose_preparation_failed_prepares_anew(world):
+    world.look()
+    world.ends(PREPARE)
+    world.watch()
+    world.look()
+    assert (world.status["state"], world.reason("Failed")) == ("Failed", "PreparationFailed")
+    world.edit(spec_of(failurePolicy={"resumes": 1}))
+    world.watch()
+    world.look()
+    (again,) = world.children() - OBJECTS
+    assert again[0] == "Job"
+    assert world.status["state"] == "Pending"
+
+
+def test_a_run_that_succeeded_is_not_resumed(world):
+    world.look()
+    world.hears(step=9, prepared=True, finished=True)
+    world.look()
+    world.edit(spec_of(failurePolicy={"resumes": 1}))
+    world.watch()
+    world.look()
+    assert world.status["state"] == "Succeeded"
+    assert world.replicas("Deployment", "run-sampler-near") == 0

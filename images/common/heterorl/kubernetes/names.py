@@ -17,6 +17,8 @@ PodRole = Literal["run", "prepare", "learner", "sampler", "evaluation"]
 """What an object is for; `run` is what belongs to no role in particular."""
 
 RUN_LABEL, ROLE_LABEL, POOL_LABEL = "heterorl.dev/run", "heterorl.dev/role", "heterorl.dev/pool"
+RESUMES_ANNOTATION = "heterorl.dev/resumes"
+"""On the pods of a run that was resumed: `failurePolicy.resumes`, so that its increase replaces them."""
 HASH_ANNOTATION = "heterorl.dev/rendered-hash"
 
 
@@ -43,10 +45,12 @@ def evaluation_name(run: str, step: int) -> str:
 def prepare_name(run: HeteroRLRun) -> str:
     """Name of the preparation's Job: another model, data or seed is another preparation.
 
-    So is one that may take over a used volume, after one that might not.
+    So is one that may take over a used volume, after one that might not, and the next one when a failed run is resumed.
     """
     spec = run.resolved()["spec"]
-    return f"{run.metadata.name}-prepare-{_digest([spec[part] for part in ('model', 'data', 'seed', 'resume')])[:8]}"
+    parts = [spec[part] for part in ("model", "data", "seed", "resume")]
+    resumes = run.spec.failure_policy.resumes
+    return f"{run.metadata.name}-prepare-{_digest([*parts, *([resumes] if resumes else [])])[:8]}"
 
 
 def claim_name(run: HeteroRLRun) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from heterorl.kubernetes.merge import Object, merge_into_pod
-from heterorl.kubernetes.names import RUN_LABEL, PodRole, claim_name, config_name, labels
+from heterorl.kubernetes.names import RESUMES_ANNOTATION, RUN_LABEL, PodRole, claim_name, config_name, labels
 from heterorl.spec.pod_template import PodTemplateSpec
 from heterorl.spec.run import HeteroRLRun, RunSpec, SecretKeySpec
 
@@ -38,6 +38,13 @@ _CONTAINER_SECURITY: Object = {
     "capabilities": {"drop": ["ALL"]},
     "readOnlyRootFilesystem": True,
 }
+_REQUESTS: dict[PodRole, Object] = {
+    "learner": {"cpu": "250m", "memory": "1Gi"},
+    "sampler": {"cpu": "100m", "memory": "512Mi"},
+    "prepare": {"cpu": "100m", "memory": "512Mi"},
+    "evaluation": {"cpu": "100m", "memory": "512Mi"},
+}
+"""What each role asks for by default: what the tiny model needs, so that the quickstart fits on one small node."""
 _MOUNTS: tuple[Object, ...] = (
     {"name": "exchange", "mountPath": VOLUME},
     {"name": "spec", "mountPath": str(PurePosixPath(SPEC_FILE).parent), "readOnly": True},
@@ -54,7 +61,7 @@ _ENV: tuple[Object, ...] = (
     {"name": "PYTHONUNBUFFERED", "value": "1"},
     {"name": "TOKENIZERS_PARALLELISM", "value": "false"},
     {"name": "TQDM_DISABLE", "value": "1"},  # progress bars make no sense in a log
-    {"name": "HETERORL_METRICS_HOST", "value": "0.0.0.0"},
+    {"name": "HETERORL_METRICS_HOST", "value": "::"},
 )
 
 
@@ -87,7 +94,7 @@ def build_pod(
         "command": ["python", "-m", module, "--root", VOLUME, "--spec", SPEC_FILE, *arguments],
         "env": [*_ENV, _threads_env(threads), *_device_env(gpus), *env],
         "ports": [{"name": "metrics", "containerPort": metrics_port(run.spec)}] if role in _SERVING else [],
-        "resources": {"limits": {_GPU: str(gpus)}} if gpus else {},
+        "resources": _resources(role, gpus, given),
         "readinessProbe": readiness and {**readiness, "periodSeconds": 10},
         "terminationMessagePolicy": "FallbackToLogsOnError",  # the last lines of its log say why a container failed
         "securityContext": _CONTAINER_SECURITY,
@@ -102,7 +109,9 @@ def build_pod(
         "containers": [_without_empty(container)],
         "volumes": _volumes(run),
     }
-    metadata = {"labels": labels(run.metadata.name, role, pool)}
+    metadata: Object = {"labels": labels(run.metadata.name, role, pool)}
+    if resumes := run.spec.failure_policy.resumes:
+        metadata["annotations"] = {RESUMES_ANNOTATION: str(resumes)}
     return merge_into_pod({"metadata": metadata, "spec": _without_empty(spec)}, given)
 
 
@@ -144,6 +153,17 @@ def _one_node(run: str) -> Object:
     """Affinity of all of a run's pods to one node, for a volume that only one node can mount."""
     term = {"labelSelector": {"matchLabels": {RUN_LABEL: run}}, "topologyKey": "kubernetes.io/hostname"}
     return {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
+
+
+def _resources(role: PodRole, gpus: int, given: PodTemplateSpec) -> Object:
+    """Limits and default requests of a container; the manifest's own requests and limits are merged in later.
+
+    Without any request a pod is BestEffort, the first to be starved and killed. A resource that the manifest limits has
+    no default, which could exceed that limit: Kubernetes then takes the limit as the request.
+    """
+    named = {*given.resources.requests, *given.resources.limits}
+    requests = {name: amount for name, amount in _REQUESTS[role].items() if name not in named}
+    return _without_empty({"requests": requests, "limits": {_GPU: str(gpus)} if gpus else {}})
 
 
 def _threads_env(threads: int) -> Object:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,7 +30,10 @@ class Endpoint:
     """Serves its pages, by path, on a port while it is open."""
 
     def __init__(self, host: str, port: int, pages: Mapping[str, Page]) -> None:
-        """`port` 0 is any free one. The pages are called from threads of its own, one at a time."""
+        """`port` 0 is any free one; `host` `::` is every address, of IPv6 and IPv4 alike.
+
+        The pages are called from threads of its own, one at a time. OSError when the address cannot be used.
+        """
         lock = threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
@@ -51,7 +56,7 @@ class Endpoint:
         def _unknown() -> tuple[int, str, bytes]:
             return 404, "text/plain", f"there are {', '.join(pages)}\n".encode()
 
-        self._server = ThreadingHTTPServer((host, port), Handler)
+        self._server = _server(host, port, Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, name="endpoint", daemon=True)
         self.port: int = self._server.server_port
 
@@ -63,3 +68,22 @@ class Endpoint:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class _DualStack(ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+
+    def server_bind(self) -> None:
+        self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
+
+
+def _server(host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
+    if ":" not in host:
+        return ThreadingHTTPServer((host, port), handler)
+    try:
+        return _DualStack((host, port), handler)
+    except OSError as error:
+        if host != "::" or error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+            raise
+        return ThreadingHTTPServer(("0.0.0.0", port), handler)  # a machine without IPv6

@@ -26,10 +26,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from heterorl.errors import RunFolderError, UserError
+from heterorl.monitoring.http import Endpoint
 from heterorl.spec.run import MonitoringSpec, WandbSpec
 
 log = logging.getLogger(__name__)
@@ -203,16 +204,18 @@ class _Prometheus:
         registry = CollectorRegistry()
         registry.register(self)
         ProcessCollector(registry=registry)
+        pages = {"/metrics": lambda: (200, CONTENT_TYPE_LATEST, generate_latest(registry))}
         host = os.environ.get("HETERORL_METRICS_HOST", "127.0.0.1")
         port = int(os.environ.get("HETERORL_METRICS_PORT", port))
         try:
-            self._server, self._thread = start_http_server(port, addr=host, registry=registry)
+            self._endpoint = Endpoint(host, port, pages)
         except OSError as error:
             # Several processes of a run share one spec, on one machine also the port: none of them is worth a crash.
             log.warning("port %d for /metrics cannot be used (%s); taking any free one", port, error.strerror)
-            self._server, self._thread = start_http_server(0, addr=host, registry=registry)
+            self._endpoint = Endpoint(host, 0, pages)
+        self._endpoint.__enter__()
         self._port_file = port_file
-        port_file.write_text(f"{self._server.server_port}\n")
+        port_file.write_text(f"{self._endpoint.port}\n")
 
     def write(self, record: Record) -> None:
         prefix = ""
@@ -237,9 +240,7 @@ class _Prometheus:
 
     def close(self) -> None:
         self._port_file.unlink(missing_ok=True)
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self._endpoint.__exit__()
 
 
 def prometheus_name(key: str) -> str:

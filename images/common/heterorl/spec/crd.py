@@ -112,7 +112,6 @@ RULES: dict[str, list[Rule]] = {
             "storageClassName cannot change; start a new run",
         ),
         ("self.accessModes == oldSelf.accessModes", "accessModes cannot change; start a new run"),
-        ("quantity(self.size).compareTo(quantity(oldSelf.size)) >= 0", "size can only be increased"),
     ],
     "EvaluationSpec": [
         ("self.passK.all(k, k <= self.samplesPerPrompt)", "each k of passK must be at most samplesPerPrompt"),
@@ -275,7 +274,7 @@ def _fields(block: type[Block]) -> dict[str, type[Block] | None]:
 
 
 def _finished_rule() -> Rule:
-    """CEL at the root: a run that ended keeps its spec, unless it is taken up again, but for how long it is kept."""
+    """CEL at the root: a run that ended keeps its spec but for the TTL, unless it failed and is resumed."""
     kept = [(name, info) for name, info in RunSpec.model_fields.items() if name != "ttl_seconds_after_finished"]
     unchanged = " && ".join(
         # A field without a default may be absent.
@@ -285,7 +284,8 @@ def _finished_rule() -> Rule:
     )
     return (
         "!has(oldSelf.status) || !has(oldSelf.status.completionTime)"
-        f" || self.spec.failurePolicy.resumes > oldSelf.spec.failurePolicy.resumes || ({unchanged})",
+        " || (self.spec.failurePolicy.resumes > oldSelf.spec.failurePolicy.resumes"
+        f" && oldSelf.status.?state.orValue('Failed') == 'Failed') || ({unchanged})",
         "the run has ended, so only ttlSecondsAfterFinished can change; to resume a failed run, increase"
         " failurePolicy.resumes, or create a new run with resume: true on the same claim",
     )

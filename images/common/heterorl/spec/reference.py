@@ -40,8 +40,9 @@ _CHANGES = """## Changes to a running run
 On Kubernetes the API server rejects changes that a run cannot follow.
 
 - Never: {immutable}.
-- At any time: {live}; sampler pools may be added and removed. `learner.steps` and `exchange.volume.size` can
-  only be increased.
+- At any time: {live}; sampler pools may be added and removed. `learner.steps` can only be
+  increased. Kubernetes expands a claim and never shrinks one: a lower `exchange.volume.size` only takes back an
+  expansion that was refused.
 - All other fields: only while `suspend` is true.
 - After the run has ended: only `ttlSecondsAfterFinished`. To resume a failed run in place, increase
   `failurePolicy.resumes`; set `suspend: true` in the same edit if other fields have to change first. Or create a new

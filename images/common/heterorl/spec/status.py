@@ -213,6 +213,8 @@ class RunStatus(StatusBlock):
     """Total time of earlier suspensions, which availability does not count."""
     completion_time: Moment | None = None
     """When the run ended."""
+    resumes: Count | None = None
+    """`failurePolicy.resumes` when the run ended, or now; a failed run is resumed once the spec's exceeds it."""
 
     @field_validator("conditions", mode="before")
     @classmethod

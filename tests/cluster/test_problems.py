@@ -1,4 +1,4 @@
-"""What goes wrong in a cluster shows in a condition that says what to do, within half a minute (`operators.LIMIT_S`).
+"""Every problem shows within half a minute (`operators.LIMIT_S`) in a condition that says what to do.
 
 On a real API server with a real scheduler. An image that cannot be pulled needs a kubelet: see `test_story.py`.
 """
@@ -21,8 +21,10 @@ from cluster.operators import (
     patch,
     reasons,
     run_manifest,
+    status,
     wait_for,
     wait_for_reason,
+    wait_for_state,
 )
 
 CLUSTER = {"level": "kwok"}
@@ -89,6 +91,105 @@ def test_a_quota_that_is_used_up_until_it_is_raised(cluster, namespace, running)
     assert "raise the quota" in samplers["message"]
     cluster.kubectl("delete", "quota", "-n", namespace, "few")
     wait_for_reason(cluster, namespace, "SamplersAvailable", "QuorumReached")
+
+
+POLICY = {
+    "failurePolicy": "Fail",
+    "matchConstraints": {
+        "resourceRules": [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}]
+    },
+    "validations": [{"expression": "false", "message": "pods of this team need a cost centre"}],
+}
+
+
+def refuse_pods(cluster, namespace):
+    """An admission policy that denies every pod of the namespace."""
+    group = "admissionregistration.k8s.io/v1"
+    names = {"matchLabels": {"kubernetes.io/metadata.name": namespace}}
+    binding = {"policyName": namespace, "validationActions": ["Deny"], "matchResources": {"namespaceSelector": names}}
+    metadata = {"name": namespace}
+    policy = {"apiVersion": group, "kind": "ValidatingAdmissionPolicy", "metadata": metadata, "spec": POLICY}
+    bound = {"apiVersion": group, "kind": "ValidatingAdmissionPolicyBinding", "metadata": metadata, "spec": binding}
+    cluster.kubectl(
+        "apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": [policy, bound]})
+    )
+    denied = ("run", "probe", "-n", namespace, "--image=any", "--dry-run=server")
+    wait_for(lambda: "cost centre" in cluster.kubectl(*denied, check=False), "the policy to be in force")
+
+
+def allow_pods(cluster, namespace):
+    kinds = "validatingadmissionpolicies,validatingadmissionpolicybindings"
+    cluster.kubectl("delete", kinds, "--field-selector", f"metadata.name={namespace}")
+
+
+def few_pods(cluster, namespace):
+    cluster.kubectl("create", "quota", "-n", namespace, "few", "--hard=pods=0")
+    denied = ("run", "probe", "-n", namespace, "--image=any", "--dry-run=server")
+    wait_for(lambda: "exceeded quota" in cluster.kubectl(*denied, check=False), "the quota to be in force")
+
+
+def many_pods(cluster, namespace):
+    cluster.kubectl("delete", "quota", "-n", namespace, "few")
+
+
+@pytest.mark.parametrize(
+    ("refuse", "allow", "reason", "words", "way_out"),
+    [
+        (few_pods, many_pods, "QuotaExceeded", "exceeded quota: few", "raise the quota"),
+        (refuse_pods, allow_pods, "FailedCreate", "pods of this team need a cost centre", "policy changed"),
+    ],
+    ids=["quota", "policy"],
+)
+def test_pods_that_the_cluster_refuses_show_with_its_words_until_it_takes_them(
+    cluster, namespace, running, refuse, allow, reason, words, way_out
+):
+    give_volume(cluster, namespace)
+    refuse(cluster, namespace)
+    apply(cluster, namespace, run_manifest())
+    for kind in ("Prepared", "LearnerReady", "SamplersAvailable"):
+        found = wait_for_reason(cluster, namespace, kind, reason)
+        assert words in found["message"]
+        assert way_out in found["message"]
+    assert status(cluster, namespace)["state"] == "Pending"
+    assert reason in reasons(cluster, namespace)
+    allow(cluster, namespace)
+    wait_for(lambda: condition(cluster, namespace, "SamplersAvailable").get("reason") != reason, "new samplers", 60)
+
+
+def test_a_priority_class_that_is_not_there_is_named_and_the_other_pods_are_no_problem(cluster, namespace, running):
+    give_volume(cluster, namespace)
+    pools = {"near": {}, "far": {"podTemplate": {"priorityClassName": "gold"}}}
+    apply(cluster, namespace, run_manifest(pools=pools, failurePolicy={"minSamplers": 2}))
+    samplers = wait_for_reason(cluster, namespace, "SamplersAvailable", "FailedCreate")
+    assert samplers["message"].startswith("Deployment run-sampler-far cannot create its pods")
+    assert "no PriorityClass with name gold was found" in samplers["message"]
+    wait_for_reason(cluster, namespace, "LearnerReady", "LearnerReady")
+    assert status(cluster, namespace)["state"] == "Pending"
+
+
+def test_a_name_that_is_taken_keeps_every_pod_away_that_would_mount_what_is_behind_it(cluster, namespace, running):
+    give_volume(cluster, namespace)
+    cluster.kubectl("create", "configmap", "-n", namespace, "run-config", "--from-literal=theirs=1")
+    apply(cluster, namespace, run_manifest())
+    ready = wait_for_reason(cluster, namespace, "Ready", "NameConflict")
+    assert "ConfigMap run-config" in ready["message"]
+    assert listed(cluster, namespace, "statefulsets,deployments,jobs,pods") == {}
+    cluster.kubectl("delete", "configmap", "-n", namespace, "run-config")
+    wait_for_state(cluster, namespace, "Running", limit_s=60)
+
+
+def test_an_expansion_that_the_cluster_refuses_holds_nothing_up_and_can_be_taken_back(cluster, namespace, running):
+    give_volume(cluster, namespace)
+    apply(cluster, namespace, run_manifest())
+    wait_for_reason(cluster, namespace, "Ready", "Running")
+    patch(cluster, namespace, "run", {"exchange": {"volume": {"size": "9Gi"}}})
+    storage = wait_for_reason(cluster, namespace, "StorageReady", "ResizeRefused")
+    assert storage["status"] == "True"
+    assert "only dynamically provisioned pvc can be resized" in storage["message"]
+    assert "ResizeRefused" in reasons(cluster, namespace)
+    assert condition(cluster, namespace, "Ready")["status"] == "True"
+    patch(cluster, namespace, "run", {"exchange": {"volume": {"size": "1Gi"}}})
+    wait_for_reason(cluster, namespace, "StorageReady", "Bound")
 
 
 def test_a_pool_that_nobody_meant_is_said_to_be_new(cluster, namespace, running):
