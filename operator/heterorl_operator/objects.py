@@ -29,7 +29,7 @@ class CachedChild:
     uid: str
     resource_version: int
     spec_version: str
-    """Changes when somebody changes its spec; empty for kinds that do not show it."""
+    """Changes with its spec; empty for kinds that do not show it."""
     owner_uid: str | None
     """Of its controller."""
     rendered: str
@@ -141,7 +141,7 @@ def belongs_to(child: CachedChild, run: CachedRun) -> bool:
 
 
 def spec_version_of(kind: str, body: Object) -> str:
-    """Changes when somebody changes the object's spec: its generation, or the nearest to it.
+    """Changes with the object's spec: its generation, or the nearest equivalent.
 
     A ConfigMap and a Service have no generation, and no controller writes to them. A claim has none either, but its
     binding is written to it, so its resource version says nothing about its spec.

@@ -29,7 +29,7 @@ class Failure:
     """One end of a process that was its own or its node's fault."""
 
     code: int | None
-    """Its exit code; None if nobody saw it."""
+    """Its exit code; None if it is unknown."""
     step: int = 0
     """Steps the learner had trained by then."""
     message: str = ""

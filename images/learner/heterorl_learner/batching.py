@@ -3,9 +3,9 @@
 Shapes: N input tokens of a pack, T completion tokens, S sequences.
 
 A pack is one row of whole sequences without padding; positions start again at 0 with each sequence, which is how the
-model tells them apart. The last token of a completion is predicted but predicts nothing, so it is no input: a sequence
-of P prompt and L completion tokens takes P + L - 1. Everything here is a pure function of its arguments, so every rank
-plans the whole step and makes the tensors of its own share.
+model tells them apart. The last token of a completion is predicted but predicts nothing, so it is not an input: a
+sequence of P prompt and L completion tokens takes P + L - 1. Everything here is a pure function of its arguments, so
+every rank plans the whole step and makes the tensors of its own share.
 """
 
 from __future__ import annotations

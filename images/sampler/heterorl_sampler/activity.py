@@ -8,7 +8,7 @@ from collections.abc import Callable
 from heterorl.exchange.records import SlotStatus
 
 STUCK_S = 1800.0
-"""Without a token, a reward or a look at the volume for so long, a sampler is stuck: longer than any engine starts."""
+"""A sampler without a token, a reward or a poll of the volume for this long is stuck: longer than any engine starts."""
 
 
 class Activity:

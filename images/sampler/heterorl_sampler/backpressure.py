@@ -40,7 +40,7 @@ def reason_to_wait(
 ) -> str | None:
     """Why not to generate now (`finished`, `weights`, `queue`, `staleness`), or None to go ahead.
 
-    Online, a version gets as many groups as a step trains and then everybody waits for the next. A full queue holds a
+    Online, a version gets as many groups as a step trains and then all samplers wait for the next. A full queue holds a
     slot back only while the learner has enough for a step, so that no slot ever waits for one that is gone. Weights
     that are already too old are not worth generating with; the `wait` policy pauses as soon as a rollout would be too
     old by the time the queue before it has been trained.

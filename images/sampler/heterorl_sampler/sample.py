@@ -4,7 +4,7 @@
           ▲                                                                                         │
           └─────────────────────────────────────────────────────────────────────────────────────────┘
 
-It waits for nobody but its first weights, the newest ones in online mode, and room in the queue. A slot's sequence
+It waits only for its first weights, the newest ones in online mode, and room in the queue. A slot's sequence
 number is its prompt cursor and its seed: the slot's next holder goes on where this one stopped.
 """
 

@@ -1,10 +1,10 @@
 """How the learner's starts ended, kept on the volume: what its budget of crashes is counted from.
 
-A pod notes an attempt before it starts its ranks and how it ended. An attempt without an end is settled by whoever
-comes next: in the same pod the container was killed under it, so it crashed; in another one the pod was taken away.
+A pod records an attempt before it starts its ranks, and how it ended. An attempt without an end is settled by the next
+start: in the same pod the container was killed, so it crashed; in another pod the earlier one was taken away.
 
     clean       the ranks left by themselves
-    signalled   somebody asked them to go, or took the pod: never charged
+    signalled   they were told to stop, or the pod was taken away: never charged
     crashed     anything else. Of a failure of its node or its user each pod tells itself; a crash is charged to the
                 first pod alone: the others fall with it, or it with them
 

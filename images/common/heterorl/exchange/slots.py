@@ -50,7 +50,7 @@ class Slots:
 
     # ── leases ───────────────────────────────────────────────────────────────────────────────────────────────────────
     def try_lease(self, slot: Slot, next_seq: Callable[[Slot], int], lease_s: float) -> Lease | None:
-        """Lease a slot if it is free. `next_seq` finds the first number that nobody can have used."""
+        """Lease a slot if it is free. `next_seq` finds the first number that cannot have been used."""
         epoch = self.epoch(slot)
         if not self._is_free(slot, epoch, lease_s):
             return None

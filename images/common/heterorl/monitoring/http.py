@@ -41,7 +41,7 @@ class Endpoint:
                 try:
                     with lock:
                         status, kind, body = pages.get(self.path, _unknown)()
-                except Exception as error:  # a page that fails is told to whoever asked, and ends nothing else
+                except Exception as error:  # a page that fails is an error for its client only
                     log.warning("no answer to %s: %s", self.path, error)
                     status, kind, body = 500, "text/plain", f"{error}\n".encode()
                 self.send_response(status)
@@ -51,7 +51,7 @@ class Endpoint:
                 self.wfile.write(body)
 
             def log_message(self, format: str, *args: object) -> None:
-                """Probes come every few seconds; nobody wants to read that."""
+                """Not logged: probes come every few seconds."""
 
         def _unknown() -> tuple[int, str, bytes]:
             return 404, "text/plain", f"there are {', '.join(pages)}\n".encode()

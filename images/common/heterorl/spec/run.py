@@ -749,9 +749,10 @@ class EvaluationSpec(Block):
 
 
 class FailurePolicySpec(Block):
-    """How often a process may fail before it is no longer restarted; preemption is never counted.
+    """How often a process may fail before it is given up; preemption is never counted.
 
-    A user's error (exit code 2) is never restarted. The run fails once its learner, or every sampler, is given up.
+    A process that exits with a user error (exit code 2) is never restarted. The run fails once its learner, or every
+    sampler, is given up.
     """
 
     learner_restarts: int = Field(3, ge=0, le=1000)
@@ -759,9 +760,9 @@ class FailurePolicySpec(Block):
     sampler_restarts: int = Field(10, ge=0, le=100_000)
     """Number of crashes after which a sampler is still restarted; the run fails once all samplers exceed it."""
     site_restarts: int = Field(20, ge=0, le=100_000)
-    """Number of failures of its node (GPU, disk, memory, clock: exit code 3) after which it is still restarted."""
+    """Number of node failures (GPU, disk, memory, clock: exit code 3) after which a process is still restarted."""
     refill_steps: int = Field(50, ge=0, le=10_000_000)
-    """Training steps after which a process gets one restart back; 0 disables."""
+    """Give a process one restart back every N training steps; 0 disables."""
     resumes: int = Field(0, ge=0, le=1_000_000)
     """Increase it to resume a failed run in place, with everything on its volume and with full restart budgets."""
     min_samplers: int = Field(1, ge=0, le=1024)
@@ -821,7 +822,7 @@ class RunSpec(Block):
     monitoring: MonitoringSpec = MonitoringSpec()
     """Where metrics are written."""
     failure_policy: FailurePolicySpec = FailurePolicySpec()
-    """How many crashes are tolerated."""
+    """How often processes are restarted."""
     credentials: CredentialsSpec = CredentialsSpec()
     """References to Secrets."""
     local: LocalSpec = LocalSpec()
