@@ -86,5 +86,5 @@ def test_beta_weights_are_finite_and_capped_at_the_border(means):
 
 
 def test_beta_refuses_rewards_outside_the_unit_interval():
-    with pytest.raises(UserError, match=r"from -1 to 1, .*weight the rewards"):
+    with pytest.raises(UserError, match=r"from -1 to 1, .*change the weights of the rewards"):
         step_advantages([group(0, 1), group(-1, 0)], "beta")
