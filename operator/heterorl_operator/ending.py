@@ -19,7 +19,7 @@ from heterorl_operator.podstate import has_crashed, is_out_of_memory
 from heterorl_operator.problems import Problem
 from heterorl_operator.resources import JOB
 
-_RESUME = "put it right and increase failurePolicy.resumes, and the run goes on from its checkpoint"
+_RESUME = "correct it and increase failurePolicy.resumes, and the run continues from its checkpoint"
 _MORE_MEMORY = "it was killed for its memory (OOMKilled): raise resources.limits.memory in its podTemplate, or use less"
 
 
@@ -45,7 +45,7 @@ def run_end(context: RunContext, elapsed_s: float) -> RunEnd | None:
         return RunEnd(False, *problem)
     deadline = spec.active_deadline_seconds
     if deadline and elapsed_s >= deadline:
-        way_out = "to go on, increase failurePolicy.resumes and activeDeadlineSeconds in one edit"
+        way_out = "to continue, increase failurePolicy.resumes and activeDeadlineSeconds in one edit"
         return RunEnd(False, "DeadlineExceeded", f"activeDeadlineSeconds {deadline} passed; {way_out}")
     return None
 
@@ -83,7 +83,7 @@ def preparation_problem(context: RunContext) -> Problem | None:
         return Problem(VOLUME_IN_USE, line[line.index(VOLUME_IN_USE) :])
     if pods and is_out_of_memory(pods[-1]):
         line = _MORE_MEMORY
-    way_out = "put it right and increase failurePolicy.resumes, or delete the run and apply it again"
+    way_out = "correct it and increase failurePolicy.resumes, or delete the run and apply it again"
     see = f"see `kubectl logs job/{job.name}`"
     return Problem("PreparationFailed", f"the preparation failed ({see}; {way_out}): {line}")
 

@@ -97,7 +97,7 @@ def transitions(before: RunStatus, after: RunStatus) -> Iterator[tuple[str, str,
         if each.type in _MILESTONES and each.status == "True":
             yield "Warning" if each.type == "Failed" else "Normal", each.reason, each.message
         elif each.type in ("Suspended", "Failed") and earlier and earlier.status == "True":
-            yield "Normal", "Resumed", "the run goes on"
+            yield "Normal", "Resumed", "the run was resumed"
         elif each.reason in (NEEDS_ACTION if each.type != "Ready" else ("InvalidSpec",)):
             yield "Warning", each.reason, each.message
     yield from _pool_changes(before, after)

@@ -668,7 +668,7 @@ class VolumeSpec(Block):
     claim_name: ShortText | None = None
     """Name of an existing PersistentVolumeClaim to use."""
     size: Quantity = "100Gi"
-    """Size of a new claim; it can be increased but not decreased."""
+    """Size of a new claim; Kubernetes can expand a claim but not shrink it."""
     storage_class_name: ShortText | None = None
     """Storage class of a new claim."""
     access_modes: list[Literal["ReadWriteMany", "ReadWriteOnce"]] = Field(["ReadWriteMany"], min_length=1, max_length=2)
