@@ -182,6 +182,22 @@ def test_a_line_that_a_superseded_learner_got_into_the_journal_does_not_count(ex
     assert [(entry.step, entry.names[0].seq) for entry in exchange.read_journal()] == [(0, 0), (1, 5)]
 
 
+def test_a_checkpoint_that_a_superseded_learner_saved_after_all_is_not_resumed_from(
+    frozen: Exchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen after it asked and before it gave the name: the window that no check closes."""
+    successor = Exchange(frozen.root)
+    successor.begin_incarnation()
+    monkeypatch.setattr(frozen, "require_incarnation", lambda: None)
+    frozen.commit_checkpoint(8, {"step": 8})
+    folder, _ = successor.open_newest_checkpoint()
+    assert folder.name == "step-00000008"  # the successor has trained nothing yet: it may as well go on from there
+    successor.append_journal(JournalEntry(step=5, incarnation=2, names=[rollout_name(7)]))
+    folder, _ = successor.open_newest_checkpoint()
+    assert folder.name == "step-00000005"
+    assert (frozen.root / "quarantine" / "checkpoints" / "step-00000008" / "state.pt").read_bytes() == b"later"
+
+
 def test_two_learners_stage_their_checkpoints_in_folders_of_their_own(exchange: Exchange) -> None:
     staged = []
     for _ in range(2):

@@ -14,6 +14,7 @@ import pytest
 
 from heterorl.errors import RunFolderError
 from heterorl.exchange import storage
+from heterorl.exchange.mount import check_mount
 from heterorl.exchange.storage import TRANSIENT, Files
 
 NOT_OFFERED = [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS]
@@ -180,7 +181,7 @@ def test_a_mount_without_fsync_is_used_and_that_is_said_once(
     number: int,
 ) -> None:
     break_call("fsync", number)
-    files.check_mount(folder)
+    check_mount(files, folder)
     for _ in range(3):
         files.replace(folder / "old", b"new")
         files.append(folder / "old", b"more\n")
@@ -267,7 +268,7 @@ def test_a_line_after_a_torn_one_is_whole(files: Files, folder: Path) -> None:
 
 # ── what a mount can do ──────────────────────────────────────────────────────────────────────────────────────────────
 def test_a_mount_that_does_it_all_is_taken_and_left_clean(files: Files, folder: Path) -> None:
-    files.check_mount(folder, folder / "archive")
+    check_mount(files, folder, folder / "archive")
     assert os.listdir(folder) == ["old"]
 
 
@@ -280,7 +281,7 @@ def test_a_folder_on_another_file_system_is_refused_before_anything_is_moved(fil
         with pytest.raises(
             RunFolderError, match=r"archive is on another file system than .*; mount the run's whole folder"
         ):
-            files.check_mount(folder, folder / "archive")
+            check_mount(files, folder, folder / "archive")
         assert sorted(os.listdir(folder)) == ["archive", "old"]
         assert os.listdir(elsewhere) == []
     finally:
@@ -294,7 +295,7 @@ def test_a_mount_without_links_and_exclusive_renames_is_refused(
     break_call("_rename_no_replace", errno.EINVAL)
     break_call("link", number)
     with pytest.raises(RunFolderError, match=r"this mount cannot be used .*; expected one where"):
-        files.check_mount(folder)
+        check_mount(files, folder)
     assert os.listdir(folder) == ["old"]
 
 
@@ -303,10 +304,10 @@ def test_a_mount_where_a_name_can_be_taken_from_another_file_is_refused(
 ) -> None:
     monkeypatch.setattr(storage, "_rename_no_replace", os.replace)
     with pytest.raises(RunFolderError, match="exclusive"):
-        files.check_mount(folder)
+        check_mount(files, folder)
 
 
 def test_a_full_disk_is_told_as_such(files: Files, folder: Path, break_call: Callable[..., Breaking]) -> None:
     break_call("open", errno.ENOSPC)
     with pytest.raises(OSError, match="No space left"):
-        files.check_mount(folder)
+        check_mount(files, folder)

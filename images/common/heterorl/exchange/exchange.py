@@ -9,87 +9,81 @@ Processes never communicate directly. One side writes, the other lists names and
       weights/VERSION/              model.safetensors, canary.json, manifest.json         learner
       rollouts/NAME.safetensors     one prompt's group of completions                     samplers, each its own names
       archive/NAME.safetensors      trained rollouts, when the spec keeps them            learner
-      slots/SLOT/                   lease-EPOCH.json, heartbeat.json, state.json          the slot's holder
+      slots/SLOT/                   lease-EPOCH.json, state-EPOCH.json, heartbeat.json    the slot's holder
+      incarnations/iNUMBER.json     the claim to be the learner                           learner
       journal.jsonl                 a line a step: what it trains on and what it dropped  learner
       checkpoints/step-STEP/        everything the learner needs, manifest.json           learner
       learner.json                  heartbeat: step, newest version, what was taken       learner
       attempts-NODE.json            starts of a pod of the learner, and how they ended    the pod's launcher
       pins/VERSION                  this version is still being evaluated                 runner or launcher
       evals/VERSION.json            results                                               evaluation
-      quarantine/                   what failed its checks, with the reason               the reader that found it
+      quarantine/                   what failed its checks, with the reason               learner, or its writer
       output/  logs/  metrics/      the trained model, logs, JSONL
 
 Rules
-  1. A name is published once, by rename, after its contents are on the disk; it is never written again. A folder's
-     manifest (protocol, kind, sizes, SHA-256 of each file) is written last. A name that starts with `.tmp-` does not
-     exist for readers; the learner sweeps its own leftovers when it starts.
-  2. Readers check everything and trust no size, name or time. A version or rollout that fails goes to quarantine or is
-     refused, is counted, and never stops the run. A file that vanished was retired: take another.
-  3. Weights are anchors (`kind: anchor`, whole); `kind: delta` with a `base` has its place in the manifest.
-  4. Each version carries a canary: texts and the learner's own log-probabilities of them. A sampler that loaded a
+  1. A name is published once, after its contents are on the disk, by a rename that replaces nothing; it is never
+     written again. A folder's manifest (protocol, kind, sizes, SHA-256 of each file) is written last. A name that
+     starts with `.tmp-` does not exist for readers.
+  2. Readers check everything and trust no size, name or time. JSON goes through the models of `records`: what is empty,
+     torn or foreign is absent, and told once; fields that a model does not know are ignored, and so are names that the
+     protocol does not know. A version or rollout that fails is refused or put aside, is counted, and never stops the
+     run. A file that vanished was retired: take another.
+  3. Nothing is deleted on doubt. A higher protocol, or a kind of folder that this one does not know, is refused as
+     UnknownProtocol and stays as it is; what failed its checks goes to quarantine, also when its time to be deleted
+     has come; a record that cannot be read goes there before its writer replaces it.
+  4. Weights are anchors (`kind: anchor`, whole); `kind: delta` with a `base` has its place in the manifest.
+  5. Each version carries a canary: texts and the learner's own log-probabilities of them. A sampler that loaded a
      version scores them in its engine and does not generate if they differ.
-  5. A rollout's name carries weights version, slot and sequence number. A slot saves its next number before it
-     publishes, so a number is never used twice; a crash can skip one, never repeat one.
-  6. A step's selection is in the journal, on the disk, before it is trained. After a crash the learner goes back to
+  6. A rollout's name carries weights version, slot and sequence number. A slot saves its next number before it
+     publishes. A new holder begins after every number of the slot that its state, the names in rollouts/, archive/ and
+     quarantine/, or the learner's heartbeat tell of, so a number is never used twice, whichever of them is lost.
+  7. A step's selection is in the journal, on the disk, before it is trained. After a crash the learner goes back to
      its newest checkpoint, replays the journal, then selects afresh: no rollout is trained twice on the way to the
-     surviving weights, none that was published is lost.
-  7. A rollout is deleted (or archived) only when the oldest checkpoint kept covers it. The learner is the only one
+     surviving weights, none that was published is lost. When there are checkpoints and none is whole, it does not begin
+     at step 0 but asks for help.
+  8. A rollout is deleted (or archived) only when the oldest checkpoint kept covers it. The learner is the only one
      that deletes weights and rollouts.
-  8. A slot is leased: the creator of lease-EPOCH.json with the highest epoch holds it. A lease is free when it was
-     released, when its holder was a process on this machine that is gone, or when its heartbeat has stood still for
-     leaseSeconds by the observer's own clock; clocks of different machines are never compared.
+  9. The learner is the process whose incarnation has the highest claim; it asks before each write, last of all before
+     a name is given, and leaves (Superseded) if there is a higher one. In the journal a line that follows one of a
+     later incarnation does not count.
+ 10. A slot is leased: the creator of lease-EPOCH.json with the highest epoch holds it, and asks before each write. A
+     lease is free when it was released, when its holder was a process on this machine that is gone, or when its
+     heartbeat has stood still for leaseSeconds by the observer's own clock; clocks of different machines are never
+     compared. A lease says the first sequence number of its epoch. A rollout says the epoch in which it was made; its
+     number must be below the first one of the next epoch, else it was made after its own was over, and is put aside.
+     So it takes one listing and at most one small file to judge, and leases, which are never changed, can be cached.
 
-What a crash leaves: a staged folder or file (swept or ignored), a journalled step that was not trained (replayed), a
-torn last line in a log of lines (cut off), a sequence number that was never published (skipped).
+What a crash leaves: a staged folder or file, a journalled step that was not trained (replayed), a torn last line in a
+log of lines (cut off), a sequence number that was never published (skipped). What is staged is swept: in weights/ and
+checkpoints/ by the next incarnation; of a slot by its next holder; elsewhere by the learner when it is an hour old by
+the file server's clock. A process whose staged file was swept is one that was followed by another, and finds that out.
+
+What the checks before a write cannot close is the instant between them and the write, and, on a network file system,
+the seconds for which a client may go on seeing a folder as it was (NFS: acdirmax). What is written then does no harm:
+a slot's state has a file for each epoch, a rollout is refused by its epoch, a journal line or checkpoint by its
+incarnation (a checkpoint, when the journal shows that a later incarnation trained an earlier step anew), a heartbeat
+lasts until the next one.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import re
-import socket
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from heterorl.errors import CorruptFile, ExchangeError, RunFolderError, Superseded, UnknownProtocol
+from heterorl.errors import CorruptFile, ExchangeError
 from heterorl.exchange import published_folder
 from heterorl.exchange.canary import Canary
-from heterorl.exchange.records import (
-    Attempt,
-    AttemptsFile,
-    CheckpointManifest,
-    Evaluation,
-    Incarnation,
-    JournalEntry,
-    LearnerHeartbeat,
-    SlotHeartbeat,
-    SlotState,
-    SlotStatus,
-    WeightsManifest,
-    parse_canary,
-    parse_record,
-)
+from heterorl.exchange.learner_state import LearnerState
+from heterorl.exchange.records import Evaluation, SlotHeartbeat, SlotState, SlotStatus, WeightsManifest, parse_canary
 from heterorl.exchange.rollout import Rollout
-from heterorl.exchange.run_folder import RunFolder
 from heterorl.exchange.slots import Lease, Slots
 from heterorl.names import RolloutName, Slot, Version
 
-log = logging.getLogger(__name__)
-
 _SAFETENSORS = ".safetensors"
 _MODEL, _CANARY = "model.safetensors", "canary.json"
-_ATTEMPTS = re.compile(r"attempts-([0-9]+)\.json")
-_INCARNATION = re.compile(r"i([0-9]{4,})\.json")
-_CHECKPOINT = re.compile(r"step-([0-9]{8,})")
-_ABANDONED_S = 3600.0
-"""A staged file that is older by the file server's clock, and whose owner cannot be asked, has none left."""
 
 
 @dataclass(frozen=True)
@@ -102,71 +96,12 @@ class Fetched:
     canary: Canary
 
 
-class Exchange(RunFolder):
-    """One run's folder on the shared volume, as used by the learner, the samplers and all other processes."""
+class Exchange(LearnerState):
+    """One run's folder on the shared volume, with all that passes between its learner and its samplers.
 
-    incarnation: int | None = None
-    """Of the learner, once this process has begun one or was told its first rank's: it is asked before each write."""
-
-    @cached_property
-    def _slots(self) -> Slots:
-        return Slots(self.root / "slots", self.files, self._records, self.now)
-
-    # ── the learner's right to write ─────────────────────────────────────────────────────────────────────────────────
-    def begin_incarnation(self) -> int:
-        """Become the learner: claim the next incarnation, which ends the right to write of all before it."""
-        self.check_volume()
-        while True:
-            number = self._last_incarnation() + 1
-            claim = Incarnation(id=uuid.uuid4().hex, host=socket.gethostname(), pid=os.getpid(), time=self.now())
-            self.files.make_dir(self.root / "incarnations")
-            if self.files.create(self.root / "incarnations" / f"i{number:04d}.json", claim.to_bytes()):
-                self.incarnation = number
-                return number
-
-    def _last_incarnation(self) -> int:
-        """The highest that was ever used, also where the folder of claims was lost."""
-        seen = {version.incarnation for version in [*self.list_versions(), *self.list_evals()]}
-        seen |= {entry.incarnation for entry in self.read_journal()}
-        heartbeat = self.learner
-        return max(seen | {self._newest_claim(), heartbeat.incarnation if heartbeat else 0})
-
-    def _newest_claim(self) -> int:
-        return max(self._records.names(self.root / "incarnations", _numbered(_INCARNATION)), default=0)
-
-    def require_incarnation(self) -> None:
-        """Superseded for a learner that a newer one has followed. One that never began an incarnation is not asked."""
-        if self.incarnation is not None and (newest := self._newest_claim()) > self.incarnation:
-            raise Superseded(
-                f"another learner has begun on {self.root} (incarnation {newest}, this one is {self.incarnation}); this"
-                " learner leaves and writes nothing more"
-            )
-
-    @contextmanager
-    def _as_learner(self) -> Iterator[None]:
-        self.require_incarnation()
-        try:
-            yield
-        except FileNotFoundError:  # a successor has swept what was staged
-            self.require_incarnation()
-            raise
-
-    def sweep(self) -> None:
-        """Remove what crashed processes left half-written: a predecessor's at once, that of others when it is old."""
-        with self._as_learner():
-            staged = [path for name in ("weights", "checkpoints") for path in self.files.leftovers(self.root / name)]
-            others = [path for name in ("", "rollouts", "evals") for path in self.files.leftovers(self.root / name)]
-            if self.incarnation is not None and others:
-                now = self.files.modified(self.root / "incarnations" / f"i{self.incarnation:04d}.json")
-                staged += [path for path in others if now - self._age_mark(path, now) > _ABANDONED_S]
-            for path in staged:
-                self.files.remove(path)
-
-    def _age_mark(self, path: Path, now: float) -> float:
-        try:
-            return self.files.modified(path)
-        except FileNotFoundError:
-            return now
+    The folder, its manifest and its owner are `RunFolder`'s part; what the learner keeps for itself, and its right to
+    write, `LearnerState`'s; leases are `Slots`'.
+    """
 
     # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def stage_weights(self, version: Version) -> Path:
@@ -242,24 +177,6 @@ class Exchange(RunFolder):
     def _version(self, version: Version) -> Path:
         return self.root / "weights" / str(version)
 
-    def _delete(self, folder: Path, model: type[WeightsManifest] | type[CheckpointManifest]) -> bool:
-        """Delete a published folder that is no longer needed; False for one that is of another version's, or damaged.
-
-        The one stays where it is, the other is put aside: who is to judge it may want to see it.
-        """
-        try:
-            published_folder.read_manifest(self.files, folder, model)
-        except UnknownProtocol as error:
-            log.error("%s", error)
-            return False
-        except CorruptFile as error:
-            self._records.quarantine(folder, str(error))
-            return False
-        except FileNotFoundError:
-            return True
-        self.files.remove(folder)
-        return True
-
     # ── rollouts ─────────────────────────────────────────────────────────────────────────────────────────────────────
     def put_rollouts(self, lease: Lease, rollouts: Mapping[RolloutName, Rollout]) -> None:
         """Publish groups as the holder of their slot.
@@ -316,160 +233,11 @@ class Exchange(RunFolder):
     def _rollout(self, name: RolloutName) -> Path:
         return self.root / "rollouts" / f"{name}{_SAFETENSORS}"
 
-    # ── the learner's journal, heartbeat and checkpoints ─────────────────────────────────────────────────────────────
-    def append_journal(self, entry: JournalEntry) -> None:
-        """Put a step's selection on the disk, before it is trained."""
-        with self._as_learner():
-            self.files.append(self._journal, entry.to_bytes() + b"\n")
-
-    def read_journal(self) -> list[JournalEntry]:
-        """All steps in order. UnknownProtocol, as only the version that wrote it can go on from it.
-
-        Of a step the later line stands, unless an earlier incarnation wrote it: a learner that was superseded and did
-        not know it yet. A torn last line is left out, as is one that cannot be read, which is told.
-        """
-        return _surviving(self._read_journal()[0])
-
-    def rewrite_journal(self, entries: Iterable[JournalEntry]) -> None:
-        """Replace the journal: cuts a torn line, or steps that cannot be replayed.
-
-        A journal with lines that cannot be read is put into quarantine first, as it was.
-        """
-        with self._as_learner():
-            if damage := self._read_journal()[1]:
-                self._records.keep_copy(self._journal, damage)
-            self.files.replace(self._journal, b"".join(entry.to_bytes() + b"\n" for entry in entries))
-
-    def _read_journal(self) -> tuple[list[JournalEntry], str]:
-        """The lines that can be read, and what is wrong with the first of the others."""
-        try:
-            lines = self.files.read(self._journal).split(b"\n")
-        except FileNotFoundError:
-            return [], ""
-        entries, damage = [], ""
-        for number, line in enumerate(lines[:-1], 1):  # what follows the last line's end is torn
-            try:
-                entries.append(parse_record(JournalEntry, line, f"{self._journal.name}, line {number}"))
-            except CorruptFile as error:
-                damage = damage or str(error)
-        if damage:
-            log.error("%s; lines that cannot be read are left out", damage)
-        return entries, damage
-
-    def write_learner(self, heartbeat: LearnerHeartbeat) -> None:
-        """The learner's heartbeat; its time is set here."""
-        with self._as_learner():
-            self._records.write(self.root / "learner.json", heartbeat.model_copy(update={"time": self.now()}))
-
-    @property
-    def learner(self) -> LearnerHeartbeat | None:
-        """The learner's last heartbeat; None before the first."""
-        return self._records.read(self.root / "learner.json", LearnerHeartbeat)
-
-    @property
-    def trained(self) -> bool:
-        """Whether the last step that is asked for now is trained, and the output written."""
-        learner = self.learner
-        return learner is not None and learner.finished and learner.step >= self.spec.learner.steps
-
-    @property
-    def _journal(self) -> Path:
-        return self.root / "journal.jsonl"
-
-    def stage_checkpoint(self, step: int) -> Path:
-        """A hidden folder for the learner's state; every rank may write into it once rank 0 has staged it."""
-        with self._as_learner():
-            return published_folder.stage(self.files, self.root / "checkpoints", self._staged_name(step))
-
-    def staged_checkpoint(self, step: int) -> Path:
-        """The folder that rank 0 staged."""
-        return published_folder.staged_path(self.root / "checkpoints", self._staged_name(step))
-
-    def commit_checkpoint(self, step: int, state: dict[str, Any]) -> None:
-        """Make the staged checkpoint durable, with the learner's small state in its manifest."""
-        final, staged = self._checkpoint(step), self.staged_checkpoint(step)
-        with self._as_learner():
-            if self.files.exists(final):
-                self._records.quarantine(final, "the learner made this checkpoint anew")
-            listing = published_folder.describe(self.files, staged)
-            manifest = CheckpointManifest(time=self.now(), step=step, state=state, files=listing)
-            published_folder.publish(self.files, staged, final, manifest, self.require_incarnation)
-
-    def list_checkpoints(self) -> list[int]:
-        """Steps of finished checkpoints, oldest first."""
-        return sorted(self._records.names(self.root / "checkpoints", _numbered(_CHECKPOINT)))
-
-    def open_checkpoint(self, step: int) -> tuple[Path, dict[str, Any]]:
-        """Folder and small state of a checkpoint, checked byte by byte.
-
-        Raises CorruptFile with the reason, and UnknownProtocol for what a later version of HeteroRL saved.
-        """
-        folder = self._checkpoint(step)
-        manifest = published_folder.read_manifest(self.files, folder, CheckpointManifest)
-        with published_folder.standing(self.files, folder):
-            for name, expected in manifest.files.items():
-                published_folder.check_size(self.files, folder / name, expected)
-                published_folder.check_digest(folder / name, self.files.digest(folder / name), expected)
-        return folder, manifest.state
-
-    def open_newest_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that passes its checks, as `open_checkpoint`; None when there are none at all.
-
-        Newer ones that fail go to quarantine. When all fail, nothing is moved and RunFolderError is raised: a run does
-        not start again at step 0 because a disk was bad, unless somebody clears the folder. UnknownProtocol, when a
-        later version of HeteroRL saved a newer one than the newest that is whole.
-        """
-        damaged: dict[int, str] = {}
-        for step in reversed(self.list_checkpoints()):
-            try:
-                found = self.open_checkpoint(step)
-            except FileNotFoundError:
-                continue
-            except CorruptFile as error:
-                log.error("checkpoint of step %d is damaged (%s); trying the one before", step, error)
-                damaged[step] = str(error)
-                continue
-            for failed, reason in damaged.items():
-                self.quarantine_checkpoint(failed, reason)
-            return found
-        if damaged:
-            raise RunFolderError(
-                f"{self.root / 'checkpoints'}: none of the checkpoints can be used ({'; '.join(damaged.values())}); put"
-                " one back that is whole, or move them all out of this folder to start again at step 0"
-            )
-        return None
-
-    def remove_checkpoint(self, step: int) -> None:
-        """Delete a checkpoint that newer ones make dispensable."""
-        with self._as_learner():
-            self._delete(self._checkpoint(step), CheckpointManifest)
-
-    def quarantine_checkpoint(self, step: int, reason: str) -> None:
-        """Put a checkpoint that failed its checks aside."""
-        with self._as_learner():
-            self._records.quarantine(self._checkpoint(step), reason)
-
-    def _checkpoint(self, step: int) -> Path:
-        return self.root / "checkpoints" / f"step-{step:08d}"
-
-    def _staged_name(self, step: int) -> str:
-        """With the incarnation, so that two learners never write into one folder."""
-        return f"step-{step:08d}-i{self.incarnation or 0:04d}"
-
-    def save_attempts(self, node: int, attempts: list[Attempt]) -> None:
-        """Put the starts of one of the learner's pods on the disk (`heterorl.exchange.crash_budget`)."""
-        self._records.write(self.root / f"attempts-{node}.json", AttemptsFile(attempts=attempts))
-
-    def load_attempts(self) -> dict[int, list[Attempt]]:
-        """The starts of the learner's pods, by the pod's number."""
-        found = {}
-        for name in self.files.list(self.root):
-            if match := _ATTEMPTS.fullmatch(name):
-                file = self._records.read(self.root / name, AttemptsFile)
-                found[int(match[1])] = list(file.attempts) if file else []
-        return found
-
     # ── slots ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    @cached_property
+    def _slots(self) -> Slots:
+        return Slots(self.root / "slots", self.files, self._records, self.now)
+
     def acquire_slot(
         self, candidates: Callable[[], Iterable[Slot]], stop: Callable[[], bool] = lambda: False
     ) -> Lease | None:
@@ -537,25 +305,3 @@ class Exchange(RunFolder):
 
     def _eval(self, version: Version) -> Path:
         return self.root / "evals" / f"{version}.json"
-
-
-def _numbered(pattern: re.Pattern[str]) -> Callable[[str], int]:
-    """Reads the number in a name; ValueError for another name."""
-
-    def parse(name: str) -> int:
-        if not (match := pattern.fullmatch(name)):
-            raise ValueError(name)
-        return int(match[1])
-
-    return parse
-
-
-def _surviving(entries: Iterable[JournalEntry]) -> list[JournalEntry]:
-    """The line of each step that stands, in order of the steps."""
-    standing: dict[int, JournalEntry] = {}
-    newest = 0
-    for entry in entries:
-        newest = max(newest, entry.incarnation)
-        if entry.incarnation == newest:
-            standing[entry.step] = entry
-    return [standing[step] for step in sorted(standing)]

@@ -87,6 +87,8 @@ class CheckpointManifest(Manifest):
     """Of a checkpoint, with the learner's small state."""
 
     kind: Literal["checkpoint"] = "checkpoint"
+    incarnation: NonNegativeInt = 0
+    """Of the learner that made it."""
     state: dict[str, Any]
 
 

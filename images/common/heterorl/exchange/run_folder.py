@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from heterorl.errors import VOLUME_IN_USE, RunFolderError
 from heterorl.exchange.live_spec import LiveSpec
+from heterorl.exchange.mount import check_mount
 from heterorl.exchange.record_store import RecordStore
 from heterorl.exchange.records import DataCount, ModelOrigin, Prepared
 from heterorl.exchange.storage import Files
@@ -122,7 +123,7 @@ class RunFolder:
 
     def check_volume(self) -> None:
         """Try what the protocol needs of the mount, before anything is entrusted to it; RunFolderError if it cannot."""
-        self.files.check_mount(self.root, *(self.root / name for name in ("rollouts", "archive", "quarantine")))
+        check_mount(self.files, self.root, *(self.root / name for name in ("rollouts", "archive", "quarantine")))
 
     @property
     def run(self) -> HeteroRLRun:

@@ -3,7 +3,7 @@
 Everything the exchange does to the volume goes through one `Files` object, so a test can stop it between any two
 operations. Nothing here relies on locks, modification times or atomic appends by several writers: network file systems
 keep none of these promises. What it relies on: rename within a mount is atomic, exclusive creation is exclusive, and
-what was fsynced stays; `check_mount` tries the first two before anything is entrusted to a mount.
+what was fsynced stays; `heterorl.exchange.mount` tries the first two before anything is entrusted to a mount.
 
 An error that passes by itself (`TRANSIENT`: a server that is away for a moment) is met here and nowhere else: every
 operation is tried again for some seconds, from its beginning, so that no half of it is left.
@@ -24,8 +24,6 @@ from collections.abc import Callable, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar, cast
-
-from heterorl.errors import RunFolderError
 
 log = logging.getLogger(__name__)
 
@@ -334,53 +332,6 @@ class Files:
 
     def _is_at(self, target: Path, about: os.stat_result) -> bool:
         return self.exists(target) and os.path.samestat(self._stat(target), about)
-
-    # ── what a mount can do ──────────────────────────────────────────────────────────────────────────────────────────
-    def check_mount(self, folder: Path, *others: Path) -> None:
-        """Try what the protocol relies on, and that folders below are on the same mount; RunFolderError where not."""
-        trial = folder / f"{STAGING}trial-{uuid.uuid4().hex}"
-        try:
-            self.make_dir(trial)
-            self._try_mount(trial)
-            for other in filter(self.exists, others):  # what is made later is on the same mount
-                self._try_rename(trial / "new", other / trial.name)
-        except OSError as error:
-            if error.errno in TRANSIENT or error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise RunFolderError(
-                f"{folder}: this mount cannot be used ({error}); expected one where files can be created, renamed and"
-                " linked: a local disk, NFS, CephFS, or a FUSE or SMB mount with hard links or renameat2"
-            ) from error
-        finally:
-            shutil.rmtree(trial, ignore_errors=True)
-
-    def _try_mount(self, trial: Path) -> None:
-        old, new = trial / "old", trial / "new"
-        self.write(new, b"new")
-        self.write(old, b"old")
-        if self.publish(old, new) or self.read(new) != b"new":
-            raise RunFolderError(
-                f"{trial.parent}: this mount lets a new file take the name of another one, so two processes could take"
-                " each other's place; use a mount where exclusive creation is exclusive"
-            )
-        self.move(old, new)
-        if self.read(new) != b"old":
-            raise RunFolderError(
-                f"{trial.parent}: after a rename this mount still shows the file before it; use another"
-            )
-        self.sync_dir(trial)
-
-    def _try_rename(self, source: Path, target: Path) -> None:
-        try:
-            self.move(source, target)
-            self.move(target, source)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            raise RunFolderError(
-                f"{target.parent} is on another file system than {source.parents[1]}, and nothing can be renamed from"
-                " one to the other; mount the run's whole folder from one file system"
-            ) from error
 
 
 def _rename_no_replace(source: Path, target: Path) -> None:
