@@ -147,7 +147,7 @@ def publish(exchange: Exchange, version: Version, weights: Path, scored_by: Tran
 
 
 def test_a_published_version_is_evaluated_on_every_set_and_the_result_published(run: Exchange) -> None:
-    assert main(["--root", str(run.root), "--version", "v00000003-i0001"]) == 0
+    evaluate_version(run, Version(3, 1))
     result = run.read_evals()[Version(3, 1)]
     assert result["step"] == 3
     assert {label: values["mean"] for label, values in result["sets"].items()} == {"even": 1.0, "all": 0.5}
@@ -217,7 +217,7 @@ def test_a_model_without_a_tokenizer_is_refused(tiny_model_dir, files, caplog) -
     assert "no tokenizer.json" in caplog.text
 
 
-@pytest.mark.parametrize("arguments", [[], ["model"], ["model", "--data", "x", "--pass-k", "2"], ["--root", "r"]])
+@pytest.mark.parametrize("arguments", [[], ["model"], ["model", "--data", "x", "--pass-k", "2"]])
 def test_arguments_that_do_not_fit_together_are_refused(arguments: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)

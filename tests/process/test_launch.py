@@ -238,7 +238,7 @@ def test_a_used_up_budget_leaves_the_pod_idle_until_it_is_raised(exchange):
 
 def test_a_container_that_was_killed_is_charged_at_the_next_start(exchange):
     run = exchange()
-    command = [sys.executable, "-m", "heterorl_learner.launch", "--root", str(run.root)]
+    command = [sys.executable, "-m", "heterorl_learner", "launch", "--root", str(run.root)]
     # Its ranks wait for others that never come.
     run.create(exchange(replicas=2).run)
     env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0"}
@@ -399,7 +399,7 @@ def test_a_further_pod_is_ready_while_its_ranks_run(exchange, monkeypatch, tmp_p
 def test_the_launcher_answers_from_its_first_moment_to_its_last(exchange, tmp_path):
     port = free_port()
     run = exchange(prepared=False, spec={"monitoring": {"prometheusPort": port}})
-    command = [sys.executable, "-m", "heterorl_learner.launch", "--root", str(run.root)]
+    command = [sys.executable, "-m", "heterorl_learner", "launch", "--root", str(run.root)]
 
     def get(path):
         try:
@@ -427,11 +427,11 @@ def test_the_launcher_answers_from_its_first_moment_to_its_last(exchange, tmp_pa
             process.kill()
 
 
-def test_a_pod_without_its_spec_says_what_is_missing_and_exits_2(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(launch, "setup_logging", lambda _: None)
-    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
-    assert launch.main(["--root", str(tmp_path), "--spec", str(tmp_path / "absent.json")]) == 2
-    assert "absent.json is missing" in caplog.text
+def test_a_pod_without_its_spec_says_what_is_missing_and_exits_2(tmp_path):
+    command = [sys.executable, "-m", "heterorl_learner", "launch", "--root", str(tmp_path)]
+    ended = subprocess.run([*command, "--spec", str(tmp_path / "absent.json")], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "absent.json is missing" in ended.stderr
 
 
 # ── versions that wait for their evaluation ──────────────────────────────────────────────────────────────────────────

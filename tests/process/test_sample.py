@@ -13,6 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from builders import exchange_at, run_of
+from heterorl.entry import Stop
 from heterorl.errors import SiteError, UserError
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
@@ -53,7 +54,7 @@ def exchange(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Exchange:
     return exchange
 
 
-class Until(threading.Event):
+class Until(Stop):
     """Stops the sampler after so many batches, as SIGTERM would, or once it has waited so often for something."""
 
     def __init__(self, batches: int, waits: int = 20) -> None:

@@ -114,7 +114,7 @@ def test_bad_data_is_refused_with_its_lines_and_leaves_no_folder(
 def test_too_long_prompts_are_counted_and_skipped(folder: Exchange, tmp_path: Path) -> None:
     rows = [{"problem": "1+1=", "answer": "2"}, {"problem": "1+" * 20 + "1=", "answer": "21"}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare = [sys.executable, "-m", "heterorl_learner.prepare", "--root", str(folder.root)]
+    prepare = [sys.executable, "-m", "heterorl_learner", "prepare", "--root", str(folder.root)]
     subprocess.run(prepare, check=True, timeout=300)
     assert folder.prepared is not None
     assert folder.prepared.data["train"] == DataCount(rows=1, skipped=1)

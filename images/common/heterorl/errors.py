@@ -17,9 +17,7 @@ HeteroRLError
 
 from __future__ import annotations
 
-import signal
-
-from heterorl.exit_codes import SITE_ERROR, USER_ERROR
+from heterorl.exit_codes import SITE_ERROR, TOLD_TO_GO, USER_ERROR
 
 
 class HeteroRLError(Exception):
@@ -89,7 +87,7 @@ class Superseded(HeteroRLError):
     It ends with the exit code of a process that was told to go: nothing has failed, and nothing is charged.
     """
 
-    exit_code = 128 + signal.SIGTERM
+    exit_code = TOLD_TO_GO
 
 
 class TrainingError(HeteroRLError):

@@ -11,7 +11,9 @@ SITE_ERROR = 3
 """Exit code of what is wrong with this node: its GPU, disk, memory or clock. Another node may do."""
 INTERRUPTED = 130
 """Exit code of a run that was ended by Ctrl-C."""
-PREEMPTED = (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+TOLD_TO_GO = 128 + signal.SIGTERM
+"""Exit code of a process that SIGTERM interrupted."""
+PREEMPTED = (0, -signal.SIGTERM, TOLD_TO_GO)
 """Exit codes of a process that was asked to go, or had nothing left to do: never charged."""
 
 FailureKind = Literal["user", "site", "crash"]

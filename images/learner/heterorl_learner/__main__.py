@@ -1,39 +1,30 @@
-"""`python -m heterorl_learner --root ROOT`: the learner, or one rank of it (with torchrun's environment)."""
+"""`python -m heterorl_learner [train | prepare | launch] --root ROOT`: the learner's programs.
+
+train      one rank of the learner (with torchrun's environment), the program that needs no name
+prepare    puts the starting model and the tokenised data onto the volume
+launch     one pod of the learner: starts its ranks, tells how far the run is
+"""
 
 from __future__ import annotations
 
 import argparse
+import logging
+import math
 import os
-import signal
-import threading
-from pathlib import Path
 
-from heterorl.entry import exit_code, leave
-from heterorl.exchange.exchange import Exchange
-from heterorl.logs import setup_logging
-from heterorl.monitoring.metrics import Metrics
+from heterorl.entry import Process, Program, run
+
+log = logging.getLogger("heterorl_learner")
 
 
-def main() -> int:
-    """Parse, set up, train; the exit code says whether it went well (0), was the user's to mend (2) or failed (1)."""
-    parser = argparse.ArgumentParser(prog="heterorl_learner", description=__doc__)
-    parser.add_argument("--root", type=Path, required=True, help="the run's folder on the shared volume")
-    parser.add_argument("--spec", type=Path, metavar="FILE", help="the resolved spec [ROOT/run.json]")
-    args = parser.parse_args()
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    rank = int(os.environ.get("RANK", "0"))
-    setup_logging("learner" if rank == 0 else f"learner-{rank}")
-    return exit_code(lambda: learn(Exchange(args.root, spec_file=args.spec), rank, stop), args.root)
-
-
-def learn(exchange: Exchange, rank: int, stop: threading.Event) -> None:
-    """Train on the prepared model, until every rank is done."""
-    from heterorl_learner import ranks  # slow to import, and `--help` needs none of these
+def train(process: Process) -> None:
+    """Train on the prepared model, until every rank is done or told to stop."""
+    from heterorl.monitoring.metrics import Metrics
+    from heterorl_learner import ranks
     from heterorl_learner.engines.build import build_engine
     from heterorl_learner.train import Trainer
 
+    exchange, rank = process.exchange, _rank()
     spec = exchange.spec
     engine = build_engine(exchange.model_dir, spec)
     metrics = Metrics()
@@ -42,9 +33,43 @@ def learn(exchange: Exchange, rank: int, stop: threading.Event) -> None:
             exchange.metrics_dir, "learner", spec.monitoring, run=exchange.run.metadata.name, to_wandb=True
         )
     with metrics:
-        Trainer(exchange, engine, metrics, stop.is_set).train()
+        trainer = Trainer(exchange, engine, metrics, process.stop.is_set)
+        # From here on there is something to save: the step is finished and checkpointed, for as long as its pod has.
+        with process.stop.finishing(within_s=math.inf):
+            trainer.train()
     ranks.part()
 
 
+def prepare(process: Process) -> None:
+    """Prepare the run unless it is prepared."""
+    from heterorl_learner.prepare import prepare
+
+    if process.args.spec is not None:
+        process.exchange.occupy()
+    info = prepare(process.exchange)
+    log.info("prepared: %s", info.model_dump_json(exclude={"protocol"}, exclude_none=True))
+
+
+def launch(process: Process) -> int:
+    """Look after this pod's ranks; the exit code is theirs."""
+    from heterorl_learner.launch import serve
+
+    return serve(process)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _label(args: argparse.Namespace) -> str:
+    return f"learner-{_rank()}" if _rank() else "learner"
+
+
+PROGRAMS = {
+    "train": Program(train, "One rank of the learner, with torchrun's environment where there are several.", _label),
+    "prepare": Program(prepare, "Put the starting model and the tokenised data onto the volume.", lambda _: "prepare"),
+    "launch": Program(launch, "One pod of the learner: start its ranks, tell how it goes.", lambda _: "learner-pod"),
+}
+
 if __name__ == "__main__":
-    leave(main)
+    run("heterorl_learner", PROGRAMS)

@@ -1,4 +1,4 @@
-"""`python -m heterorl_learner.launch --root ROOT --spec FILE`: one pod of the learner.
+"""`python -m heterorl_learner launch --root ROOT --spec FILE`: one pod of the learner.
 
     wait for the preparation ─▶ start the ranks ─▶ they end ─┬─▶ trained: idle, so that `kubectl logs` still answers
                                                              ├─▶ given up: idle, not ready
@@ -15,8 +15,8 @@ save and leave.
 
 from __future__ import annotations
 
-import argparse
 import logging
+import math
 import os
 import signal
 import sys
@@ -28,13 +28,13 @@ from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from heterorl.errors import VOLUME_IN_USE, HeteroRLError
+from heterorl.entry import Process
+from heterorl.errors import VOLUME_IN_USE
 from heterorl.exchange.crash_budget import Attempts, attempts_of, gave_up, outcome_of
 from heterorl.exchange.evaluations import Pins, due_now
 from heterorl.exchange.exchange import Exchange
 from heterorl.exit_codes import describe_exit
 from heterorl.local.processes import ManagedProcess, Rendezvous
-from heterorl.logs import setup_logging
 from heterorl.monitoring.http import Endpoint, text_page
 from heterorl.monitoring.run_metrics import RunObserver, to_text
 from heterorl.spec.run import LearnerSpec
@@ -46,28 +46,13 @@ _POLL_S = 0.5
 _SCRAPE_S = 2.0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def serve(process: Process) -> int:
     """Train unless it is done, then idle; the exit code is that of the ranks, as a shell would give it."""
-    parser = argparse.ArgumentParser(prog="heterorl_learner.launch", description=__doc__)
-    parser.add_argument("--root", type=Path, required=True, help="the run's folder on the shared volume")
-    parser.add_argument("--spec", type=Path, metavar="FILE", help="the resolved spec [ROOT/run.json]")
-    args = parser.parse_args(arguments)
-    setup_logging("learner-pod")
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    given = ["--root", str(args.root), *(["--spec", str(args.spec)] if args.spec else [])]
-    try:
-        pod = LearnerPod(
-            Exchange(args.root, spec_file=args.spec), [sys.executable, "-m", "heterorl_learner", *given], stop
-        )
-        pages = {"/metrics": lambda: (200, CONTENT_TYPE_LATEST, pod.metrics()), "/ready": text_page(pod.readiness)}
-        host = os.environ.get("HETERORL_METRICS_HOST", "127.0.0.1")
-        with Endpoint(host, pod.exchange.spec.monitoring.prometheus_port, pages):
-            return pod.serve()
-    except HeteroRLError as error:
-        log.error("%s", error)
-        return error.exit_code
+    pod = LearnerPod(process.exchange, [sys.executable, "-m", "heterorl_learner", *process.arguments], process.stop)
+    pages = {"/metrics": lambda: (200, CONTENT_TYPE_LATEST, pod.metrics()), "/ready": text_page(pod.readiness)}
+    host = os.environ.get("HETERORL_METRICS_HOST", "127.0.0.1")
+    with Endpoint(host, pod.exchange.spec.monitoring.prometheus_port, pages), process.stop.finishing(math.inf):
+        return pod.serve()
 
 
 class LearnerPod:
@@ -232,7 +217,3 @@ def threads_of(learner: LearnerSpec, env: Mapping[str, str]) -> int:
     """Threads of each rank: the spec's, or an even share of the pod's cores, given as OMP_NUM_THREADS."""
     cores = int(env.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     return learner.threads or max(1, cores // learner.processes_per_replica)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

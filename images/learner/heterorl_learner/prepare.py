@@ -7,11 +7,9 @@ after a crash starts over.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,12 +30,10 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from heterorl.data.datasets import PreparedData, prepare_rows
 from heterorl.data.tokenizer import load_tokenizer
-from heterorl.entry import exit_code
 from heterorl.errors import ModelError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import DataCount, ModelOrigin, Prepared
 from heterorl.exchange.storage import STAGING, Files
-from heterorl.logs import setup_logging
 from heterorl.spec.run import ModelSpec, RunSpec
 from heterorl_learner.tiny import MAX_POSITIONS, build_model, build_tokenizer, examples_from, supervise
 
@@ -221,25 +217,3 @@ def _digest(folder: Path, files: Files) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).strip().splitlines()[0]
-
-
-def main() -> int:
-    """`python -m heterorl_learner.prepare --root ROOT [--spec FILE]`; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Put the starting model and the tokenised data onto the volume.")
-    parser.add_argument("--root", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--spec", type=Path, metavar="FILE", help="the resolved spec [ROOT/run.json]")
-    args = parser.parse_args()
-    setup_logging("prepare")
-    exchange = Exchange(args.root, spec_file=args.spec)
-    return exit_code(lambda: _prepare(exchange, read_elsewhere=args.spec is not None), args.root)
-
-
-def _prepare(exchange: Exchange, *, read_elsewhere: bool) -> None:
-    if read_elsewhere:
-        exchange.occupy()
-    info = prepare(exchange)
-    logger.info("prepared: %s", info.model_dump_json(exclude={"protocol"}, exclude_none=True))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

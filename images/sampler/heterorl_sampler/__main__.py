@@ -1,4 +1,8 @@
-"""`python -m heterorl_sampler --root ROOT --pool far [--index 0]`: one sampler, until SIGTERM."""
+"""`python -m heterorl_sampler [sample | evaluate] --root ROOT`: the sampler's programs.
+
+sample     --pool far [--index 0]: one sampler, until SIGTERM; the program that needs no name
+evaluate   --version VERSION: one published version on the run's evaluation sets
+"""
 
 from __future__ import annotations
 
@@ -6,47 +10,39 @@ import argparse
 import json
 import logging
 import os
-import signal
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from heterorl.data.tokenizer import load_tokenizer
-from heterorl.entry import exit_code
-from heterorl.errors import HeteroRLError
-from heterorl.exchange.canary import CANARY_TOKENS
-from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.records import SlotStatus
-from heterorl.exchange.slots import Lease
+from heterorl.entry import Process, Program, Stop, run
 from heterorl.exit_codes import SITE_ERROR
-from heterorl.logs import setup_logging
-from heterorl.monitoring.metrics import Metrics
-from heterorl.names import Slot
 from heterorl_sampler.activity import STUCK_S, Activity
+
+if TYPE_CHECKING:
+    from heterorl.exchange.exchange import Exchange
+    from heterorl.exchange.slots import Lease
 
 log = logging.getLogger("heterorl_sampler")
 
 
-def main() -> int:
-    """Parse, set up, sample; the exit code says whether it went well (0), was the user's to mend (2) or failed (1)."""
-    parser = argparse.ArgumentParser(prog="heterorl_sampler", description=__doc__)
-    parser.add_argument("--root", type=Path, required=True, help="the run's folder on the shared volume")
-    parser.add_argument("--spec", type=Path, metavar="FILE", help="the resolved spec [ROOT/run.json]")
-    parser.add_argument("--pool", required=True, help="sampler pool of the spec")
-    parser.add_argument("--index", type=int, help="slot in the pool; absent: the first that is free")
-    args = parser.parse_args()
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    exchange = Exchange(args.root, spec_file=args.spec)
-    setup_logging(f"sampler-{args.pool}")
-    return exit_code(lambda: serve(exchange, args.pool, args.index, stop), args.root)
+def sample(process: Process) -> None:
+    """Lease a slot and sample in it until told to stop."""
+    serve(process.exchange, process.args.pool, process.args.index, process.stop)
 
 
-def serve(exchange: Exchange, pool_name: str, index: int | None, stop: threading.Event) -> None:
+def evaluate(process: Process) -> None:
+    """Evaluate one version and publish the result."""
+    from heterorl_sampler.evaluate import evaluate_version
+
+    evaluate_version(process.exchange, process.args.version)
+
+
+def serve(exchange: Exchange, pool_name: str, index: int | None, stop: Stop) -> None:
     """Lease a slot and sample in it until `stop`."""
+    from heterorl.exchange.records import SlotStatus
+    from heterorl.names import Slot
 
     def slots() -> list[Slot]:
         # The spec's file may lag behind the object that started this pod: a new pool or replica may not be in it yet.
@@ -61,12 +57,15 @@ def serve(exchange: Exchange, pool_name: str, index: int | None, stop: threading
         return
     activity = Activity(SlotStatus(state="starting", rollouts=lease.first_seq))
     with Heartbeat(exchange, lease, activity, stop):
-        sample(exchange, lease, activity, stop)
+        work_in(exchange, lease, activity, stop)
 
 
-def sample(exchange: Exchange, lease: Lease, activity: Activity, stop: threading.Event) -> None:
+def work_in(exchange: Exchange, lease: Lease, activity: Activity, stop: Stop) -> None:
     """Start the leased slot's engine and sample until `stop`, telling `activity` of it."""
-    from heterorl_sampler.engines.build import build_engine  # slow to import, and `--help` needs none of it
+    from heterorl.data.tokenizer import load_tokenizer  # slow to import, and `--help` needs none of these
+    from heterorl.exchange.canary import CANARY_TOKENS
+    from heterorl.monitoring.metrics import Metrics
+    from heterorl_sampler.engines.build import build_engine
     from heterorl_sampler.rewards import build_rewards
     from heterorl_sampler.rollout_maker import RolloutMaker
     from heterorl_sampler.sample import Sampler
@@ -96,7 +95,9 @@ def sample(exchange: Exchange, lease: Lease, activity: Activity, stop: threading
     ):
         maker = RolloutMaker(spec, lease, engine, load_tokenizer(exchange.model_dir), rewards, rows)
         weights = WeightSync(exchange, engine, lease.slot, Path(scratch))
-        Sampler(exchange, lease, activity, weights, maker, metrics, stop).run()
+        sampler = Sampler(exchange, lease, activity, weights, maker, metrics, stop)
+        with stop.finishing():  # what is generated by then is published
+            sampler.run()
     engine.close()
 
 
@@ -128,11 +129,13 @@ class Heartbeat:
     def __exit__(self, kind: object, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        if kind is None:
+        if kind in (None, SystemExit):  # done, or told to go
             self._activity.status.state = "stopped"
             self._exchange.beat(self._lease, self._activity.status, released=True)
 
     def _run(self) -> None:
+        from heterorl.errors import HeteroRLError
+
         period = min(2.0, self._exchange.spec.exchange.lease_seconds / 4)
         while not self._done.wait(period):
             status, idle_s = self._activity.status, self._activity.idle_s
@@ -151,5 +154,23 @@ class Heartbeat:
                 log.warning("no heartbeat written: %s", error)
 
 
+def _sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pool", required=True, help="sampler pool of the spec")
+    parser.add_argument("--index", type=int, help="slot in the pool; absent: the first that is free")
+
+
+def _evaluation(parser: argparse.ArgumentParser) -> None:
+    from heterorl.names import Version
+
+    parser.add_argument("--version", type=Version.parse, required=True, help="published version to evaluate")
+
+
+PROGRAMS = {
+    "sample": Program(sample, "One sampler, until SIGTERM.", lambda args: f"sampler-{args.pool}", _sampling),
+    "evaluate": Program(
+        evaluate, "Evaluate a published version on the run's evaluation sets.", lambda _: "evaluate", _evaluation
+    ),
+}
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run("heterorl_sampler", PROGRAMS)

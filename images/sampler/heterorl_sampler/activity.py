@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from heterorl.exchange.records import SlotStatus
+if TYPE_CHECKING:
+    from heterorl.exchange.records import SlotStatus
 
 STUCK_S = 1800.0
 """A sampler without a token, a reward or a poll of the volume for this long is stuck: longer than any engine starts."""

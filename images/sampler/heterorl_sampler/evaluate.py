@@ -1,8 +1,8 @@
 """Evaluation: a share of right answers, by the same engines, prompts and answer checks as in training.
 
-heterorl eval MODEL --data FILE...                                a model folder on data files: a table, or JSON
-python -m heterorl_sampler.evaluate --root ROOT --version V       a published version of a run on its data.evals,
-                                                                  written to ROOT/evals/ (by the runner, when due)
+heterorl eval MODEL --data FILE...                              a model folder on data files: a table, or JSON
+python -m heterorl_sampler evaluate --root ROOT --version V     a published version of a run on its data.evals,
+                                                                written to ROOT/evals/ (by the runner, when due)
 """
 
 from __future__ import annotations
@@ -11,20 +11,19 @@ import argparse
 import json
 import logging
 import math
-import signal
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from heterorl.data.answers import AnswerChecker
 from heterorl.data.datasets import Row, prepare_rows
 from heterorl.data.tokenizer import load_tokenizer
-from heterorl.errors import ExchangeError, HeteroRLError, ModelError, UserError
+from heterorl.entry import Stop, exit_code, leave
+from heterorl.errors import ExchangeError, ModelError, UserError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation
 from heterorl.logs import setup_logging
@@ -256,8 +255,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="heterorl eval", description="Evaluate a model folder on data files with reference answers."
     )
-    parser.add_argument("model", type=Path, nargs="?", metavar="MODEL", help="Hugging Face folder, as a run's output/")
-    parser.add_argument("--data", type=Path, nargs="+", metavar="FILE", help=".jsonl or .parquet files")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face folder, as a run's output/")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl or .parquet files")
     parser.add_argument("--template", choices=["think", "noThink", "raw"], default="raw", help="prompt [raw]")
     parser.add_argument("--samples", type=_positive, default=1, help="completions of each problem [1]")
     parser.add_argument("--pass-k", type=_positive, nargs="+", default=[1], metavar="K", help="k of pass@k [1]")
@@ -275,9 +274,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--strip-suffix", help="text to remove from the end of each problem")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the results there, as JSON")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    parser.add_argument("--root", type=Path, help="in place of MODEL: a run's folder, with --version")
-    parser.add_argument("--spec", type=Path, metavar="FILE", help="with --root: the resolved spec [ROOT/run.json]")
-    parser.add_argument("--version", type=Version.parse, help="published version of that run to evaluate")
     return parser
 
 
@@ -288,22 +284,16 @@ def _positive(text: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, evaluate, print or publish; the exit code is 0, or that of the error's class."""
+    """`heterorl eval`: parse, evaluate a folder, print; the exit code is 0, or that of the failure."""
     parser = _parser()
     args = parser.parse_args(arguments)
-    of_run = args.root is not None and args.version is not None
-    if not of_run and not (args.model and args.data):
-        parser.error("expected MODEL --data FILE...")
     if max(args.pass_k) > args.samples:
         parser.error(f"--pass-k {max(args.pass_k)} needs as many --samples; it is {args.samples}")
-    try:
-        if of_run:
-            evaluate_version(Exchange(args.root, spec_file=args.spec), args.version)
-            return 0
-        results = evaluate_folder(args)
-    except HeteroRLError as error:
-        log.error("%s", error)
-        return error.exit_code
+    return exit_code(lambda: _report(args), args.model)
+
+
+def _report(args: argparse.Namespace) -> None:
+    results = evaluate_folder(args)
     text = json.dumps(results, indent=2)
     if args.out:
         args.out.write_text(text + "\n")
@@ -311,16 +301,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(text)
     else:
         _print_table(results)
-    return 0
-
-
-def _leave(number: int, _: object) -> NoReturn:
-    """Unwind, so that temporary folders and workers go."""
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":
+    Stop().listen()
     setup_logging("evaluate")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _leave)
-    sys.exit(main())
+    leave(main)

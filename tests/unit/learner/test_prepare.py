@@ -1,7 +1,6 @@
 import errno
 import json
 import shutil
-import sys
 
 import huggingface_hub.constants
 import pytest
@@ -9,12 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from builders import exchange_at, run_of
+from heterorl.entry import Stop, perform
 from heterorl.errors import DataError, ModelError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import DataCount
 from heterorl.exchange.storage import Files
 from heterorl.spec.run import TinyModelSpec
-from heterorl_learner import prepare as module
+from heterorl_learner.__main__ import PROGRAMS
 from heterorl_learner.prepare import prepare
 from heterorl_learner.tiny import build_model, build_tokenizer
 
@@ -225,36 +225,38 @@ def test_impossible_hub_name_is_refused(tmp_path, hub_cache):
         prepare(exchange_with(tmp_path / "run", model={"source": "hub", "name": "a/b/c"}))
 
 
+def command(*arguments):
+    """`python -m heterorl_learner prepare ...`, in this process."""
+    return perform("heterorl_learner", PROGRAMS, ["prepare", *arguments], Stop())
+
+
 @pytest.mark.usefixtures("own_logging")
-def test_command_ends_with_code_2_and_one_line(tmp_path, monkeypatch, capsys):
+def test_command_ends_with_code_2_and_one_line(tmp_path, capsys):
     exchange = exchange_with(tmp_path / "run", model=path_model(tmp_path / "nowhere"))
-    monkeypatch.setattr(sys, "argv", ["prepare", "--root", str(exchange.root)])
-    assert module.main() == 2
+    assert command("--root", str(exchange.root)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert "is no folder; write the folder of a Hugging Face model" in lines[0]
 
 
 @pytest.mark.usefixtures("own_logging")
-def test_a_spec_given_by_file_is_left_in_the_runs_folder(tmp_path, monkeypatch):
+def test_a_spec_given_by_file_is_left_in_the_runs_folder(tmp_path):
     elsewhere = exchange_with(tmp_path / "config")
-    monkeypatch.setattr(sys, "argv", ["prepare", "--root", str(tmp_path / "run"), "--spec", str(elsewhere.run_file)])
-    assert module.main() == 0
+    assert command("--root", str(tmp_path / "run"), "--spec", str(elsewhere.run_file)) == 0
     exchange = Exchange(tmp_path / "run")
     assert exchange.prepared is not None
     assert exchange.run == elsewhere.run
 
 
-def test_a_volume_of_another_run_is_refused_before_anything_is_put_on_it(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("heterorl_learner.prepare.setup_logging", lambda _: None)
+@pytest.mark.usefixtures("own_logging")
+def test_a_volume_of_another_run_is_refused_before_anything_is_put_on_it(tmp_path, capsys):
     other = exchange_with(tmp_path)
     mine = tmp_path / "mine.json"
     run = other.run.resolved()
     mine.write_text(json.dumps({**run, "metadata": {"name": "mine"}}))
-    monkeypatch.setattr("sys.argv", ["prepare", "--root", str(tmp_path), "--spec", str(mine)])
-    assert module.main() == 2
-    assert caplog.records[-1].message.startswith(f"VolumeInUse: {tmp_path} holds run prepared;")
+    assert command("--root", str(tmp_path), "--spec", str(mine)) == 2
+    assert f"VolumeInUse: {tmp_path} holds run prepared;" in capsys.readouterr().err.splitlines()[-1]
     assert not other.model_dir.exists()
     mine.write_text(json.dumps({**run, "metadata": {"name": "mine"}, "spec": {**run["spec"], "resume": True}}))
-    assert module.main() == 0
+    assert command("--root", str(tmp_path), "--spec", str(mine)) == 0
     assert Exchange(tmp_path, spec_file=mine).prepared.run == "mine"

@@ -196,7 +196,7 @@ class _Builder:
         pod = self._pod(
             "learner",
             self.images.learner,
-            "heterorl_learner.launch",
+            "heterorl_learner launch",
             learner.pod_template,
             env=[*rendezvous, pod_uid, *secret_env("WANDB_API_KEY", self.spec.credentials.wandb_api_key)],
             gpus=learner.gpus,
@@ -249,7 +249,7 @@ class _Builder:
     def prepare_job(self) -> Object:
         given = self.spec.learner.pod_template
         token = secret_env("HF_TOKEN", self.spec.credentials.hub_token)
-        pod = self._pod("prepare", self.images.learner, "heterorl_learner.prepare", given, env=token)
+        pod = self._pod("prepare", self.images.learner, "heterorl_learner prepare", given, env=token)
         return self._job(prepare_name(self.run), "prepare", without_devices(pod), given, {"backoffLimit": 3})
 
     def evaluation_job(self, version: Version) -> Object:
@@ -257,7 +257,7 @@ class _Builder:
         pod = self._pod(
             "evaluation",
             self.images.sampler,
-            "heterorl_sampler.evaluate",
+            "heterorl_sampler evaluate",
             evaluation.pod_template,
             arguments=["--version", str(version)],
             gpus=evaluation.gpus,

@@ -69,7 +69,7 @@ def build_pod(
     run: HeteroRLRun,
     role: PodRole,
     image: str,
-    module: str,
+    program: str,
     given: PodTemplateSpec,
     *,
     arguments: Sequence[str] = (),
@@ -81,17 +81,17 @@ def build_pod(
     pull_policy: str | None = None,
     pull_secrets: Sequence[str] = (),
 ) -> Object:
-    """A pod template (`metadata`, `spec`) that runs a module of ours in a container named after the role.
+    """A pod template (`metadata`, `spec`) that runs a program of ours in a container named after the role.
 
-    `given` is the manifest's podTemplate. `threads` 0 is the container's CPU limit, or the node's cores without one.
-    `readiness` is how the kubelet asks whether the pod is ready. Nothing kills a pod for waiting: the preparation of a
-    large model may take hours.
+    `program` is a package and one of its programs: `heterorl_learner prepare`. `given` is the manifest's podTemplate.
+    `threads` 0 is the container's CPU limit, or the node's cores without one. `readiness` is how the kubelet asks
+    whether the pod is ready. Nothing kills a pod for waiting: the preparation of a large model may take hours.
     """
     container = {
         "name": role,
         "image": image,
         "imagePullPolicy": pull_policy,
-        "command": ["python", "-m", module, "--root", VOLUME, "--spec", SPEC_FILE, *arguments],
+        "command": ["python", "-m", *program.split(), "--root", VOLUME, "--spec", SPEC_FILE, *arguments],
         "env": [*_ENV, _threads_env(threads), *_device_env(gpus), *env],
         "ports": [{"name": "metrics", "containerPort": metrics_port(run.spec)}] if role in _SERVING else [],
         "resources": _resources(role, gpus, given),

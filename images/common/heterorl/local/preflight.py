@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from heterorl.entry import no_space_is_a_user_error
+from heterorl.blame import explained
 from heterorl.errors import DataError, RunFolderError, UserError
 from heterorl.exchange.exchange import Exchange
 from heterorl.heterogeneity.delay import inline_traces
@@ -40,7 +40,7 @@ def claim(manifest: Path, run: HeteroRLRun, runs_dir: Path, *, resume: bool) -> 
     check_gpus(run.spec, gpu_devices())
     check_folder(root, run, resume=resume)
     check_space(root, run.spec)
-    with no_space_is_a_user_error(root):
+    with explained(root):
         root.mkdir(parents=True, exist_ok=True)
         exchange = Exchange(root)
         lock = _lock(exchange.lock_file)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from heterorl.entry import no_space_is_a_user_error
+from heterorl.blame import explained
 from heterorl.exchange.exchange import Exchange
 from heterorl.exit_codes import USER_ERROR
 from heterorl.local.live_view import open_view
@@ -27,7 +27,7 @@ def run_local(manifest: Path, run: HeteroRLRun, runs_dir: Path, resume: bool, pr
     Raises UserError (RunFolderError, DataError) before anything is written when the run cannot start.
     """
     with (
-        no_space_is_a_user_error(runs_dir / run.metadata.name),
+        explained(runs_dir / run.metadata.name),
         claim(manifest, run, runs_dir, resume=resume) as (exchange, lock),
         count_interrupts() as interrupts,
     ):

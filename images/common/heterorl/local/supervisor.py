@@ -37,10 +37,10 @@ _SAVE_EVERY_S = 2.0
 class Programs:
     """The command of each process; `--root ROOT` and what else it needs is appended."""
 
-    prepare: Sequence[str] = (sys.executable, "-m", "heterorl_learner.prepare")
+    prepare: Sequence[str] = (sys.executable, "-m", "heterorl_learner", "prepare")
     learner: Sequence[str] = (sys.executable, "-m", "heterorl_learner")
     sampler: Sequence[str] = (sys.executable, "-m", "heterorl_sampler")
-    evaluate: Sequence[str] = (sys.executable, "-m", "heterorl_sampler.evaluate")
+    evaluate: Sequence[str] = (sys.executable, "-m", "heterorl_sampler", "evaluate")
 
 
 @dataclass
