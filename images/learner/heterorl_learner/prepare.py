@@ -50,6 +50,14 @@ def prepare(exchange: Exchange) -> Prepared:
     """
     if (done := exchange.prepared) is not None:
         return done
+    try:
+        return _fill(exchange)
+    except BaseException:
+        exchange.release()
+        raise
+
+
+def _fill(exchange: Exchange) -> Prepared:
     spec = exchange.spec
     folder = find_model(spec.model)
     tokenizer = load_tokenizer(folder) if folder else build_tokenizer()

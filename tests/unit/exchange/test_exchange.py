@@ -440,20 +440,43 @@ def test_a_fresh_volume_becomes_the_runs_and_stays_so(on_volume: Callable[..., E
 
 
 @pytest.mark.parametrize(("name", "uid"), [("other", "uid-2"), ("mine", "uid-2"), ("other", None)])
-def test_a_volume_that_holds_another_run_is_refused_whether_it_was_prepared_or_not(
+def test_a_volume_that_holds_another_run_is_refused_once_it_is_prepared(
     on_volume: Callable[..., Exchange], name: str, uid: str | None
 ) -> None:
     first = on_volume("mine", "uid-1")
     first.occupy()
+    first.mark_prepared(MADE)
     second = on_volume(name, uid)
-    for _ in range(2):
-        with pytest.raises(
-            RunFolderError, match=r"^VolumeInUse: .*volume holds run mine; set spec\.resume: true to go on"
-        ):
-            second.occupy()
-        first.mark_prepared(MADE)
+    with pytest.raises(RunFolderError, match=r"^VolumeInUse: .*volume holds run mine; set spec\.resume: true to go on"):
+        second.occupy()
     assert first.prepared == Prepared(run="uid-1", model=MADE)
     assert second.prepared is None
+
+
+def test_a_volume_that_another_run_is_preparing_is_refused(on_volume: Callable[..., Exchange]) -> None:
+    on_volume("mine", "uid-1").occupy()
+    with pytest.raises(RunFolderError, match=r"^VolumeInUse: .*volume holds run mine"):
+        on_volume("other", "uid-2").occupy()
+
+
+def test_a_run_that_is_applied_again_after_a_preparation_that_was_killed_finds_the_volume_free(
+    on_volume: Callable[..., Exchange],
+) -> None:
+    on_volume("mine", "uid-1").occupy()
+    again = on_volume("mine", "uid-2", seed=3)  # put right: it may differ in what a resumed run must keep
+    again.occupy()
+    assert json.loads(again.run_file.read_bytes())["metadata"]["uid"] == "uid-2"
+
+
+def test_checkpoints_keep_their_volume_though_the_marker_is_lost(on_volume: Callable[..., Exchange]) -> None:
+    first = on_volume("mine", "uid-1")
+    first.occupy()
+    first.mark_prepared(MADE)
+    publish(first, V3)
+    (first.root / "prepared.json").unlink()
+    first.release()
+    with pytest.raises(RunFolderError, match=r"^VolumeInUse: .*volume holds run mine"):
+        on_volume("mine", "uid-2").occupy()
 
 
 def test_a_resumed_run_takes_the_volume_over_with_all_that_is_on_it(on_volume: Callable[..., Exchange]) -> None:

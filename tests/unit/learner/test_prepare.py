@@ -260,3 +260,18 @@ def test_a_volume_of_another_run_is_refused_before_anything_is_put_on_it(tmp_pat
     mine.write_text(json.dumps({**run, "metadata": {"name": "mine"}, "spec": {**run["spec"], "resume": True}}))
     assert command("--root", str(tmp_path), "--spec", str(mine)) == 0
     assert Exchange(tmp_path, spec_file=mine).prepared.run == "mine"
+
+
+def test_a_preparation_that_put_nothing_on_the_volume_leaves_it_free_for_any_run(tmp_path):
+    def on_volume(name, uid, path):
+        file = tmp_path / f"{uid}.json"
+        data = {"train": {"source": "arithmetic", "arithmetic": {"digits": 1, "rows": 50}}}
+        run = run_of(name, metadata={"name": name, "uid": uid}, model=path_model(path), data=data)
+        file.write_text(json.dumps(run.resolved()))
+        return Exchange(tmp_path / "volume", spec_file=file)
+
+    mistaken = on_volume("mistaken", "uid-1", tmp_path / "nowhere")
+    mistaken.occupy()
+    with pytest.raises(ModelError, match="nowhere"):
+        prepare(mistaken)
+    on_volume("corrected", "uid-2", tmp_path / "somewhere").occupy()

@@ -102,10 +102,13 @@ class RunFolder:
         """Make the volume this run's, before anything is put on it; RunFolderError if it holds another run.
 
         With `resume: true` this run goes on from what the other one left: model, data, checkpoints and all the rest.
+        A run of the same name that has put nothing there was deleted, as names are unique beside a claim, and leaves
+        the volume free.
         """
         held = self._held_run()
-        if held is not None and _id_of(held) != self.run_id:
-            name = held.metadata.name
+        name = held.metadata.name if held else ""
+        gone = name == self.run.metadata.name and self._is_empty()
+        if held is not None and _id_of(held) != self.run_id and not gone:
             if not self.spec.resume:
                 raise RunFolderError(
                     f"{VOLUME_IN_USE}: {self.root} holds run {name}; set spec.resume: true to go on from it, or use"
@@ -120,6 +123,17 @@ class RunFolder:
         self.create(self.run)
         if (marker := self._records.read(self._marker, Prepared)) is not None:
             self.mark_prepared(marker.model, marker.data)
+
+    def release(self) -> None:
+        """Leave a volume free on which this run has put nothing, so that any run may use it."""
+        held = self._held_run() if self._reads_elsewhere else None
+        if held is not None and _id_of(held) == self.run_id and self._is_empty():
+            self.files.remove(self.run_file)
+
+    def _is_empty(self) -> bool:
+        """Whether no preparation was completed here, and nothing is there that would follow one."""
+        followed = any(self.files.list(self.root / name) for name in ("weights", "checkpoints", "output"))
+        return not followed and self._marker.name not in self.files.list(self.root)
 
     def check_volume(self) -> None:
         """Try what the protocol needs of the mount, before anything is entrusted to it; RunFolderError if it cannot."""
