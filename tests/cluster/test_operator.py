@@ -199,7 +199,7 @@ def test_an_operator_of_two_namespaces_keeps_the_runs_of_both_and_no_others(clus
 
 
 # ── drift and edits ──────────────────────────────────────────────────────────────────────────────────────────────────
-def test_what_somebody_deletes_or_edits_comes_back(cluster, namespace, running):
+def test_objects_that_are_deleted_or_edited_manually_are_restored(cluster, namespace, running):
     give_volume(cluster, namespace)
     apply(cluster, namespace, run_manifest())
     wait_for(lambda: set(listed(cluster, namespace, CHILDREN)) == children_names(), "the objects")
@@ -226,7 +226,7 @@ def test_pools_come_and_go_with_the_manifest(cluster, namespace, running):
 
 
 # ── others ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-def test_an_object_of_somebody_else_is_left_alone_and_named(cluster, namespace, running):
+def test_an_object_that_belongs_to_another_owner_is_left_alone_and_named(cluster, namespace, running):
     give_volume(cluster, namespace)
     cluster.kubectl("create", "-n", namespace, "configmap", "run-config", "--from-literal=mine=1")
     apply(cluster, namespace, run_manifest())

@@ -52,7 +52,7 @@ def test_a_volume_that_cannot_be_bound(cluster, namespace, running):
     assert "ClaimPending" in reasons(cluster, namespace)
 
 
-def test_a_claim_that_is_not_there_until_somebody_makes_it(cluster, namespace, running):
+def test_a_claim_that_does_not_exist_until_it_is_created(cluster, namespace, running):
     apply(cluster, namespace, run_manifest(exchange={"volume": {"claimName": "run-volume"}}))
     storage = wait_for_reason(cluster, namespace, "StorageReady", "ClaimNotFound")
     assert "create it" in storage["message"]
@@ -192,7 +192,7 @@ def test_an_expansion_that_the_cluster_refuses_holds_nothing_up_and_can_be_taken
     wait_for_reason(cluster, namespace, "StorageReady", "Bound")
 
 
-def test_a_pool_that_nobody_meant_is_said_to_be_new(cluster, namespace, running):
+def test_a_misspelt_pool_is_reported_as_new(cluster, namespace, running):
     give_volume(cluster, namespace)
     apply(cluster, namespace, run_manifest())
     wait_for_reason(cluster, namespace, "Prepared", "Prepared")

@@ -132,7 +132,7 @@ def test_a_seed_repeats_completions_and_another_does_not(tiny_model_dir):
     assert engine.generate(PROMPTS, 2, sampling, seed=6) != first
 
 
-def test_temperature_zero_takes_the_likeliest_token(tiny_model_dir):
+def test_temperature_zero_takes_the_most_likely_token(tiny_model_dir):
     folder = tiny_model_dir()
     for prompt, (completion,) in zip(
         PROMPTS, engine_on(folder).generate(PROMPTS, 1, Sampling(6, temperature=0), seed=0)

@@ -329,7 +329,7 @@ def test_the_ranks_of_the_second_pod_are_counted_after_those_of_the_first(exchan
     assert (tmp_path / "rank-3").read_text() == "run-learner-0.run-learner 29500 3 1 6 2"
 
 
-def test_a_single_pod_meets_nobody_and_shares_its_cores_among_its_ranks(exchange):
+def test_a_single_pod_needs_no_rendezvous_and_shares_its_cores_among_its_ranks(exchange):
     learner = exchange(processesPerReplica=4).spec.learner
     assert rendezvous_of(learner, {}) is None
     assert threads_of(learner, {"OMP_NUM_THREADS": "10"}) == 2
@@ -458,7 +458,7 @@ def test_versions_due_for_evaluation_are_kept_until_they_have_a_result(exchange)
     thread.join()
 
 
-def test_nothing_is_kept_for_evaluations_that_nobody_makes(exchange):
+def test_nothing_is_kept_for_evaluations_that_are_not_made(exchange):
     run, stop = exchange(spec=EVALUATING), threading.Event()
     publish(run, 0)
     _, thread, _ = served(run, SAVES, stop)

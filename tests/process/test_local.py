@@ -248,7 +248,7 @@ def interrupt_when(path: Path, times: int = 1) -> None:
     threading.Thread(target=wait_and_signal, daemon=True).start()
 
 
-def test_ctrl_c_lets_everybody_save_and_says_how_to_resume(tmp_path, programs, capsys):
+def test_ctrl_c_lets_every_process_save_and_says_how_to_resume(tmp_path, programs, capsys):
     learner = """
 signal.signal(signal.SIGTERM, lambda *_: (put("learner.json", {"step": 2}), sys.exit(0)))
 put("up.json", {})
@@ -401,7 +401,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_no_new_folder(tmp_path, pro
     assert not (tmp_path / "runs/demo").exists()
 
 
-def test_vllm_that_is_not_installed_is_refused_with_its_name_on_the_shelf(tmp_path, programs, monkeypatch):
+def test_vllm_that_is_not_installed_is_refused_with_the_extra_to_install(tmp_path, programs, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"samplers\.far\.engine: vllm .* pip install 'heterorl\[sampler\]'"):
         start(tmp_path, programs(), manifest(samplers=[{"name": "far", "engine": "vllm"}]))

@@ -106,7 +106,7 @@ def walked(exchange: Exchange) -> list[tuple[int, int]]:
     return [(name.seq, exchange.read_rollout(name).meta["row_id"]) for name in sorted(exchange.list_rollouts())]
 
 
-def test_whoever_takes_a_slot_over_goes_on_with_its_next_prompts(
+def test_the_next_holder_of_a_slot_continues_with_its_next_prompts(
     exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = tiny_model_dir(tokenizer=True)

@@ -56,7 +56,7 @@ def test_a_name_is_read_back_as_what_it_names(text: str, value: Version | Slot |
 
 
 @pytest.mark.parametrize("text", ["", "v1-i1", "v00000012-i0003--s0000000042", "../../etc/passwd", ".tmp-abc"])
-def test_what_is_no_rollout_name_is_refused(text: str) -> None:
+def test_an_invalid_rollout_name_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a rollout"):
         RolloutName.parse(text)
 
@@ -245,7 +245,7 @@ def test_a_checkpoint_is_opened_with_its_state_and_a_damaged_one_is_refused(exch
         exchange.open_checkpoint(50)
 
 
-def test_a_folder_without_a_manifest_is_no_run(tmp_path: Path) -> None:
+def test_a_folder_without_a_manifest_is_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"run\.json is missing"):
         _ = Exchange(tmp_path).run
 
@@ -310,7 +310,7 @@ def test_a_silent_slot_of_another_machine_is_taken_only_after_the_lease_time(exc
     assert exchange.now() - before >= exchange.spec.exchange.lease_seconds
 
 
-def test_a_lease_that_nobody_finished_writing_frees_its_slot_after_the_lease_time(exchange: Exchange) -> None:
+def test_a_half_written_lease_frees_its_slot_after_the_lease_time(exchange: Exchange) -> None:
     foreign(exchange, FAR, 1)
     (exchange.root / "slots" / "far-0" / "lease-00000001.json").write_bytes(b"")
     before = exchange.now()

@@ -93,7 +93,7 @@ def test_draws_follow_the_distribution_between_its_bounds(distribution):
     assert numbers.max() <= 1920
 
 
-def test_subtracting_makes_an_atom_at_the_lower_bound():
+def test_subtracting_clamps_a_share_of_the_draws_to_the_lower_bound():
     # P(T - 400 <= 60) = P(T <= 460) of the paper's 1L2S distribution: 0.67 by scipy; 4000 draws, standard error 0.0074.
     delay = DelaySpec(distribution="lognormal", subtract=400.0, **PAPER)
     numbers = np.array(list(itertools.islice(draws(delay, seed=1, slot="far-0"), 4000)))
@@ -101,7 +101,7 @@ def test_subtracting_makes_an_atom_at_the_lower_bound():
     assert np.median(numbers) == 60.0
 
 
-def test_sequence_goes_on_where_it_was_left():
+def test_a_sequence_of_draws_continues_where_it_stopped():
     delay = DelaySpec(distribution="weibull", **PAPER)
     whole = list(itertools.islice(draws(delay, seed=7, slot="far-1"), 20))
     assert list(itertools.islice(draws(delay, seed=7, slot="far-1", start=12), 8)) == whole[12:]

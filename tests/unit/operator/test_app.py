@@ -67,19 +67,19 @@ def next_look(operator):
         (ZeroDivisionError("a mistake of ours"), "error", 0.1, 0.6),
     ],
 )
-def test_every_look_is_followed_by_another(operator, what, result, at_least, at_most):
+def test_every_run_is_reconciled_again_after_a_while(operator, what, result, at_least, at_most):
     assert answer(operator, what) == result
     assert at_least <= next_look(operator) <= at_most
 
 
-def test_a_server_that_asks_for_time_gets_it(operator):
+def test_a_retry_waits_as_long_as_the_api_server_asks(operator):
     error = Transient(429, "TooManyRequests", "slow down")
     error.retry_after_s = 17.0
     assert answer(operator, error) == "error"
     assert 16 <= next_look(operator) <= 17
 
 
-def test_a_run_in_trouble_still_goes_by_the_clock(operator):
+def test_a_run_with_a_problem_is_still_reconciled_when_time_is_due(operator):
     for _ in range(12):
         answer(operator, Unfinished("a right is missing", 30.0))  # by now it is tried each five minutes
     operator.queue._later.clear()
@@ -88,13 +88,13 @@ def test_a_run_in_trouble_still_goes_by_the_clock(operator):
     assert 29 <= next_look(operator) <= 30
 
 
-def test_a_run_that_is_gone_is_not_looked_at_again(operator):
+def test_a_run_that_is_gone_is_not_reconciled_again(operator):
     operator.reconciler.reconcile = lambda key: None
     assert operator._reconcile(KEY) == "ok"
     assert operator.queue._later == []
 
 
-def test_a_long_queue_is_healthy_and_a_look_without_an_end_is_not(operator, monkeypatch):
+def test_a_long_queue_is_healthy_and_a_reconcile_that_never_ends_is_not(operator, monkeypatch):
     operator.queue.add(KEY)
     monkeypatch.setattr("heterorl_operator.app._STUCK_S", 0.02)
     time.sleep(0.05)
@@ -108,7 +108,7 @@ def test_a_long_queue_is_healthy_and_a_look_without_an_end_is_not(operator, monk
     assert operator.health() == (True, "ok")
 
 
-def test_an_operator_that_has_not_listed_what_there_is_is_not_there_yet(operator):
+def test_an_operator_is_not_ready_before_it_has_listed_everything(operator):
     operator._loaded.clear()
     assert operator.health() == (False, "the first list has not finished")
 

@@ -67,7 +67,7 @@ def test_an_object_is_written_once_and_again_when_it_is_rendered_differently(api
 
 
 @pytest.mark.parametrize("kind", ["Deployment", "ConfigMap"])
-def test_what_somebody_changed_is_set_right(api, applier, run, kind):
+def test_a_manual_change_of_an_object_is_reverted(api, applier, run, kind):
     wanted = desired(kind)
     applier.apply(run, [wanted], {})
     changed = {**api.objects[kind, "run-sampler-near"], "spec": {"replicas": 5}}
@@ -77,7 +77,7 @@ def test_what_somebody_changed_is_set_right(api, applier, run, kind):
     assert api.objects[kind, "run-sampler-near"]["spec"] == {"replicas": 1}
 
 
-def test_at_a_first_look_what_is_there_as_rendered_is_left_for_the_second(api, applier, run):
+def test_the_first_pass_leaves_objects_that_are_as_rendered_to_the_second(api, applier, run):
     applier.apply(run, [desired()], {})
     edited = api.objects["Deployment", "run-sampler-near"]
     api.put({**edited, "spec": {"replicas": 5}})
@@ -88,20 +88,20 @@ def test_at_a_first_look_what_is_there_as_rendered_is_left_for_the_second(api, a
     assert api.objects["Deployment", "run-sampler-near"]["spec"] == {"replicas": 1}
 
 
-def test_at_a_first_look_what_is_rendered_differently_is_written(api, applier, run):
+def test_the_first_pass_writes_objects_that_are_rendered_differently(api, applier, run):
     applier.apply(run, [desired()], {})
     Applier(api, ObjectCache()).apply(run, [desired(replicas=2)], known(api), first_pass=True)
     assert api.objects["Deployment", "run-sampler-near"]["spec"] == {"replicas": 2}
 
 
-def test_what_a_controller_reports_in_an_object_is_no_change(api, applier, run):
+def test_a_status_written_by_a_controller_is_not_a_change(api, applier, run):
     applier.apply(run, [desired()], {})
     api.put({**api.objects["Deployment", "run-sampler-near"], "status": {"readyReplicas": 1}})
     applier.apply(run, [desired()], known(api))
     assert len(api.writes()) == 1
 
 
-def test_an_older_state_that_the_watch_brings_late_is_no_change(api, applier, run):
+def test_an_older_state_that_a_watch_delivers_late_is_not_a_change(api, applier, run):
     applier.apply(run, [desired()], {})
     old = known(api)
     applier.apply(run, [desired(replicas=2)], old)
@@ -153,7 +153,7 @@ def test_what_is_applied_for_one_run_is_not_taken_for_another_one_of_the_name(ap
 # ── whose ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("kind", ["ConfigMap", "Job"])
 @pytest.mark.parametrize("seen", [True, False], ids=["seen", "not seen"])
-def test_an_object_of_somebody_else_is_left_alone_and_named(api, applier, run, kind, seen):
+def test_an_object_that_belongs_to_another_owner_is_left_alone_and_named(api, applier, run, kind, seen):
     api.put(body(kind, "it", owner=None, run="run" if seen else None, data={"mine": "1"}))
     (problem,) = applier.apply(run, [desired(kind, "it")], known(api) if seen else {})
     assert problem.cause.reason == "NameConflict"
@@ -192,7 +192,7 @@ def test_a_run_of_another_operator_is_not_touched(api, applier, run, seen):
     assert api.objects["ConfigMap", "run-config"]["metadata"]["annotations"]["heterorl.dev/operator"] == MANAGER
 
 
-def test_a_conflict_with_another_operator_ends_the_look_and_one_with_a_person_is_won(api, applier, run):
+def test_a_conflict_with_another_operator_ends_the_reconcile_and_one_with_a_user_is_won(api, applier, run):
     holders = [f'conflict with "{OTHER}" using v1: .spec', 'conflict with "kubectl-edit" using v1: .spec']
 
     def held(verb, kind, name):
@@ -249,7 +249,7 @@ def test_what_is_not_acceptable_is_not_tried_again_until_it_changes(api, applier
     assert len(api.writes()) == 2
 
 
-def test_what_lacks_a_right_or_quota_is_tried_at_each_look(api, applier, run):
+def test_what_lacks_a_permission_or_quota_is_retried_on_each_pass(api, applier, run):
     answers = [Forbidden(403, "Forbidden", RIGHTS)]
 
     def refuse(verb, kind, name):
@@ -261,7 +261,7 @@ def test_what_lacks_a_right_or_quota_is_tried_at_each_look(api, applier, run):
     assert applier.apply(run, [desired()], {}) == []
 
 
-def test_a_server_that_is_away_ends_the_look_and_what_was_written_is_not_written_again(api, applier, run):
+def test_an_unavailable_api_server_ends_the_reconcile_and_nothing_is_written_twice(api, applier, run):
     def away(verb, kind, name):
         if kind == "Deployment":
             raise Transient(0, "Unreachable", "the API server does not answer")
@@ -303,7 +303,7 @@ def test_a_refused_object_is_tried_again_after_five_minutes(api, run):
 
 
 @pytest.mark.parametrize("kind", ["ConfigMap", "PersistentVolumeClaim"])
-def test_no_pods_are_made_that_would_mount_what_is_somebody_elses_and_those_there_are_still_follow(
+def test_no_pods_are_created_that_would_mount_another_owners_object_and_existing_ones_still_follow(
     api, applier, run, kind
 ):
     api.put(body(kind, "mounted", owner="somebody", run=None))

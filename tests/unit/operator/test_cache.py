@@ -97,7 +97,7 @@ def test_nothing_is_left_of_a_run_once_it_and_its_objects_are_gone(cache):
     assert cache._objects == {}
 
 
-def test_a_run_keeps_what_is_needed_to_look_at_it(cache):
+def test_a_cached_run_keeps_what_a_reconcile_needs(cache):
     cache.put("HeteroRLRun", run_body(spec_of(seed=3), 7, status={"state": "Running"}, metadata={"generation": 4}))
     run = cache.run(KEY)
     assert (run.uid, run.generation, run.resource_version, run.created, run.deleting) == (UID, 4, 7, CREATED, False)
@@ -108,7 +108,7 @@ def test_a_run_keeps_what_is_needed_to_look_at_it(cache):
     assert cache.run(KEY).previous_status == {}
 
 
-def test_a_child_is_boiled_down_to_what_counts():
+def test_a_cached_object_keeps_only_the_fields_that_are_used():
     claim = child_of("PersistentVolumeClaim", claim_body("Pending", owner=None))
     assert (claim.phase, claim.owner_uid, claim.run) == ("Pending", None, "run")
     failed = child_of("Job", body("Job", "job", status=job_end("Failed")))

@@ -119,7 +119,7 @@ def test_times_of_suspension_are_kept_and_zero_is_left_out():
     assert status(context(60, before=BEFORE)).suspended_seconds is None
 
 
-def test_a_look_that_brings_nothing_new_gives_the_very_same_status():
+def test_a_reconcile_without_changes_gives_the_same_status():
     first = status(at_work())
     again = status(replace(at_work(before=first.model_dump()), now=at_work().now + 500))
     assert again == first
@@ -333,7 +333,7 @@ def test_what_the_learner_says_is_reported_and_kept_while_it_is_silent():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_no_number_never_enters_a_status(value):
+def test_a_value_that_is_not_a_number_never_enters_a_status(value):
     said = replace(TRAINING, reward=value, lag=value, evaluation_best=value, evaluation_last=value)
     found = status(at_work(progress=said))
     assert found.learner is not None
@@ -358,7 +358,7 @@ def test_failed_evaluations_are_remembered_in_order_when_their_jobs_are_gone():
 
 
 # ── ready, ends ──────────────────────────────────────────────────────────────────────────────────────────────────────
-def test_ready_names_first_what_somebody_has_to_do_something_about():
+def test_ready_names_the_problem_that_needs_action_first():
     stuck = pod("learner", status={"phase": "Pending", "conditions": [NO_NODE]})
     seen = at_work(claim=claim("Pending", 5), children=workloads(learner=0, near=0), pods=[stuck])
     assert told(seen, "StorageReady")[1] == "ClaimWaiting"  # comes by itself
@@ -489,12 +489,12 @@ def test_a_transition_is_an_event(before, after, expected):
     assert said(after, after) == []
 
 
-def test_a_message_that_changes_is_no_event():
+def test_a_changed_message_is_not_an_event():
     one, other = (condition("LearnerReady", "False", "Crashed", message=text) for text in ("once", "twice"))
     assert said(of(one), of(other)) == []
 
 
-def test_pools_that_come_go_and_scale_are_events_but_not_at_the_first_look():
+def test_pools_that_are_added_removed_and_scaled_are_events_but_not_on_the_first_pass():
     before = of(samplers=[{"name": "near", "desired": 2}, {"name": "old", "desired": 1}])
     after = of(samplers=[{"name": "near", "desired": 0}, {"name": "new", "desired": 4}])
     messages = {reason: message for _, reason, message in transitions(before, after)}

@@ -85,7 +85,7 @@ def test_it_is_asked_about_ever_more_rarely_and_what_was_said_stays(failures, ap
     assert asked_at == [5, 15, 35, 75, 155, 315, 615, 915]
 
 
-def test_a_role_that_may_not_list_events_is_no_error(failures, api, now):
+def test_a_role_that_may_not_list_events_is_not_an_error(failures, api, now):
     api.error = Forbidden(403, "Forbidden", "no right")
     failures.messages(KEY, {LEARNER: CREATED})
     now[0] += 5

@@ -24,7 +24,7 @@ def deployment(version, **fields):
     return body("Deployment", "run-sampler-near", version, **fields)
 
 
-def test_news_are_noted_and_looked_at_and_what_is_known_already_is_not(watcher, cache, queue):
+def test_changes_are_cached_and_queued_and_known_states_are_not(watcher, cache, queue):
     assert watcher.handle(DEPLOYMENT, "ADDED", deployment(3))
     queue.done(queue.get()[0])
     assert not watcher.handle(DEPLOYMENT, None, deployment(3))  # the list of a watch that was renewed
@@ -33,7 +33,7 @@ def test_news_are_noted_and_looked_at_and_what_is_known_already_is_not(watcher, 
     assert queue.get()[0] == KEY
 
 
-def test_a_deletion_is_noted_and_looked_at(watcher, cache, queue):
+def test_a_deletion_is_cached_and_queued(watcher, cache, queue):
     watcher.handle(DEPLOYMENT, "ADDED", deployment(3))
     queue.done(queue.get()[0])
     assert watcher.handle(DEPLOYMENT, "DELETED", deployment(4))
@@ -41,7 +41,7 @@ def test_a_deletion_is_noted_and_looked_at(watcher, cache, queue):
     assert queue.get()[0] == KEY
 
 
-def test_an_edit_of_a_run_is_looked_at_at_once_and_a_burst_of_its_objects_once(watcher, queue, monkeypatch):
+def test_an_edit_of_a_run_is_queued_at_once_and_a_burst_of_its_objects_once(watcher, queue, monkeypatch):
     monkeypatch.setattr(handlers, "_BATCH_S", 30.0)
     for version in (3, 4, 5):
         watcher.handle(DEPLOYMENT, "MODIFIED", deployment(version))

@@ -107,7 +107,7 @@ def test_a_stall_is_news_once_a_minute(learner, poller, news):
     assert 61 <= poller.stalled_s(KEY) < 66
 
 
-def test_time_that_nobody_was_meant_to_train_is_no_stall(learner, poller, news):
+def test_time_in_which_no_learner_should_train_is_not_a_stall(learner, poller, news):
     learner.says(stalled_s=1.0)
     poller.want(KEY, learner.target)
     wait_for(lambda: news == [KEY])
@@ -132,14 +132,14 @@ def test_a_learner_that_falls_silent_is_news_once_and_what_it_said_stays(learner
 
 
 @pytest.mark.parametrize("answer", [b"# nothing of ours\n", b"\xff\xfe", b"heterorl_run_prepared{ 1\n"])
-def test_an_answer_that_is_no_learners_is_as_good_as_silence(learner, poller, answer):
+def test_an_answer_that_is_not_a_learners_counts_as_none(learner, poller, answer):
     learner.raw = answer
     poller.want(KEY, learner.target)
     wait_for(lambda: poller.latest(KEY).unreachable)
     assert poller.latest(KEY).progress is None
 
 
-def test_nobody_there_is_told_in_words_that_stay_the_same(nobody, poller):
+def test_an_unreachable_learner_is_reported_in_words_that_stay_the_same(nobody, poller):
     words = set()
     poller.want(KEY, nobody)
     for failures in (1, 2, 3):
@@ -171,7 +171,7 @@ def test_an_answer_without_an_end_is_cut_off(poller):
     server.server_close()
 
 
-def test_nobody_is_asked_any_more_and_what_was_said_stays_until_the_run_is_forgotten(learner, poller):
+def test_polling_stops_on_request_and_the_last_answer_stays_until_the_run_is_forgotten(learner, poller):
     poller.want(KEY, learner.target)
     wait_for(lambda: poller.latest(KEY).progress)
     learner.status = 503

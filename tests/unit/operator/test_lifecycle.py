@@ -80,7 +80,7 @@ def test_moments_are_written_to_the_millisecond():
 
 
 # ── start, suspension ────────────────────────────────────────────────────────────────────────────────────────────────
-def test_the_first_look_starts_the_run_with_all_it_asks_for():
+def test_the_first_pass_starts_the_run_with_all_replicas_it_asks_for():
     spec = {"samplers": [{"name": "near", "replicas": 2}, {"name": "far", "replicas": 3}], "learner": {"replicas": 2}}
     decision = decide(context(spec=spec))
     assert (decision.clock.start, decision.clock.completion, decision.end) == (START, None, None)
@@ -239,7 +239,7 @@ IN_USE = "ERROR VolumeInUse: /volume holds run other; set spec.resume: true"
 TOLD_IN_USE = condition("Prepared", "False", "VolumeInUse", message="VolumeInUse: /volume holds run other")
 
 
-def test_a_volume_of_another_run_is_no_end_but_nothing_runs():
+def test_a_volume_of_another_run_does_not_end_the_run_but_nothing_runs():
     decision = decide(context(before=STARTED_NOW, **failed_preparation(IN_USE)))
     assert decision.end is None
     assert counts(decision) == (0, {"near": 0})
@@ -253,7 +253,7 @@ def test_an_edit_that_allows_the_volume_gives_the_preparation_another_try():
     assert (decision.end, counts(decision)) == (None, (1, {"near": 1}))
 
 
-def test_a_volume_of_another_run_stays_no_end_when_the_pod_that_said_so_is_gone():
+def test_a_volume_of_another_run_does_not_end_the_run_after_the_pod_that_said_so_is_gone():
     before = {**STARTED_NOW, "conditions": [TOLD_IN_USE]}
     assert decide(context(before=before, **failed_preparation(""))).end is None
     assert preparation_problem(context(before=before, **failed_preparation(""))) == (
@@ -370,7 +370,7 @@ TRACE = {"type": "trace", "trace": [{"atSeconds": 12, "replicas": 1}, {"atSecond
         (25, 10, 2, 1, 5),  # fifteen seconds of the run
     ],
 )
-def test_availability_sets_the_replicas_and_the_next_look(now, suspended_s, near, far, next_s):
+def test_availability_sets_the_replicas_and_the_time_of_the_next_reconcile(now, suspended_s, near, far, next_s):
     pools = [
         {"name": "near", "replicas": 2, "availability": WINDOWS},
         {"name": "far", "replicas": 3, "availability": TRACE},
@@ -381,19 +381,19 @@ def test_availability_sets_the_replicas_and_the_next_look(now, suspended_s, near
     assert decision.requeue_s == next_s
 
 
-def test_a_suspended_run_is_not_looked_at_for_its_availability():
+def test_a_suspended_run_is_not_reconciled_for_its_availability():
     pools = [{"name": "near", "replicas": 2, "availability": WINDOWS}]
     assert decide(context(5, spec={"samplers": pools, "suspend": True}, before=STARTED_NOW)).requeue_s is None
 
 
-def test_what_comes_first_is_the_next_look():
+def test_the_next_reconcile_is_at_the_earliest_time_that_is_due():
     spec = {"activeDeadlineSeconds": 7, "samplers": [{"name": "near", "replicas": 2, "availability": WINDOWS}]}
     assert decide(context(4, spec=spec, before=STARTED_NOW)).requeue_s == 3
     spec["activeDeadlineSeconds"] = 3600
     assert decide(context(4, spec=spec, before=STARTED_NOW)).requeue_s == 6
 
 
-def test_a_claim_that_waits_is_looked_at_when_its_patience_ends():
+def test_a_run_is_reconciled_when_the_patience_with_its_pending_claim_ends():
     waiting = child_of("PersistentVolumeClaim", claim_body("Pending"))
     assert decide(context(4, before=STARTED_NOW, claim=waiting)).requeue_s == 6
     assert decide(context(11, before=STARTED_NOW, claim=waiting)).requeue_s is None

@@ -40,6 +40,6 @@ def test_a_run_without_a_status_is_pending():
 
 
 @pytest.mark.parametrize("state", ["Suspended", "Succeeded", "Failed"])
-def test_nobody_is_late_in_a_run_that_rests(state):
+def test_a_suspended_or_ended_run_reports_no_lag_and_no_stall(state):
     told = told_of(state=state, learner=LEARNER)
     assert told == {f'heterorl_operator_runs{{state="{state}"}}': 1, f"heterorl_run_step{{{RUN}}}": 3}

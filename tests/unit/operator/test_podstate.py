@@ -68,12 +68,12 @@ def test_a_pod_that_does_not_run_says_why_and_what_to_do(fields, reason, words):
         {"container": ended(1), "metadata": {"deletionTimestamp": CREATED}},
     ],
 )
-def test_a_pod_that_runs_or_is_on_its_way_or_was_told_to_go_is_no_trouble(fields):
+def test_a_pod_that_runs_or_starts_or_was_told_to_stop_has_no_problem(fields):
     assert problem_of(pod("sampler", **fields)) is None
 
 
 @pytest.mark.parametrize(("code", "crashed"), [(0, False), (143, False), (1, True), (2, True), (137, True)])
-def test_to_be_told_to_go_is_no_crash(code, crashed):
+def test_being_told_to_stop_is_not_a_crash(code, crashed):
     assert has_crashed(pod("sampler", container=ended(code))) is crashed
 
 

@@ -133,7 +133,7 @@ def test_a_new_run_gets_its_objects_first_and_its_status_by_the_way(world):
     assert world.later == [KEY]
 
 
-def test_after_a_restart_a_second_look_undoes_what_was_edited_meanwhile(world):
+def test_after_a_restart_the_second_pass_reverts_edits_made_in_the_meantime(world):
     world.look()
     deployment = world.api.objects["Deployment", "run-sampler-near"]
     world.api.put({**deployment, "spec": {**deployment["spec"], "replicas": 7}})
@@ -165,7 +165,7 @@ def test_a_run_gets_its_objects_and_a_status_and_then_nothing_is_written(world):
     assert len(world.api.writes()) == written
 
 
-def test_an_edit_that_comes_during_the_look_is_not_lost(world):
+def test_an_edit_that_comes_during_a_reconcile_is_not_lost(world):
     def edited_meanwhile(verb, kind, name):
         if verb == "status" and not edited:
             edited.append(True)
@@ -180,7 +180,7 @@ def test_an_edit_that_comes_during_the_look_is_not_lost(world):
     assert world.replicas("Deployment", "run-sampler-near") == 5
 
 
-def test_a_look_that_nobody_disturbed_asks_for_no_other(world):
+def test_an_undisturbed_reconcile_does_not_queue_another(world):
     world.look()
     assert world.again == []
 
@@ -198,7 +198,7 @@ def test_a_pool_that_is_removed_loses_its_deployment_and_nothing_else(world):
     assert "PoolRemoved" in world.events()
 
 
-def test_what_somebody_else_owns_is_never_deleted(world):
+def test_objects_of_another_owner_are_never_deleted(world):
     world.api.put(body("Deployment", "run-sampler-old", owner="somebody"))
     world.watch()
     world.look()
@@ -260,7 +260,7 @@ def test_a_refused_preparation_stays_until_an_edit_allows_the_volume_and_is_then
     assert world.replicas("StatefulSet", "run-learner") == 1
 
 
-def test_a_refused_preparation_is_no_failure_when_its_pod_is_gone(world):
+def test_a_refused_preparation_is_not_a_failure_when_its_pod_is_gone(world):
     refused_by_the_volume(world)
     (gone,) = world.cache.pods(KEY)
     world.cache.remove("Pod", pod_body("prepare", gone.name, gone.resource_version + 1))
@@ -319,7 +319,7 @@ def test_a_run_that_is_gone_or_going_is_left_alone_and_forgotten(world, gone):
     assert world.poller.latest(KEY) == PollResult()
 
 
-def test_a_run_that_is_deleted_during_the_look_is_no_error(world):
+def test_a_run_that_is_deleted_during_its_reconcile_is_not_an_error(world):
     def deleted_meanwhile(verb, kind, name):
         if verb == "status":
             world.api.objects.pop(("HeteroRLRun", "run"), None)
@@ -330,7 +330,7 @@ def test_a_run_that_is_deleted_during_the_look_is_no_error(world):
     assert world.cache.run(KEY) is None  # nothing more is made for it, though no watch has told yet
 
 
-# ── troubles ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── problems ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_what_may_go_away_by_itself_is_tried_again_but_time_is_kept(world):
     def refuse(verb, kind, name):
         if (verb, kind) == ("apply", "Service"):
@@ -385,7 +385,7 @@ def test_what_a_run_needs_and_the_operator_may_not_do_is_told(world):
     assert world.reason("Ready") == "Forbidden"
 
 
-def test_an_api_server_that_is_away_ends_the_look(world):
+def test_an_unavailable_api_server_ends_the_reconcile(world):
     def away(verb, kind, name):
         raise Transient(503, "ServiceUnavailable", "away")
 

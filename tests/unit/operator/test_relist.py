@@ -42,7 +42,7 @@ def wait_for(look):
         time.sleep(0.005)
 
 
-def test_at_the_start_everything_is_taken_in_and_every_run_is_looked_at(relister, cache, queue):
+def test_at_the_start_everything_is_cached_and_every_run_is_queued(relister, cache, queue):
     relister.load()
     assert cache.run_keys() == [KEY]
     assert list(cache.children(KEY)) == [NAME]
@@ -73,7 +73,7 @@ def test_a_cluster_that_does_not_know_runs_is_an_error(relister, api):
         relister.load()
 
 
-def test_what_a_watch_missed_is_taken_in_and_its_run_is_looked_at(relister, api, cache, queue):
+def test_what_a_watch_missed_is_cached_and_its_run_is_queued(relister, api, cache, queue):
     relister.load()
     queue.done(queue.get()[0])
     api.put(body(*NAME, spec={"replicas": 4}))

@@ -132,7 +132,7 @@ def test_a_worker_that_waits_for_a_late_key_takes_an_earlier_one(queue):
     assert [key for key, _ in found] == [B]
 
 
-def test_delays_of_several_keys_end_in_their_order_whoever_waits(queue):
+def test_delays_of_several_keys_end_in_their_order_whichever_worker_waits(queue):
     order, lock = [], threading.Lock()
 
     def work():
@@ -176,7 +176,7 @@ def test_a_server_that_asks_for_more_time_gets_it(queue):
     assert queue.retry(B, at_least_s=0.001) >= 0.4
 
 
-def test_closing_sends_every_worker_home_whatever_waits(queue):
+def test_closing_releases_every_worker_whatever_is_queued(queue):
     queue.add_after(A, 60.0)
     found = []
     workers = [threading.Thread(target=lambda: found.append(queue.get())) for _ in range(3)]

@@ -110,7 +110,7 @@ def test_a_version_whose_canary_fails_is_refused_and_the_old_weights_are_loaded_
     assert (list(follower.rejected), follower.refused) == ([wrong], {})  # no longer published
 
 
-def test_a_version_retired_during_the_fetch_is_no_failure(
+def test_a_version_retired_during_the_fetch_is_not_a_failure(
     exchange: Exchange, engine: OneNumberEngine, follower: WeightSync
 ) -> None:
     publish(exchange, 0, -1.0)

@@ -77,7 +77,7 @@ def test_an_end_is_read_from_a_condition_that_lacks_a_part(missing):
 
 
 @pytest.mark.parametrize("tree", [None, [], "Succeeded", {"conditions": None}, {"conditions": {"type": "Ready"}}])
-def test_what_is_no_status_at_all_is_read_as_an_empty_one(tree):
+def test_an_unreadable_status_is_read_as_an_empty_one(tree):
     assert RunStatus.read(tree) == RunStatus()
 
 
