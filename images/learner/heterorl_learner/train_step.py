@@ -166,8 +166,8 @@ def _checked_beta_weights(rewards: list[NDArray[np.float64]]) -> NDArray[np.floa
 def beta_weights(means: NDArray[np.float64]) -> NDArray[np.float64]:
     """BNPO's weights min(1 / Beta(α, β).pdf(m), 1e6) of the groups' mean rewards [N] (arXiv 2506.02864).
 
-    a and b fit a Beta distribution to the means by their moments; α = 1 + a/3 and β = 1 + b/3 give the least variance
-    of the gradient. Means without spread fit none: then every weight is 1.
+    a and b are fitted to the means by the method of moments; α = 1 + a/3 and β = 1 + b/3 minimize the variance of the
+    gradient. Means without spread cannot be fitted: then every weight is 1.
     """
     mean, variance = means.mean(), means.var()
     if variance < 1e-12:
