@@ -14,7 +14,7 @@ import numpy as np
 
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.rollout import Rollout
+from heterorl.exchange.rollout import Provenance, Rollout
 from heterorl.exchange.slots import Lease
 from heterorl.exchange.storage import Files
 from heterorl.names import RolloutName, Slot, Version
@@ -84,6 +84,7 @@ def rollout_of(
     logp: Sequence[float] | None = None,
     truncated: Sequence[bool] | None = None,
     terms: Mapping[str, Sequence[float]] | None = None,
+    provenance: Provenance | None = None,
     **fields: Any,
 ) -> Rollout:
     """A group with these rewards [G] on the prompt 5, 6; completions of one token each, 7, 8, ..., unless `lengths` says."""
@@ -97,6 +98,7 @@ def rollout_of(
         versions=np.full(tokens, version, np.int32),
         rewards=np.array(rewards, np.float32),
         truncated=np.array(truncated or [False] * len(rewards), np.bool_),
+        provenance=provenance or Provenance.of(spec_of(), ""),
         reward_terms={name: np.array(values, np.float32) for name, values in (terms or {}).items()},
         **fields,
     )

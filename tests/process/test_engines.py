@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from builders import spec_of
-from heterorl.errors import ModelError, TrainingError, UserError
+from heterorl.errors import ModelError, NotFinite, UserError
 from heterorl.spec.run import LearnerSpec, RunSpec
 from heterorl_learner.batching import MicroBatch, Sequence, micro_batch, plan
 from heterorl_learner.engines.base import TrainingEngine, token_logps
@@ -199,8 +199,9 @@ def test_a_micro_batch_without_sequences_adds_nothing(folders: dict[str, Path]) 
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
-def test_what_is_not_finite_stops_before_the_optimizer(folders: dict[str, Path], broken: str) -> None:
+def test_what_is_not_finite_leaves_no_trace(folders: dict[str, Path], broken: str) -> None:
     engine = build_engine(folders["tied"], run_spec())
+    first = train(engine, range(1))
     before = engine.full_state_dict()
 
     def loss(batch: MicroBatch, logp: torch.Tensor) -> torch.Tensor:
@@ -209,10 +210,19 @@ def test_what_is_not_finite_stops_before_the_optimizer(folders: dict[str, Path],
         return (logp - logp.detach()).abs().sqrt().sum()  # 0, with an infinite slope
 
     engine.forward_backward([micro_batch(drawn(4))], loss)
-    with pytest.raises(TrainingError, match=f"rank 0: {broken}.* nan"):
+    with pytest.raises(NotFinite, match="gradient norm of nan"):
         engine.step(3e-4)
     for name, tensor in engine.full_state_dict().items():
         assert torch.equal(tensor, before[name]), name
+    # The next step is that of a run in which it never happened: no gradient and no moment is left of it.
+    assert first + train(engine, range(1, 3)) == train(build_engine(folders["tied"], run_spec()), range(3))
+
+
+def test_a_loss_that_is_not_finite_is_refused_also_where_its_gradient_would_be(folders: dict[str, Path]) -> None:
+    engine = build_engine(folders["tied"], run_spec())
+    engine.forward_backward([micro_batch(drawn(4))], lambda batch, logp: logp.sum() + math.inf)
+    with pytest.raises(NotFinite, match="a loss of inf on rank 0"):
+        engine.step(3e-4)
 
 
 def test_scoring_leaves_no_gradient(folders: dict[str, Path]) -> None:

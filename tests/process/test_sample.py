@@ -94,7 +94,9 @@ def work(
     engine = make_engine(model, dtype="float32")
     engine.until = Until(batches)
     with build_rewards(exchange.spec) as rewards:
-        maker = RolloutMaker(exchange.spec, lease, engine, AutoTokenizer.from_pretrained(model), rewards, ROWS)
+        maker = RolloutMaker(
+            exchange.spec, exchange.provenance, lease, engine, AutoTokenizer.from_pretrained(model), rewards, ROWS
+        )
         weights = WeightSync(exchange, engine, lease.slot, scratch)
         Sampler(exchange, lease, Activity(status), weights, maker, Metrics(), engine.until).run()
     exchange.beat(lease, status, released=True)

@@ -12,7 +12,8 @@ HeteroRLError
 │   └── CanaryMismatch   an engine computes other log-probabilities than the learner
 ├── SiteError            something is wrong with this node (GPU, disk, memory, clock): exit code 3
 ├── Superseded           another process has taken this one's place; it leaves without writing: exit code 143
-└── TrainingError        the learner cannot go on: non-finite loss, gradient
+└── TrainingError        the learner cannot go on: the policy has diverged
+    └── NotFinite        a step's loss or gradient; nothing was changed, another batch may do
 """
 
 from __future__ import annotations
@@ -92,3 +93,7 @@ class Superseded(HeteroRLError):
 
 class TrainingError(HeteroRLError):
     """The learner cannot go on."""
+
+
+class NotFinite(TrainingError):
+    """Loss or gradient of a step is not finite. Weights and optimizer are unchanged, the gradient is cleared."""

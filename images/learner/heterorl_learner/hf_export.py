@@ -1,4 +1,4 @@
-"""The trained model as a Hugging Face folder that `from_pretrained` loads."""
+"""The policy as a Hugging Face folder that `from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.storage import STAGING
+from heterorl.exchange.published_folder import replaced
 from heterorl_learner.engines.base import TrainingEngine
 
 
-def write_model(exchange: Exchange, engine: TrainingEngine, folder: Path) -> None:
-    """Write weights, config and tokenizer into a new folder, which appears whole. Every rank calls it."""
+def save_model(exchange: Exchange, engine: TrainingEngine, folder: Path) -> None:
+    """Write weights, config and tokenizer into a staged folder. Every rank calls it, rank 0 writes."""
     tensors = engine.full_state_dict()
+    if engine.rank == 0:
+        weights = shutil.ignore_patterns("*.safetensors*", "*.bin*")
+        shutil.copytree(exchange.model_dir, folder, ignore=weights, dirs_exist_ok=True)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_output(exchange: Exchange, engine: TrainingEngine) -> None:
+    """Publish the trained model; an earlier output stands until it does. Every rank calls it."""
     if engine.rank != 0:
+        save_model(exchange, engine, exchange.output_dir)
         return
-    staged = folder.with_name(STAGING + folder.name)
-    shutil.rmtree(staged, ignore_errors=True)
-    shutil.copytree(exchange.model_dir, staged, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
-    save_file(tensors, staged / "model.safetensors", metadata={"format": "pt"})
-    shutil.rmtree(folder, ignore_errors=True)
-    exchange.files.rename(staged, folder)
+    with replaced(exchange.files, exchange.output_dir) as staged:
+        save_model(exchange, engine, staged)
+        exchange.require_incarnation()

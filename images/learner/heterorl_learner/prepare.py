@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,9 @@ from heterorl.data.datasets import PreparedData, prepare_rows
 from heterorl.data.tokenizer import load_tokenizer
 from heterorl.errors import ModelError
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.published_folder import replaced
 from heterorl.exchange.records import DataCount, ModelOrigin, Prepared
-from heterorl.exchange.storage import STAGING, Files
+from heterorl.exchange.storage import Files
 from heterorl.spec.run import ModelSpec, RunSpec
 from heterorl_learner.tiny import MAX_POSITIONS, build_model, build_tokenizer, examples_from, supervise
 
@@ -64,18 +64,14 @@ def _fill(exchange: Exchange) -> Prepared:
     _require_positions(spec, folder)
     tables = dict(_tokenise(spec, tokenizer, exchange.root))
     exchange.files.make_dir(exchange.data_file("train").parent)
-    for name, table in tables.items():
-        logger.info("%s: %d problems, %d skipped for their length", name, len(table.rows), table.skipped)
-        lines = "".join(json.dumps(row) + "\n" for row in table.rows)
-        exchange.files.replace(exchange.data_file(name), lines.encode())
-    with _staged(exchange.model_dir, exchange.files) as staged:
+    counts = {name: _write_table(exchange, name, table) for name, table in tables.items()}
+    with replaced(exchange.files, exchange.model_dir) as staged:
         if folder:
             _copy(folder, staged, exchange.files)
             made: dict[str, Any] = {}
         else:
             made = _make_tiny(spec, tokenizer, tables["train"].rows, staged)
         origin = ModelOrigin(source=str(folder or "tiny"), digest=_digest(staged, exchange.files), **made)
-    counts = {name: DataCount(rows=len(table.rows), skipped=table.skipped) for name, table in tables.items()}
     return exchange.mark_prepared(origin, counts)
 
 
@@ -97,6 +93,13 @@ def _tokenise(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, base: Path) -> 
                 seed=spec.seed,
             ),
         )
+
+
+def _write_table(exchange: Exchange, name: str, table: PreparedData) -> DataCount:
+    logger.info("%s: %d problems, %d skipped for their length", name, len(table.rows), table.skipped)
+    data = "".join(json.dumps(row) + "\n" for row in table.rows).encode()
+    exchange.files.replace(exchange.data_file(name), data)
+    return DataCount(rows=len(table.rows), skipped=table.skipped, digest=hashlib.sha256(data).hexdigest())
 
 
 # ── model ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -197,24 +200,6 @@ def _make_tiny(
 def _copy(folder: Path, staged: Path, files: Files) -> None:
     for path in sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)}):
         files.copy(path, staged / path.name)
-
-
-@contextmanager
-def _staged(target: Path, files: Files) -> Iterator[Path]:
-    """A hidden folder that becomes `target` when the block ends well and is removed when it does not."""
-    staged = target.with_name(f"{STAGING}{target.name}")
-    files.remove(staged)
-    files.make_dir(staged)
-    try:
-        yield staged
-        for path in staged.iterdir():
-            files.sync_file(path)
-        files.sync_dir(staged)
-        files.remove(target)  # of an earlier attempt that never set the marker
-        files.rename(staged, target)
-    except BaseException:
-        files.remove(staged)
-        raise
 
 
 def _digest(folder: Path, files: Files) -> str:

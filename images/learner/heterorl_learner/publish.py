@@ -8,7 +8,9 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Self
 
 import numpy as np
 from safetensors.torch import save_file
@@ -28,7 +30,10 @@ log = logging.getLogger(__name__)
 
 
 class Publisher:
-    """Publishes the engine's weights as versions of one learner incarnation. All ranks call `publish` together."""
+    """Publishes the engine's weights as versions of one learner incarnation. All ranks call `publish` together.
+
+    As a context it ends its thread, whatever happened; what the thread was doing is finished first.
+    """
 
     def __init__(self, exchange: Exchange, engine: TrainingEngine, incarnation: int) -> None:
         self._exchange, self._engine, self._incarnation = exchange, engine, incarnation
@@ -39,25 +44,39 @@ class Publisher:
         self._times: dict[Version, float] = {}
         self.version: Version | None = None
 
-    def publish(self, step: int) -> None:
-        """Publish the weights after `step` updates; waits only if the version before is still being written."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._thread.shutdown()
+
+    def retire_lost_future(self, step: int) -> None:
+        """Delete versions after `step`, from which the learner resumed: training will not come by them again."""
+        versions = self._exchange.list_versions()
+        for version in versions:
+            if version.step > step:
+                self._exchange.unpin(version)
+        self._exchange.retire_weights(v for v in versions if v.step <= step)
+
+    def publish(self, step: int) -> float:
+        """Publish the weights after `step` updates; waits only if the version before is still being written.
+
+        Returns the seconds that this took of training.
+        """
+        started = time.monotonic()
         logp = [self._engine.score(batch).tolist() for batch in self._batches]
         tensors = self._engine.full_state_dict()
         self.version = Version(step, self._incarnation)
         if self._engine.rank == 0:
             self.wait()
             self._pending = self._thread.submit(self._write, self.version, tensors, Canary(self._texts, logp))
+        return time.monotonic() - started
 
     def wait(self) -> None:
         """Return when everything is published; raises what went wrong."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
-
-    def close(self) -> None:
-        """Finish and end the thread."""
-        self.wait()
-        self._thread.shutdown()
 
     def _write(self, version: Version, tensors: dict[str, Tensor], canary: Canary) -> None:
         staged = self._exchange.stage_weights(version)

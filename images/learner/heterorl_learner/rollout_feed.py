@@ -2,6 +2,10 @@
 
 Rank 0 selects, checks every file and writes the journal; the others are told the names and read the same files, so each
 computes the whole step's plan and totals by itself and nothing else has to be sent.
+
+A rollout that is too old, or was made with other rewards or prompts than the run has now, is dropped and journalled.
+One that is not what its name says, or that is poison to a step, goes to quarantine; one of a later protocol is left
+alone. One of another sampling distribution is trained as what it is, at its own temperature.
 """
 
 from __future__ import annotations
@@ -12,9 +16,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from heterorl.errors import CorruptFile, UnknownProtocol, UserError
+from heterorl.errors import CorruptFile, TrainingError, UnknownProtocol, UserError
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.records import JournalEntry
+from heterorl.exchange.records import JournalEntry, SlotHeartbeat
 from heterorl.exchange.refusals import dead_end
 from heterorl.exchange.rollout import Rollout
 from heterorl.names import RolloutName, Slot
@@ -26,6 +30,7 @@ DEAD_END_S = 30.0
 """How long every sampler must have refused every version before the learner ends the run."""
 VISIBILITY_S = 60.0
 """How long another rank waits for a file that rank 0 has already read (attribute caches of network file systems)."""
+MAX_SLOTS_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -39,26 +44,34 @@ class StepBatch:
     """Seconds spent waiting for them."""
 
 
+class _Mismatched(Exception):
+    """A rollout that is whole, and not of this run as it is now."""
+
+
 class RolloutFeed:
     """Gives the batches of one learner incarnation in order. All ranks call `take` together."""
 
     def __init__(self, exchange: Exchange, step: int, incarnation: int, stop: Callable[[], bool]) -> None:
         """`step`: updates already in the weights; journalled steps from there on are replayed first."""
         self._exchange, self._incarnation, self._stop = exchange, incarnation, stop
-        self._spec = exchange.spec
+        self._spec, self._provenance = exchange.spec, exchange.provenance
         self._is_first = ranks.rank() == 0
-        self.dropped = 0
-        self.taken: dict[str, int] = {}
-        self._entries: deque[JournalEntry] = deque()
-        self._known: set[RolloutName] = set()
         self._left: set[RolloutName] = set()  # of a protocol that this version does not know
+        self._start_with(exchange.read_journal() if self._is_first else [])
+        self._replay = {entry.step: entry for entry in self._entries if entry.step >= step}
         if self._is_first:
-            journal = exchange.read_journal()
-            exchange.rewrite_journal(journal)  # cuts a torn last line
-            for entry in journal:
-                self._note(entry)
-            self._replay = {entry.step: entry for entry in journal if entry.step >= step}
+            exchange.rewrite_journal(self._entries)  # cuts a torn last line
 
+    def _start_with(self, journal: Iterable[JournalEntry]) -> None:
+        self.dropped = self.mismatched = self.poisoned = 0
+        self.taken: dict[str, int] = {}
+        self._known: set[RolloutName] = set()
+        self._entries: deque[JournalEntry] = deque()
+        self._drop_next: list[RolloutName] = []
+        for entry in journal:
+            self._note(entry)
+
+    # ── what the trainer calls ───────────────────────────────────────────────────────────────────────────────────────
     def take(self, step: int) -> StepBatch | None:
         """The batch of the step after `step` updates, waiting for it if need be; None when told to stop first."""
         started = time.monotonic()
@@ -69,6 +82,27 @@ class RolloutFeed:
         if found is None:
             found = self._read_all(names)
         return StepBatch(step, names, [found[name] for name in names], time.monotonic() - started)
+
+    def set_aside(self, batch: StepBatch, reason: str) -> None:
+        """Put a batch into quarantine that gave no finite loss and gradient twice; the step is then taken anew.
+
+        Raises TrainingError, and sets nothing aside, when that happened to the step's batch before: then the rollouts
+        are not to blame.
+        """
+        if not self._is_first:
+            return
+        entry = next(entry for entry in self._entries if entry.step == batch.step)
+        if entry.poisoned:
+            raise TrainingError(
+                f"step {batch.step}: {reason}, with a second batch as well, so the policy has diverged. Its weights are"
+                " those of the step before: go on from an older checkpoint with a lower learningRate or maxGradNorm of"
+                " learner.optimizer"
+            )
+        log.error("step %d: its %d rollouts go to quarantine: %s", batch.step, len(batch.names), reason)
+        self._forget_from(batch.step)
+        self._journal(entry.model_copy(update={"names": [], "poisoned": entry.names}))
+        for name in batch.names:
+            self._exchange.quarantine_rollout(name, reason)
 
     def retire(self, step: int) -> None:
         """Delete, or archive, what was trained or dropped before `step`, because a durable checkpoint covers it."""
@@ -85,18 +119,18 @@ class RolloutFeed:
             return None  # also in the midst of a replay, which the next incarnation goes on with
         if step in self._replay and (replayed := self._replayed(step)):
             return replayed
+        since, stall_s = self._exchange.now(), self._spec.learner.stall_seconds
         alive_at = time.monotonic()
-        warn_at = time.monotonic() + self._spec.learner.stall_seconds
+        warn_at = alive_at + stall_s
         while not self._stop():
             if found := self._select(step):
                 return found
             alive_at = self._last_hope(step, alive_at)
             self._exchange.sleep(self._spec.exchange.poll_seconds)
             if time.monotonic() >= warn_at:
-                log.warning(
-                    "no admissible rollouts for %.0f s; are the samplers alive?", self._spec.learner.stall_seconds
-                )
-                warn_at = time.monotonic() + self._spec.learner.stall_seconds
+                usable = [name for name in self._candidates() if lag(name, step) <= self._spec.max_lag]
+                log.warning("%s", waited_for(self._exchange, step, len(usable), since))
+                warn_at = time.monotonic() + stall_s
         return None
 
     def _last_hope(self, step: int, alive_at: float) -> float:
@@ -116,46 +150,73 @@ class RolloutFeed:
         return alive_at
 
     def _select(self, step: int) -> dict[RolloutName, Rollout] | None:
-        settled = self._known | self._left
-        selection = select_rollouts(
-            (name for name in self._exchange.list_rollouts() if name not in settled),
+        """Select, read and journal a batch; None while there are too few usable rollouts."""
+        read: dict[RolloutName, Rollout] = {}
+        while selection := self._selection(step):
+            unread = [name for name in selection.names if name not in read]
+            if not unread:
+                self._journal(self._entry(step, selection))
+                return {name: read[name] for name in selection.names}
+            for name in unread:
+                try:
+                    read[name] = self._read(name)
+                except FileNotFoundError:
+                    return None  # listed but not there yet, or moved away: look again
+                except _Mismatched as error:
+                    log.warning("rollout %s is dropped: %s", name, error)
+                    self._drop_next.append(name)
+                except CorruptFile as error:
+                    log.error("rollout %s goes to quarantine: %s", name, error)
+                    self._exchange.quarantine_rollout(name, str(error))
+                except UnknownProtocol as error:
+                    log.error("rollout %s is left where it is: %s", name, error)
+                    self._left.add(name)
+        return None
+
+    def _selection(self, step: int) -> Selection | None:
+        return select_rollouts(
+            self._candidates(),
             step=step,
             groups=self._spec.learner.batch.groups,
             max_steps=self._spec.max_lag,
-            last=self._entries[-1].names[-1].slot if self._entries else None,
+            last=next((entry.names[-1].slot for entry in reversed(self._entries) if entry.names), None),
         )
-        if selection is None:
-            return None
-        rollouts = {}
-        for name in selection.names:
-            try:
-                rollouts[name] = self._read(name)
-            except FileNotFoundError:
-                return None  # listed but not there yet, or moved away: look again
-            except CorruptFile as error:
-                log.error("rollout %s goes to quarantine: %s", name, error)
-                self._exchange.quarantine_rollout(name, str(error))
-                return None
-            except UnknownProtocol as error:
-                log.error("rollout %s is left where it is: %s", name, error)
-                self._left.add(name)
-                return None
-        entry = JournalEntry(step=step, incarnation=self._incarnation, names=selection.names, dropped=selection.dropped)
+
+    def _candidates(self) -> list[RolloutName]:
+        """Published rollouts that were not yet trained, dropped or left alone."""
+        out = self._known.union(self._left, self._drop_next)
+        return [name for name in self._exchange.list_rollouts() if name not in out]
+
+    def _entry(self, step: int, selection: Selection) -> JournalEntry:
+        """What the journal says of a selection, with what it said when an earlier one for this step was poison."""
+        before = self._entries[-1] if self._entries and self._entries[-1].step == step else None
+        return JournalEntry(
+            step=step,
+            incarnation=self._incarnation,
+            names=selection.names,
+            dropped=[*(before.dropped if before else []), *selection.dropped, *self._drop_next],
+            mismatched=(before.mismatched if before else 0) + len(self._drop_next),
+            poisoned=before.poisoned if before else [],
+        )
+
+    def _journal(self, entry: JournalEntry) -> None:
         self._exchange.append_journal(entry)
         self._note(entry)
-        return rollouts
+        self._drop_next = []
 
     def _replayed(self, step: int) -> dict[RolloutName, Rollout] | None:
         try:
             return {name: self._read(name) for name in self._replay[step].names}
-        except (FileNotFoundError, CorruptFile) as error:
+        except (FileNotFoundError, CorruptFile, _Mismatched) as error:
             log.error("step %d cannot be replayed (%s); this and later steps are selected afresh", step, error)
-        journal = [entry for entry in self._exchange.read_journal() if entry.step < step]
-        self._exchange.rewrite_journal(journal)
-        self._replay, self._known, self._entries, self.taken, self.dropped = {}, set(), deque(), {}, 0
-        for entry in journal:
-            self._note(entry)
+        self._forget_from(step)
         return None
+
+    def _forget_from(self, step: int) -> None:
+        """Take the journal back to the steps before this one."""
+        self._start_with([entry for entry in self._exchange.read_journal() if entry.step < step])
+        self._replay = {}
+        self._exchange.rewrite_journal(self._entries)
 
     def _read(self, name: RolloutName) -> Rollout:
         rollout = self._exchange.read_rollout(name)
@@ -166,14 +227,23 @@ class RolloutFeed:
             raise CorruptFile(
                 f"made by weights of step {rollout.versions.min()}, not {name.version.step} as it is named"
             )
+        if why := rollout.provenance.mismatch(self._provenance):
+            raise _Mismatched(why)
         return rollout
 
     def _note(self, entry: JournalEntry) -> None:
+        if self._entries and self._entries[-1].step == entry.step:
+            self._count(self._entries.pop(), -1)  # the later line of a step stands
+        self._count(entry, 1)
         self._entries.append(entry)
-        self.dropped += len(entry.dropped)
-        for name in [*entry.names, *entry.dropped]:
+        for name in [*entry.names, *entry.dropped, *entry.poisoned]:
             self._known.add(name)
             self.taken[str(name.slot)] = max(name.seq, self.taken.get(str(name.slot), -1))
+
+    def _count(self, entry: JournalEntry, sign: int) -> None:
+        self.dropped += sign * len(entry.dropped)
+        self.mismatched += sign * entry.mismatched
+        self.poisoned += sign * len(entry.poisoned)
 
     # ── the others ───────────────────────────────────────────────────────────────────────────────────────────────────
     def _read_all(self, names: list[RolloutName]) -> dict[RolloutName, Rollout]:
@@ -188,6 +258,27 @@ class RolloutFeed:
                         raise
                     self._exchange.sleep(0.1)
         return rollouts
+
+
+def waited_for(exchange: Exchange, step: int, waiting: int, since: float) -> str:
+    """What a learner waits for that gets no batch: how many rollouts, of which weights, from whom, and since when."""
+    spec, beats = exchange.spec, exchange.heartbeats()
+    oldest = max(0, step - spec.max_lag)
+    slots = [f"{slot}: {_state_of(beats.get(slot))}" for slot in spec.slots]
+    if (more := len(slots) - MAX_SLOTS_NAMED) > 0:
+        slots[MAX_SLOTS_NAMED:] = [f"and {more} more"]
+    return (
+        f"step {step} has waited since {time.strftime('%H:%M:%S', time.localtime(since))} for"
+        f" {spec.learner.batch.groups} groups made with weights of step {oldest} or newer, and {waiting} are there."
+        f" The slots: {'; '.join(slots)}"
+    )
+
+
+def _state_of(beat: SlotHeartbeat | None) -> str:
+    if beat is None:
+        return "has not started"
+    refused = f", has refused {beat.rejected} versions" if beat.rejected else ""
+    return f"{'released' if beat.released else beat.state or 'started'}, on weights {beat.version or 'none'}{refused}"
 
 
 # ── selection: a pure function of names ──────────────────────────────────────────────────────────────────────────────
@@ -209,8 +300,8 @@ def select_rollouts(
 ) -> Selection | None:
     """Take `groups` of the waiting rollouts for the step that follows `step` updates; None while there are too few.
 
-    Admissible is a lag of at most `max_steps`. The oldest version goes first; within a version the first rollout of
-    every slot precedes the second of any, starting with the slot after `last` (the last one of the step before).
+    Admissible is a lag of at most `max_steps`. The oldest version goes first; within a version everybody's first
+    rollout precedes anybody's second, and the slot after `last` (who came last in the step before) begins.
     """
     waiting = sorted(waiting, key=lambda name: (name.version.step, name.seq, name.slot))
     admissible = [name for name in waiting if lag(name, step) <= max_steps]

@@ -13,33 +13,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
+from heterorl.errors import NotFinite
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import LearnerHeartbeat
 from heterorl.monitoring.metrics import Metrics
 from heterorl.spec.run import LearnerSpec
 from heterorl_learner import ranks
+from heterorl_learner.checkpoints import Checkpoints
 from heterorl_learner.completion_log import completions_log
 from heterorl_learner.engines.base import TrainingEngine
-from heterorl_learner.hf_export import write_model
+from heterorl_learner.hf_export import write_output
 from heterorl_learner.publish import Publisher
 from heterorl_learner.rollout_feed import RolloutFeed, StepBatch
 from heterorl_learner.train_step import learning_rate, num_tokens, rollout_metrics, train_on
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class TrainerState:
-    """What a checkpoint holds beside the engine's own state."""
-
-    step: int = 0
-    """Optimizer steps in the weights."""
-    num_tokens: int = 0
-    """Tokens trained on so far."""
 
 
 class Trainer:
@@ -48,115 +37,94 @@ class Trainer:
     def __init__(self, exchange: Exchange, engine: TrainingEngine, metrics: Metrics, stop: Callable[[], bool]) -> None:
         self.exchange, self.engine, self.metrics = exchange, engine, metrics
         self.spec = exchange.spec
-        self.incarnation: int = ranks.agree(exchange.begin_incarnation() if engine.rank == 0 else None)
+        self.learner: LearnerSpec = self.spec.learner
+        self.incarnation = ranks.agree(exchange.begin_incarnation() if engine.rank == 0 else 0)
         exchange.incarnation = self.incarnation
-        self.state = self._resume()
+        self.checkpoints = Checkpoints(exchange, engine)
+        self.state = self.checkpoints.resume()
         self.feed = RolloutFeed(exchange, self.state.step, self.incarnation, stop)
         self.publisher = Publisher(exchange, engine, self.incarnation)
-        self.learner: LearnerSpec = ranks.agree(exchange.spec.learner)
         self.told: dict[str, float] = {}  # of the last step, for the heartbeat
         self.log_completions = completions_log(exchange) if engine.rank == 0 else lambda batch: None
 
     def train(self) -> bool:
         """Train to the last step or until told to stop; True if the last step was reached."""
-        self._begin()
-        while self._goes_on():
-            learner = self.learner
-            batch = self.feed.take(self.state.step)
-            if batch is None:
-                break
-            started = time.monotonic()
-            metrics = train_on(self.engine, self.spec, batch)
-            rate = learning_rate(learner, self.state.step)
-            grad_norm = self.engine.step(rate)
-            trained_s = time.monotonic() - started
-            self.state.step += 1
-            if self.state.step % learner.publish.every_steps == 0 or self.state.step == learner.steps:
-                self.publisher.publish(self.state.step)
-            publish_s = time.monotonic() - started - trained_s
-            self._record(batch, metrics | {"grad_norm": grad_norm, "learning_rate": rate}, trained_s, publish_s)
-            if self.state.step % learner.checkpoint.every_steps == 0:
-                self._checkpoint()
-        return self._finish()
+        with self.publisher:
+            self._begin()
+            while self._goes_on() and (batch := self.feed.take(self.state.step)):
+                if (metrics := self._update(batch)) is None:
+                    continue  # the batch was poison and is set aside
+                if self.state.step % self.learner.publish.every_steps == 0 or self.state.step == self.learner.steps:
+                    metrics["perf/publish_s"] = self.publisher.publish(self.state.step)
+                self._record(batch, metrics)
+                if self.state.step % self.learner.checkpoint.every_steps == 0:
+                    self._checkpoint()
+            return self._finish()
 
     def _goes_on(self) -> bool:
         """Whether there are steps to train. Rank 0 reads that anew: they may be added to a live run."""
         self.learner = ranks.agree(self.exchange.spec.learner)
         return self.state.step < self.learner.steps
 
-    # ── beginning and end ────────────────────────────────────────────────────────────────────────────────────────────
-    def _resume(self) -> TrainerState:
-        """Load the newest checkpoint that passes its checks; without one, start from the prepared model."""
-        found: tuple[Path, dict[str, Any]] | None = None
-        if self.engine.rank == 0:
-            self.exchange.sweep()
-            found = self.exchange.open_newest_checkpoint()
-        found = ranks.agree(found)
-        if found is None:
-            return TrainerState()
-        folder, state = found
-        self.engine.load(folder)
-        log.info("resumed from the checkpoint of step %d", state["step"])
-        return TrainerState(**state)
+    def _update(self, batch: StepBatch) -> dict[str, float] | None:
+        """Train one step and return its metrics; None, with nothing changed, when its batch is poison.
 
+        That is a loss or gradient that is not finite, twice: once may be the machine's doing.
+        """
+        started, rate = time.monotonic(), learning_rate(self.learner, self.state.step)
+        reason = ""
+        for _ in range(2):
+            metrics = train_on(self.engine, self.spec, batch)
+            try:
+                metrics |= {"grad_norm": self.engine.step(rate), "learning_rate": rate}
+            except NotFinite as error:
+                reason = str(error)
+                log.warning("step %d: %s", batch.step, reason)
+                continue
+            self.state.step += 1
+            self.state.num_tokens += num_tokens(batch.rollouts)
+            return metrics | {"perf/train_s": time.monotonic() - started}
+        self.feed.set_aside(batch, reason)
+        return None
+
+    # ── beginning and end ────────────────────────────────────────────────────────────────────────────────────────────
     def _begin(self) -> None:
         if self.engine.rank == 0:
-            # What a learner that died published after this checkpoint belongs to a future that will not come.
-            versions = self.exchange.list_versions()
-            for version in versions:
-                if version.step > self.state.step:
-                    self.exchange.unpin(version)
-            self.exchange.retire_weights(v for v in versions if v.step <= self.state.step)
-            self.feed.retire(self._covered())
+            self.publisher.retire_lost_future(self.state.step)
+            self.feed.retire(self.checkpoints.covered)
         self.publisher.publish(self.state.step)
         self._heartbeat()
 
+    def _checkpoint(self) -> None:
+        self.checkpoints.save(self.state)
+        if self.engine.rank == 0:
+            self.feed.retire(self.checkpoints.covered)
+
     def _finish(self) -> bool:
         finished = self.state.step >= self.learner.steps
-        if ranks.agree(self.state.step not in self.exchange.list_checkpoints()):
+        if ranks.agree(self.checkpoints.newest != self.state.step):
             self._checkpoint()
         if finished:
-            write_model(self.exchange, self.engine, self.exchange.output_dir)
-        self.publisher.close()
+            write_output(self.exchange, self.engine)
+        self.publisher.wait()
         self._heartbeat(finished=finished)
         log.info("%s at step %d of %d", "finished" if finished else "stopped", self.state.step, self.learner.steps)
         return finished
 
-    # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────
-    def _checkpoint(self) -> None:
-        step = self.state.step
-        if self.engine.rank == 0:
-            self.exchange.stage_checkpoint(step)
-        ranks.barrier()
-        folder = self.exchange.staged_checkpoint(step)
-        self.engine.save(folder)
-        write_model(self.exchange, self.engine, folder / "model")
-        ranks.barrier()
-        if self.engine.rank == 0:
-            self.exchange.commit_checkpoint(step, asdict(self.state))
-            for old in self.exchange.list_checkpoints()[: -self.spec.learner.checkpoint.keep]:
-                self.exchange.remove_checkpoint(old)
-            self.feed.retire(self._covered())
-        ranks.barrier()
-
-    def _covered(self) -> int:
-        """Rollouts of steps before this one are in every checkpoint that is kept."""
-        return min(self.exchange.list_checkpoints(), default=0)
-
     # ── telling ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    def _record(self, batch: StepBatch, metrics: dict[str, float], trained_s: float, publish_s: float) -> None:
-        tokens = num_tokens(batch.rollouts)
-        self.state.num_tokens += tokens
+    def _record(self, batch: StepBatch, metrics: dict[str, float]) -> None:
         if self.engine.rank != 0:
             return
-        record = rollout_metrics(batch) | metrics
+        train_s, publish_s = metrics["perf/train_s"], metrics.get("perf/publish_s", 0.0)
+        record = rollout_metrics(self.spec, batch) | metrics
         record |= {
             "num_tokens": self.state.num_tokens,
-            "lag/dropped": self.feed.dropped,
-            "step_time": batch.wait_s + trained_s + publish_s,
-            "perf/train_s": trained_s,
+            "lag/dropped": self.feed.dropped - self.feed.mismatched,
+            "rollouts/mismatched": self.feed.mismatched,
+            "rollouts/poisoned": self.feed.poisoned,
+            "step_time": batch.wait_s + train_s + publish_s,
             "perf/publish_s": publish_s,
-            "perf/tokens_per_s": tokens / trained_s,
+            "perf/tokens_per_s": num_tokens(batch.rollouts) / train_s,
         }
         self.metrics.write(self.state.step, record)
         self.log_completions(batch)
@@ -182,7 +150,7 @@ class Trainer:
                     steps=self.learner.steps,
                     incarnation=self.incarnation,
                     version=self.publisher.version,
-                    checkpoint_step=max(self.exchange.list_checkpoints(), default=None),
+                    checkpoint_step=self.checkpoints.newest,
                     taken=dict(self.feed.taken),
                     dropped=self.feed.dropped,
                     finished=finished,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from heterorl.errors import UserError
-from heterorl.exchange.rollout import Rollout
+from heterorl.exchange.rollout import Rollout, SamplingDistribution
 from heterorl.spec.run import LearnerSpec, LossType, RunSpec
 from heterorl_learner import ranks
 from heterorl_learner.batching import MicroBatch, Sequence, plan
@@ -100,7 +100,7 @@ def sequences(spec: RunSpec, rollouts: list[Rollout]) -> list[Sequence]:
                         logps[i],
                         group,
                         advantage=float(advantages[group][i]),
-                        temperature=spec.generation.temperature,
+                        temperature=rollout.provenance.sampling.temperature,
                         log_expected_q=expected_q,
                     )
                 )
@@ -182,8 +182,9 @@ def beta_weights(means: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 # ── the schedule and what is told ────────────────────────────────────────────────────────────────────────────────────
-def rollout_metrics(batch: StepBatch) -> dict[str, Any]:
+def rollout_metrics(spec: RunSpec, batch: StepBatch) -> dict[str, Any]:
     """What the step's rollouts were like: rewards, lengths, and how old each pool of samplers' were (in steps)."""
+    sampling = SamplingDistribution.of(spec.generation)
     rewards = np.concatenate([r.rewards for r in batch.rollouts])
     lengths = np.concatenate([r.lengths for r in batch.rollouts])
     truncated = np.concatenate([r.truncated for r in batch.rollouts])
@@ -200,6 +201,7 @@ def rollout_metrics(batch: StepBatch) -> dict[str, Any]:
         "completions/clipped_ratio": truncated.mean(),
         "lag/mean": lags.mean(),
         "lag/max": lags.max(),
+        "rollouts/other_sampling": sum(r.provenance.sampling != sampling for r in batch.rollouts),
         "perf/rollout_wait_s": batch.wait_s,
     }
     for name in sorted({name for r in batch.rollouts for name in r.reward_terms}):  # rewards may change between runs

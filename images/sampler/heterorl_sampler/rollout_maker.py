@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from heterorl.exchange.rollout import Rollout
+from heterorl.exchange.rollout import Provenance, Rollout, SamplingDistribution
 from heterorl.exchange.slots import Lease
 from heterorl.names import RolloutName, Version
 from heterorl.seeds import derive_seed
@@ -44,13 +44,15 @@ class RolloutMaker:
     def __init__(
         self,
         spec: RunSpec,
+        provenance: Provenance,
         lease: Lease,
         engine: InferenceEngine,
         tokenizer: PreTrainedTokenizerBase,
         rewards: Rewards,
         rows: list[Row],
     ) -> None:
-        self._lease, self._engine, self._tokenizer, self._rewards = lease, engine, tokenizer, rewards
+        self._provenance, self._lease, self._engine = provenance, lease, engine
+        self._tokenizer, self._rewards = tokenizer, rewards
         self._order = PromptOrder(
             rows,
             seed=spec.seed + spec.data.shuffle_seed,
@@ -86,14 +88,14 @@ class RolloutMaker:
         for seq, row, group in finished:
             progress(f"scoring row {row['id']}")
             try:
-                rollouts[RolloutName(version, self._lease.slot, seq)] = self._rollout(version, row, group)
+                rollouts[RolloutName(version, self._lease.slot, seq)] = self._rollout(spec, version, row, group)
             except RewardFailed as error:
                 log.error("%s; this group is left out", error)
                 failure = error
         next_seq = max((seq + 1 for seq, _, _ in finished), default=numbers.start)
         return Batch(rollouts, next_seq, failure, generated - started, time.monotonic() - generated)
 
-    def _rollout(self, version: Version, row: Row, group: list[Completion]) -> Rollout:
+    def _rollout(self, spec: RunSpec, version: Version, row: Row, group: list[Completion]) -> Rollout:
         texts = self._tokenizer.batch_decode([c.token_ids for c in group], skip_special_tokens=True)
         lengths = np.array([len(c.token_ids) for c in group], np.int32)
         truncated = np.array([c.truncated for c in group], np.bool_)
@@ -107,6 +109,7 @@ class RolloutMaker:
             versions=np.full(tokens, version.step, np.int32),
             rewards=rewards,
             truncated=truncated,
+            provenance=self._provenance.model_copy(update={"sampling": SamplingDistribution.of(spec.generation)}),
             reward_terms=terms,
             meta={"row_id": row["id"], "lease_epoch": self._lease.epoch},
         )

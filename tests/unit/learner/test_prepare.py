@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import shutil
 
@@ -11,7 +12,6 @@ from builders import exchange_at, run_of
 from heterorl.entry import Stop, perform
 from heterorl.errors import DataError, ModelError
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.records import DataCount
 from heterorl.exchange.storage import Files
 from heterorl.spec.run import TinyModelSpec
 from heterorl_learner.__main__ import PROGRAMS
@@ -60,7 +60,11 @@ def test_tiny_run_gets_a_model_that_loads_tokenised_rows_and_a_marker_that_count
     evals = [{"label": "sums", "source": "arithmetic", "arithmetic": {"digits": 2, "rows": 7}}]
     exchange = exchange_with(tmp_path, data={"evals": evals})
     info = prepare(exchange)
-    assert info.data == {"train": DataCount(rows=50, skipped=0), "eval-sums": DataCount(rows=7, skipped=0)}
+    assert {name: (data.rows, data.skipped) for name, data in info.data.items()} == {
+        "train": (50, 0),
+        "eval-sums": (7, 0),
+    }
+    assert info.data["train"].digest == hashlib.sha256(exchange.data_file("train").read_bytes()).hexdigest()
     assert exchange.prepared == info
     tokenizer = AutoTokenizer.from_pretrained(exchange.model_dir)
     for row in rows_of(exchange, "train") + rows_of(exchange, "eval-sums"):
@@ -170,7 +174,8 @@ def test_too_long_prompts_are_counted_and_skipped(tmp_path):
     )
     train = {"source": "file", "path": str(tmp_path / "rows.jsonl")}
     exchange = exchange_with(tmp_path / "run", train=train, generation={"maxPromptTokens": 6})
-    assert prepare(exchange).data["train"] == DataCount(rows=1, skipped=1)
+    data = prepare(exchange).data["train"]
+    assert (data.rows, data.skipped) == (1, 1)
     assert [row["id"] for row in rows_of(exchange, "train")] == [0]
 
 

@@ -44,7 +44,7 @@ def test_totals_count_every_sequence_and_only_the_tokens_that_are_not_masked() -
 def test_metrics_of_a_step_are_those_of_its_rollouts() -> None:
     first = rollout([1.0, 0.0], [False, True], {"accuracy": [1.0, 0.0]})
     second = rollout([1.0, 1.0], [False, False], {"accuracy": [1.0, 1.0], "boxed": [0.0, 1.0]})
-    metrics = rollout_metrics(batch(first, second))
+    metrics = rollout_metrics(spec(), batch(first, second))
     assert metrics["reward"] == 0.75
     assert metrics["reward_std"] == 0.25  # of the groups' 1/2 and 0
     assert metrics["frac_reward_zero_std"] == 0.5

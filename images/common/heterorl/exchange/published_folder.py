@@ -2,7 +2,8 @@
 
     .tmp-NAME/  files ─▶ on the disk ─▶ manifest.json ─▶ on the disk ─▶ NAME/
 
-A weights version and a checkpoint are such folders.
+A weights version and a checkpoint are such folders. The starting model and the output have no manifest, and a new one
+may take the place of an old one (`replaced`).
 """
 
 from __future__ import annotations
@@ -33,17 +34,46 @@ def staged_path(parent: Path, name: str) -> Path:
     return parent / f"{STAGING}{name}"
 
 
+@contextmanager
+def replaced(files: Files, target: Path) -> Iterator[Path]:
+    """A hidden folder that takes the place of `target` when the block ends well, and is removed when it does not.
+
+    What had the name before is removed once the new folder has it. A crash in between leaves both, complete.
+    """
+    staged, old = stage(files, target.parent, target.name), staged_path(target.parent, f"{target.name}-before")
+    try:
+        yield staged
+        _sync(files, staged)
+        files.sync_dir(staged)
+        files.remove(old)
+        if files.exists(target):
+            files.move(target, old)
+        files.rename(staged, target)
+    except BaseException:
+        if files.exists(old) and not files.exists(target):
+            files.move(old, target)
+        files.remove(staged)
+        raise
+    files.remove(old)
+
+
 def describe(files: Files, staged: Path) -> dict[str, FileEntry]:
     """Wait until the disk has every file of a staged folder; its manifest's listing."""
+    paths = _sync(files, staged)
+    return {
+        path.relative_to(staged).as_posix(): FileEntry(bytes=files.size(path), sha256=files.digest(path))
+        for path in paths
+    }
+
+
+def _sync(files: Files, staged: Path) -> list[Path]:
+    """Wait until the disk has every file below a folder; the files."""
     paths = sorted(path for path in staged.rglob("*") if path.is_file())
     for path in paths:
         files.sync_file(path)
     for folder in {path.parent for path in paths} - {staged}:
         files.sync_dir(folder)
-    return {
-        path.relative_to(staged).as_posix(): FileEntry(bytes=files.size(path), sha256=files.digest(path))
-        for path in paths
-    }
+    return paths
 
 
 def publish(files: Files, staged: Path, target: Path, manifest: Manifest, may_publish: Callable[[], None]) -> None:

@@ -107,10 +107,14 @@ class JournalEntry(Record):
 
     step: NonNegativeInt
     incarnation: PositiveInt
-    names: Annotated[list[_RolloutName], Field(min_length=1)]
-    """Rollouts trained in this step."""
+    names: list[_RolloutName]
+    """Rollouts trained in this step; none yet in the line that says that its first ones were poison."""
     dropped: list[_RolloutName] = []
-    """Rollouts found too old when this step was selected."""
+    """Rollouts left out when this step was selected: too old, or made with other rewards or prompts."""
+    mismatched: NonNegativeInt = 0
+    """How many of the dropped ones were made with other rewards or prompts than the run had by then."""
+    poisoned: list[_RolloutName] = []
+    """Rollouts that were selected for this step first, and whose loss or gradient was not finite; in quarantine."""
 
 
 class LearnerHeartbeat(Record):
@@ -242,6 +246,8 @@ class DataCount(Record):
 
     rows: NonNegativeInt
     skipped: NonNegativeInt
+    digest: str = ""
+    """SHA-256 of its file."""
 
 
 class Prepared(Record):

@@ -2,6 +2,9 @@
 
 The file is safetensors with a JSON header; no pickle, no padding. A digest over names, types, shapes and bytes of all
 arrays and over the header is part of the header, because a file on a far volume may be cut or changed.
+
+The header also says how the rollout was made (`Provenance`), so that a run whose rewards, prompts or sampling were
+edited meanwhile never mixes it in unnoticed.
 """
 
 from __future__ import annotations
@@ -9,10 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
 from pydantic_core import from_json
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
@@ -20,6 +24,7 @@ from safetensors.numpy import save as save_safetensors
 
 from heterorl.errors import CorruptFile
 from heterorl.exchange.records import PROTOCOL, unknown_protocol
+from heterorl.spec.run import GenerationSpec, RunSpec
 
 _TERM = "reward/"
 _DTYPES = {
@@ -33,6 +38,53 @@ _DTYPES = {
 }
 
 
+class SamplingDistribution(BaseModel):
+    """The distribution that completions were sampled from; fields as in `spec.generation`."""
+
+    model_config = ConfigDict(frozen=True, from_attributes=True)
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+
+    @classmethod
+    def of(cls, generation: GenerationSpec) -> Self:
+        """That of a spec."""
+        return cls.model_validate(generation)
+
+
+class Provenance(BaseModel):
+    """How a rollout was made. Samplers write that of the run as it is for them, the learner compares its own."""
+
+    model_config = ConfigDict(frozen=True)
+
+    sampling: SamplingDistribution
+    rewards: str
+    """Fingerprint of `spec.rewards`."""
+    prompts: str
+    """Fingerprint of the prompt template and of the tokenised training data."""
+
+    @classmethod
+    def of(cls, spec: RunSpec, data_digest: str) -> Self:
+        """That of a run; `data_digest`: of its training data, as the preparation found it."""
+        return cls(
+            sampling=SamplingDistribution.of(spec.generation),
+            rewards=_fingerprint([reward.model_dump(mode="json") for reward in spec.rewards]),
+            prompts=_fingerprint([spec.data.prompt_template, data_digest]),
+        )
+
+    def mismatch(self, run: Provenance) -> str | None:
+        """Why the run cannot train on it, in words; None where it can.
+
+        Another sampling distribution is no reason: the log-probabilities are those of the distribution that was sampled
+        from, and the learner takes its own at the same temperature.
+        """
+        found = [name for name in ("rewards", "prompts") if getattr(self, name) != getattr(run, name)]
+        return f"made with other {' and '.join(found)} than the run has now" if found else None
+
+
 @dataclass(frozen=True, eq=False)
 class Rollout:
     """One prompt's group: G completions with T tokens in all, P prompt tokens."""
@@ -44,13 +96,14 @@ class Rollout:
     lengths: NDArray[np.int32]
     """[G] tokens of each completion; they sum to T."""
     logp: NDArray[np.float32]
-    """[T] behaviour log-probabilities from the engine, of the law that was sampled from."""
+    """[T] behaviour log-probabilities from the engine, of the distribution that was sampled from."""
     versions: NDArray[np.int32]
     """[T] step of the weights that made each token."""
     rewards: NDArray[np.float32]
     """[G] weighted sum of the reward terms."""
     truncated: NDArray[np.bool_]
     """[G] whether the completion hit the length limit."""
+    provenance: Provenance
     reward_terms: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     """[G] each, by the reward's name, before weighting."""
     meta: dict[str, Any] = field(default_factory=dict)
@@ -62,7 +115,11 @@ class Rollout:
             name: np.ascontiguousarray(getattr(self, name), dtype) for name, dtype in _DTYPES.items()
         }
         arrays |= {_TERM + name: np.ascontiguousarray(term, np.float32) for name, term in self.reward_terms.items()}
-        header = {"protocol": str(PROTOCOL), "meta": json.dumps(self.meta, sort_keys=True)}
+        header = {
+            "protocol": str(PROTOCOL),
+            "provenance": self.provenance.model_dump_json(),
+            "meta": json.dumps(self.meta, sort_keys=True),
+        }
         return save_safetensors(arrays, {**header, "sha256": _digest(arrays, header)})
 
     @classmethod
@@ -85,10 +142,13 @@ class Rollout:
         terms = {name.removeprefix(_TERM): array for name, array in arrays.items() if name.startswith(_TERM)}
         try:
             rollout = cls(
-                **{name: arrays[name] for name in _DTYPES}, reward_terms=terms, meta=json.loads(header["meta"])
+                **{name: arrays[name] for name in _DTYPES},
+                provenance=Provenance.model_validate_json(header["provenance"]),
+                reward_terms=terms,
+                meta=json.loads(header["meta"]),
             )
         except (KeyError, ValueError) as error:
-            raise CorruptFile(f"an array is missing: {error}") from error
+            raise CorruptFile(f"an array or a part of the header is missing: {error}") from error
         rollout.check()
         return rollout
 
@@ -110,6 +170,10 @@ class Rollout:
         for name in ("logp", "rewards"):
             if not np.isfinite(getattr(self, name)).all():
                 raise CorruptFile(f"{name} holds values that are not finite")
+
+
+def _fingerprint(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(arrays: dict[str, NDArray[Any]], header: dict[str, str]) -> str:

@@ -14,6 +14,7 @@ from heterorl.exchange.live_spec import LiveSpec
 from heterorl.exchange.mount import check_mount
 from heterorl.exchange.record_store import RecordStore
 from heterorl.exchange.records import DataCount, ModelOrigin, Prepared
+from heterorl.exchange.rollout import Provenance
 from heterorl.exchange.storage import Files
 from heterorl.spec.mutability import IMMUTABLE, changes, within
 from heterorl.spec.run import HeteroRLRun, RunSpec
@@ -169,6 +170,12 @@ class RunFolder:
         marker = self._records.read(self._marker, Prepared)
         ours = marker is not None and (not self._reads_elsewhere or marker.run == self.run_id)
         return marker if ours else None
+
+    @property
+    def provenance(self) -> Provenance:
+        """How rollouts are made as the run is now."""
+        data = self.prepared.data.get("train") if self.prepared else None
+        return Provenance.of(self.spec, data.digest if data else "")
 
     @property
     def successor(self) -> str | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from heterorl.errors import TrainingError
+from heterorl.errors import NotFinite
 from heterorl.spec.run import LearnerSpec, RunSpec
 from heterorl_learner import ranks
 from heterorl_learner.batching import MicroBatch
@@ -84,7 +84,8 @@ class TrainingEngine(ABC):
             with self._accumulating(is_last):
                 logp = self._logps(batch)
                 loss = loss_function(batch, logp) if len(logp) else logp.sum()
-                self._backward(loss)
+                # Times 1, or NaN where the loss is not finite: then no gradient is, on any rank, and `step` refuses it.
+                self._backward(loss * (loss.detach() * 0 + 1))
             total += loss.detach()
         self._loss = total.item()  # once: each look at a number waits for the device
         return self._loss
@@ -94,12 +95,19 @@ class TrainingEngine(ABC):
         with torch.no_grad():
             return self._logps(batch.to(self.device))
 
-    @abstractmethod
     def step(self, learning_rate: float) -> float:
         """Clips, updates, clears the gradient; returns its norm over all parameters and ranks, before clipping.
 
-        Raises TrainingError on every rank, weights unchanged, when a rank's loss or the gradient is not finite.
+        Raises NotFinite on every rank when a rank's loss or the gradient is not finite; then the gradient is cleared
+        and nothing else has changed.
         """
+        norm = self._step(learning_rate)
+        if not math.isfinite(norm):
+            losses = ", ".join(f"{loss:g} on rank {rank}" for rank, loss in enumerate(ranks.gather(self._loss)))
+            raise NotFinite(
+                f"loss and gradient must be finite; found a gradient norm of {norm:g} and a loss of {losses}"
+            )
+        return norm
 
     # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
     @abstractmethod
@@ -127,15 +135,9 @@ class TrainingEngine(ABC):
     @abstractmethod
     def _backward(self, loss: Tensor) -> None: ...
 
-    def _refuse_non_finite(self, name: str, value: float) -> None:
-        """Every rank learns of every rank's value, so that all stop or none."""
-        everyone = enumerate(ranks.gather(value))
-        bad = [f"rank {rank}: {name} {found:g}" for rank, found in everyone if not math.isfinite(found)]
-        if bad:
-            raise TrainingError(
-                f"loss and gradient must be finite, found {', '.join(bad)}. The weights were not changed: resume from"
-                " the last checkpoint with a lower learner.optimizer.learningRate or a smaller maxGradNorm"
-            )
+    @abstractmethod
+    def _step(self, learning_rate: float) -> float:
+        """As `step`; where the norm, the same on every rank, is not finite it only clears the gradient."""
 
 
 def build_optimizer(policy: nn.Module, learner: LearnerSpec) -> torch.optim.AdamW:

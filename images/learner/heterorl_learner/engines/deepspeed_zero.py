@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,11 @@ class DeepSpeedEngine(TrainingEngine):
         self.policy, self._zero = engine, engine
         self._partitioned = spec.learner.strategy == "zero3"
 
-    def step(self, learning_rate: float) -> float:
-        self._refuse_non_finite("loss", self._loss)
+    def _step(self, learning_rate: float) -> float:
         for group in self._zero.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._zero.step()
-        norm = float(self._zero.get_global_grad_norm())
-        if not self._zero.was_step_applied():  # DeepSpeed leaves the step out where the norm is not finite
-            self._refuse_non_finite("gradient norm", float("nan"))
-        return norm
+        self._zero.step()  # where the norm is not finite it leaves the update out and clears the gradient
+        return float(self._zero.get_global_grad_norm()) if self._zero.was_step_applied() else math.nan
 
     def full_state_dict(self) -> dict[str, Tensor]:
         tensors = {}

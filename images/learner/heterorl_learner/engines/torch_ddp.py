@@ -33,15 +33,14 @@ class TorchEngine(TrainingEngine):
         if self.world_size > 1:
             self.policy = DistributedDataParallel(self._bare, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
-    def step(self, learning_rate: float) -> float:
-        self._refuse_non_finite("loss", self._loss)
+    def _step(self, learning_rate: float) -> float:
         gradients = [p.grad for p in self._bare.parameters() if p.grad is not None]
         norm = get_total_norm(gradients)
-        self._refuse_non_finite("gradient norm", norm.item())
-        clip_grads_with_norm_(self._bare.parameters(), self._max_grad_norm, norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
+        if norm.isfinite():
+            clip_grads_with_norm_(self._bare.parameters(), self._max_grad_norm, norm)
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._optimizer.step()
         self._optimizer.zero_grad()
         return norm.item()
 
