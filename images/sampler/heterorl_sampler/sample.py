@@ -126,7 +126,7 @@ class Sampler:
         """A reward that fails on a row costs that group; one that fails on all ends this process, or the run.
 
         Where rollouts were made before, by this sampler or another one, the reward works and this node is to blame (it
-        may not reach a judge, for one); otherwise it is the user's to mend.
+        may not reach a judge, for one); otherwise it is a user error.
         """
         self._status.unrewarded += batch.next_seq - numbers.start - len(batch.rollouts)
         if batch.failure is None or batch.rollouts:
