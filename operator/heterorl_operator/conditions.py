@@ -83,7 +83,7 @@ def _ended(decision: Decision) -> dict[str, ConditionState]:
 
 def _suspended(context: RunContext) -> ConditionState:
     if context.run.spec.suspend:
-        message = "spec.suspend is true: no pods, the volume is kept; set it to false to go on"
+        message = "spec.suspend is true: no pods run, the volume is kept; set it to false to resume"
         return ConditionState("True", "Suspended", message)
     return ConditionState("False", "NotSuspended", "the run is not suspended")
 

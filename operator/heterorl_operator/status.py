@@ -139,7 +139,7 @@ def _evaluation(context: RunContext, decision: Decision) -> EvaluationStatus | N
 
 
 def _resumes(context: RunContext) -> int | None:
-    """What a failed run has to exceed to go on: as it was when it ended."""
+    """What `failurePolicy.resumes` of a failed run has to exceed to resume it: its value when the run ended."""
     if context.has_ended and not context.is_resumed:
         return context.before.resumes
     return context.run.spec.failure_policy.resumes or None

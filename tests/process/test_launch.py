@@ -204,7 +204,7 @@ def test_an_error_for_the_user_leaves_the_pod_idle_and_tells_why(exchange):
     progress = parse_progress(pod.metrics().decode())
     assert progress.gave_up == (
         "UserError",
-        "the learner ended with what its user has to put right: exit code 2: error: no such optimizer",
+        "the learner exited with a user error: exit code 2: error: no such optimizer",
     )
     stop.set()
     thread.join()

@@ -29,7 +29,7 @@ _DEVICE = re.compile(r"\bCUDA|\bNVML|\bcuDNN|\bcuBLAS|NVIDIA driver|Free memory 
 def explain(error: BaseException, root: Path) -> HeteroRLError | None:
     """The error of ours that says whose failure this is, of a process that works on the run folder `root`.
 
-    None for a crash: an exception that nobody expects.
+    None for a crash: an unexpected exception.
     """
     for each in _chain(error):
         if isinstance(each, HeteroRLError):

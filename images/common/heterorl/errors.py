@@ -1,7 +1,7 @@
 """The exceptions of HeteroRL. The command line prints the message, one line a problem, and exits with the class's code.
 
 HeteroRLError
-├── UserError            something to be put right by the user: exit code 2
+├── UserError            something that the user has to correct: exit code 2
 │   ├── SpecError        the manifest; `problems` holds every one of them
 │   ├── DataError        a data file or row
 │   ├── ModelError       a model folder or name

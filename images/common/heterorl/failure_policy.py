@@ -63,7 +63,7 @@ class RunFailure:
 def given_up(role: Role, failures: Sequence[Failure], policy: FailurePolicySpec) -> GivenUp | None:
     """Why a process of that role with these failures, oldest first, is started no more; None while it is."""
     if failures and failures[-1].kind == "user":
-        return GivenUp("user", f"ended with what its user has to put right: {failures[-1].message}")
+        return GivenUp("user", f"exited with a user error: {failures[-1].message}")
     for kind in ("crash", "site"):
         ours = [failure for failure in failures if failure.kind == kind]
         budget, where = budget_of(role, kind, policy)
@@ -115,7 +115,7 @@ def run_failure(
     if not lost or len(lost) < len(samplers) or more_to_come:
         return None
     kinds = {why.kind for why in lost.values()}
-    # What its user has to put right comes first: nothing else helps as long as that is there.
+    # A user error comes first: nothing else helps until it is corrected.
     kind: FailureKind = "user" if "user" in kinds else "site" if kinds == {"site"} else "crash"
     name, first = next((name, why) for name, why in lost.items() if why.kind == kind)
     reason = "SamplersCrashed" if kind == "crash" else _REASONS[kind]

@@ -66,7 +66,7 @@ class LearnerPod:
         self._observer = RunObserver(exchange)
         self._ranks: ManagedProcess | None = None
         self._started: float | None = None
-        # Only the operator evaluates, and it gives the run its uid: without it versions would be kept for nobody.
+        # Only the operator evaluates, and it gives the run its uid: without it no pins are needed.
         self._pins = Pins(exchange) if self._node == 0 and exchange.run.metadata.uid else None
 
     def serve(self) -> int:

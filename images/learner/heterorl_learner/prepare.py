@@ -1,4 +1,4 @@
-"""Puts the starting model and the tokenised data onto the volume, once, before anybody else starts.
+"""Puts the starting model and the tokenised data onto the volume, once, before all other processes start.
 
 Order: tokenizer, data, model, marker. What a user may have got wrong is found before the costly part, and nothing is
 seen half-written: files and the model folder appear by rename, the marker comes last. A second call does nothing; one
@@ -46,7 +46,7 @@ MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors")
 def prepare(exchange: Exchange) -> Prepared:
     """Prepare the run unless it is prepared; returns what the marker says.
 
-    Raises ModelError and DataError for what the user has to put right.
+    Raises ModelError and DataError for what the user has to correct.
     """
     if (done := exchange.prepared) is not None:
         return done
@@ -115,7 +115,7 @@ def find_model(model: ModelSpec) -> Path | None:
 def _inner_model(folder: Path) -> Path:
     """The model inside an output folder, a checkpoint or a whole run's folder (there its output)."""
     if not folder.is_dir():
-        raise ModelError(f"model.path {folder} is no folder; write the folder of a Hugging Face model")
+        raise ModelError(f"model.path {folder} is not a folder; set it to the folder of a Hugging Face model")
     inner = ("output",) if (folder / "run.json").is_file() else ("", "model")
     for candidate in (folder / name for name in inner):
         if (candidate / "config.json").is_file():
@@ -132,17 +132,17 @@ def _download(model: ModelSpec) -> Path:
     try:
         return Path(snapshot_download(str(model.name), revision=model.revision, allow_patterns=list(MODEL_FILES)))
     except HFValidationError as error:
-        raise ModelError(f"{where}: {_first_line(error)}; write a name as Qwen/Qwen3-1.7B") from error
+        raise ModelError(f"{where}: {_first_line(error)}; set a name such as Qwen/Qwen3-1.7B") from error
     except RevisionNotFoundError as error:
-        raise ModelError(f"{where}: the Hub has no such revision; write a branch, tag or commit of it") from error
+        raise ModelError(f"{where}: the Hub has no such revision; set a branch, tag or commit of it") from error
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"{where}: not on the Hub, or not open to you; check the name, and set HF_TOKEN if it is private or gated"
+            f"{where}: not found on the Hub, or no access; check the name, and set HF_TOKEN if it is private or gated"
         ) from error
     except (LocalEntryNotFoundError, HTTPError) as error:
         raise ModelError(
             f"{where}: the Hugging Face Hub cannot be reached and the local cache does not hold it; fill the cache"
-            f" where there is a network (`hf download {model.name}`), or write source: path and the folder of a copy"
+            f" where there is a network (`hf download {model.name}`), or set source: path and the folder of a copy"
         ) from error
 
 
@@ -188,7 +188,7 @@ def _make_tiny(
     tiny = spec.model.tiny.model_copy(update={"seed": spec.model.tiny.seed + spec.seed})
     model = build_model(tiny, tokenizer)
     outcome = supervise(model, examples_from(rows, tokenizer, boxed=spec.data.prompt_template != "raw"), tiny)
-    # Not by model.save_pretrained, which imports DeepSpeed where it is installed: seconds, and a message for nobody.
+    # Not by model.save_pretrained, which imports DeepSpeed where it is installed: seconds, and an irrelevant message.
     tensors = {name: t for name, t in model.state_dict().items() if name not in model.all_tied_weights_keys}
     save_file(tensors, staged / "model.safetensors", metadata={"format": "pt"})
     model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype

@@ -300,8 +300,8 @@ def select_rollouts(
 ) -> Selection | None:
     """Take `groups` of the waiting rollouts for the step that follows `step` updates; None while there are too few.
 
-    Admissible is a lag of at most `max_steps`. The oldest version goes first; within a version everybody's first
-    rollout precedes anybody's second, and the slot after `last` (who came last in the step before) begins.
+    Admissible is a lag of at most `max_steps`. The oldest version goes first; within a version the first rollout of
+    every slot precedes the second of any, starting with the slot after `last` (the last one of the step before).
     """
     waiting = sorted(waiting, key=lambda name: (name.version.step, name.seq, name.slot))
     admissible = [name for name in waiting if lag(name, step) <= max_steps]

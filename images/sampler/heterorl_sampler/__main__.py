@@ -49,7 +49,7 @@ def serve(exchange: Exchange, pool_name: str, index: int | None, stop: Stop) -> 
         found = [slot for slot in exchange.spec.slots if slot.pool == pool_name]
         return found if index is None else [Slot(pool_name, index)]
 
-    while exchange.prepared is None or not slots():  # with `heterorl render` nobody orders the pods
+    while exchange.prepared is None or not slots():  # with `heterorl render` pods start in any order
         if stop.wait(exchange.spec.exchange.poll_seconds):
             return
     lease = exchange.acquire_slot(slots, stop.is_set)

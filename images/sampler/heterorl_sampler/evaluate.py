@@ -52,7 +52,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class Measure:
-    """How to evaluate: the law, how many samples, which k, and how many prompts at a time."""
+    """How to evaluate: sampling parameters, number of samples, the k of pass@k, and prompts at a time."""
 
     sampling: Sampling
     samples: int = 1
@@ -264,7 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling [0.95]")
     parser.add_argument("--top-k", type=int, default=0, help="0 is off [0]")
     parser.add_argument("--max-tokens", type=_positive, default=1024, help="limit of a completion [1024]")
-    parser.add_argument("--limit", type=_positive, help="only the first so many problems of each file")
+    parser.add_argument("--limit", type=_positive, help="use only the first N problems of each file")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling [0]")
     parser.add_argument("--engine", choices=["vllm", "transformers"], default="vllm", help="[vllm]")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs that hold the model together [0]")

@@ -70,7 +70,7 @@ class WeightSync:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the slot's next holder must know to go on with its delays."""
+        """What the slot's next holder must know to continue its delays."""
         return self._adoption.state
 
     @property

@@ -142,9 +142,7 @@ def test_an_error_for_the_user_is_given_up_at_once_by_whichever_pod_met_it(excha
         pod.end(outcome_of(code), code, "error: learner.gpus is 2")
     reason, message = gave_up(attempts_of(exchange), FailurePolicySpec(learner_restarts=9))
     assert reason == "UserError"
-    assert message == (
-        "the learner ended with what its user has to put right: exit code 2 of pod 1: error: learner.gpus is 2"
-    )
+    assert message == ("the learner exited with a user error: exit code 2 of pod 1: error: learner.gpus is 2")
     assert not Attempts(exchange, 0, "pod-0").asked_for_its_user()
     assert Attempts(exchange, 1, "pod-1").asked_for_its_user()
     assert not Attempts(exchange, 1, "a new pod").asked_for_its_user()

@@ -219,7 +219,7 @@ def test_a_journal_of_a_later_version_is_refused_and_stays(exchange: Exchange) -
     journal(exchange, LATER)
     whole = (exchange.root / "journal.jsonl").read_bytes()
     for refused in (exchange.read_journal, lambda: exchange.rewrite_journal([]), exchange.begin_incarnation):
-        with pytest.raises(UnknownProtocol, match=r"line 2 has protocol 2; .* go on with the version that wrote it"):
+        with pytest.raises(UnknownProtocol, match=r"line 2 has protocol 2; .* continue with the version that wrote it"):
             refused()
     assert (exchange.root / "journal.jsonl").read_bytes() == whole
 
@@ -285,7 +285,7 @@ def test_what_a_later_version_published_is_refused_by_name_and_outlives_every_re
         lambda: exchange.published_at(version),
         lambda: exchange.open_checkpoint(5),
     ):
-        with pytest.raises(UnknownProtocol, match="Nothing was changed: go on with the version that wrote it"):
+        with pytest.raises(UnknownProtocol, match="Nothing was changed: continue with the version that wrote it"):
             read()
     assert exchange.retire_weights([]) == []
     exchange.remove_checkpoint(5)

@@ -241,7 +241,7 @@ def test_command_ends_with_code_2_and_one_line(tmp_path, capsys):
     assert command("--root", str(exchange.root)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert "is no folder; write the folder of a Hugging Face model" in lines[0]
+    assert "is not a folder; set it to the folder of a Hugging Face model" in lines[0]
 
 
 @pytest.mark.usefixtures("own_logging")

@@ -293,7 +293,7 @@ def test_samplers_end_the_run_once_all_of_them_are_given_up(pods, reason):
     assert (end and end.reason) == reason
     if reason == "UserError":
         assert end is not None
-        assert "pod b ended with what its user has to put right: exit code 2: what it said" in end.message
+        assert "pod b exited with a user error: exit code 2: what it said" in end.message
 
 
 def test_a_run_is_not_lost_while_a_pool_may_still_come():

@@ -57,7 +57,7 @@ class Attempts:
             self._end(last, outcome, code, message)
 
     def asked_for_its_user(self) -> bool:
-        """Whether this very pod ended with an error that a restart does not mend; a new pod tries again."""
+        """Whether this very pod ended with an error that a restart cannot fix; a new pod tries again."""
         last = self._last()
         return last is not None and last.pod == self._pod and last.code == USER_ERROR
 

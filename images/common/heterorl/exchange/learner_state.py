@@ -225,7 +225,7 @@ class LearnerState(RunFolder):
         """The newest checkpoint that passes its checks, as `open_checkpoint`; None when there are none at all.
 
         Newer ones that fail go to quarantine. When all fail, nothing is moved and RunFolderError is raised: a run does
-        not start again at step 0 because a disk was bad, unless somebody clears the folder. UnknownProtocol, when a
+        not start again at step 0 because a disk was bad, unless the folder is emptied. UnknownProtocol, when a
         later version of HeteroRL saved a newer one than the newest that is whole.
         """
         damaged: dict[int, str] = {}

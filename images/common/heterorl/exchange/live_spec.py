@@ -55,7 +55,7 @@ class LiveSpec:
             first = error.errors()[0]
             raise RunFolderError(
                 f"{self._file} is not a manifest that this version of HeteroRL can read"
-                f" ({'.'.join(map(str, first['loc']))}: {first['msg']}); put it right, or go on with the version that"
+                f" ({'.'.join(map(str, first['loc']))}: {first['msg']}); correct it, or continue with the version that"
                 " wrote it"
             ) from error
         return inline_traces(run, self._root)

@@ -153,7 +153,7 @@ class Attempt(Record):
     ended: float | None = None
     outcome: AttemptOutcome | None = None
     code: int | None = None
-    """Exit code of the ranks; None if nobody saw it."""
+    """Exit code of the ranks; None if it is unknown."""
     message: str = ""
     """The last line of the ranks' log."""
     step: int = 0
@@ -161,7 +161,7 @@ class Attempt(Record):
     resumes: int = 0
     """`failurePolicy.resumes` when it started."""
     found_later: bool = False
-    """Nobody wrote the end when it came: it lies somewhere between `started` and `ended`."""
+    """The end was not recorded when it came: it lies somewhere between `started` and `ended`."""
 
 
 class AttemptsFile(Record):
@@ -312,8 +312,8 @@ def parse_canary(data: bytes, what: str) -> Canary:
 def unknown_protocol(what: str, found: str, known: str) -> UnknownProtocol:
     """The error for a file that another version of HeteroRL may have written, with the way out."""
     return UnknownProtocol(
-        f"{what} has {found}; this version of HeteroRL knows {known}. Nothing was changed: go on with the version that"
-        " wrote it, or move it out of the run's folder to go on without it"
+        f"{what} has {found}; this version of HeteroRL knows {known}. Nothing was changed: continue with the version"
+        " that wrote it, or move it out of the run's folder to continue without it"
     )
 
 

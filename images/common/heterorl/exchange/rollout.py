@@ -78,8 +78,8 @@ class Provenance(BaseModel):
     def mismatch(self, run: Provenance) -> str | None:
         """Why the run cannot train on it, in words; None where it can.
 
-        Another sampling distribution is no reason: the log-probabilities are those of the distribution that was sampled
-        from, and the learner takes its own at the same temperature.
+        Another sampling distribution is not a reason: the log-probabilities are those of the distribution that was
+        sampled from, and the learner takes its own at the same temperature.
         """
         found = [name for name in ("rewards", "prompts") if getattr(self, name) != getattr(run, name)]
         return f"made with other {' and '.join(found)} than the run has now" if found else None

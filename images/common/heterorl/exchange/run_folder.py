@@ -112,7 +112,7 @@ class RunFolder:
         if held is not None and _id_of(held) != self.run_id and not gone:
             if not self.spec.resume:
                 raise RunFolderError(
-                    f"{VOLUME_IN_USE}: {self.root} holds run {name}; set spec.resume: true to go on from it, or use"
+                    f"{VOLUME_IN_USE}: {self.root} holds run {name}; set spec.resume: true to continue from it, or use"
                     " another claim"
                 )
             fixed = [entry for entry in IMMUTABLE if not entry.startswith("exchange.")]
@@ -179,7 +179,7 @@ class RunFolder:
 
     @property
     def successor(self) -> str | None:
-        """Name of another run whose volume this is by now; None while it is ours, or nobody's."""
+        """Name of another run whose volume this is by now; None while it is ours or has no run."""
         marker = self._records.read(self._marker, Prepared)
         if marker is None or not self._reads_elsewhere or marker.run == self.run_id:
             return None

@@ -36,7 +36,7 @@ class Lease:
     slot: Slot
     epoch: int
     first_seq: int = 0
-    """The sequence number to go on with."""
+    """The next sequence number."""
     beats: int = 0
 
 

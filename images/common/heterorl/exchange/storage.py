@@ -84,7 +84,7 @@ class Files:
 
     @_persistent
     def leftovers(self, path: Path) -> Sequence[Path]:
-        """Staged entries of a folder, whoever made them."""
+        """Staged entries of a folder, from all processes."""
         try:
             return sorted(path / name for name in os.listdir(path) if name.startswith(STAGING))
         except FileNotFoundError:
@@ -184,7 +184,7 @@ class Files:
         self.settle(path.parent)
 
     def create(self, path: Path, data: bytes) -> bool:
-        """Create a file that must not exist, with its contents; False if somebody else was first."""
+        """Create a file that must not exist, with its contents; False if another process was first."""
         return not self.create_all({path: data})
 
     def create_all(self, contents: Mapping[Path, bytes]) -> Sequence[Path]:

@@ -8,7 +8,7 @@
     Deployment   RUN-sampler-POOL     one a pool; a pod takes whichever of the pool's slots is free
     Job          RUN-eval-STEP         one evaluation of a published version; only the operator makes these
 
-Nothing orders the pods: whoever needs the model waits for the marker that the preparation leaves on the volume. The
+Pods start in any order: those that need the model wait for the marker that the preparation leaves on the volume. The
 volume is the run's folder; paths in the spec are relative to it.
 """
 

@@ -1,6 +1,6 @@
 """Looks after a run's processes on this machine: starts, restarts, evaluates, stops.
 
-One loop goes around a few times a second; it trains nothing and waits for nobody. The runner knows how far the run is
+One loop runs a few times a second and never blocks. The runner knows how far the run is
 only from what the processes write into the run's folder, as the operator would.
 """
 
@@ -77,7 +77,7 @@ class Verdict:
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM, counted: the first asks everybody to stop, the second kills."""
+    """Ctrl-C and SIGTERM, counted: the first asks all processes to stop, the second kills them."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -148,7 +148,7 @@ class Runner:
         return Verdict("failed", code, "the preparation failed")
 
     def supervise(self, view: RunDisplay) -> Verdict:
-        """Keep the run going until it is done, fails, or is interrupted; then stop everybody."""
+        """Keep the run going until it is done, fails, or is interrupted; then stop all processes."""
         verdict = None
         self.state.status, self.state.reason = "running", ""
         last = time.monotonic()
@@ -181,7 +181,7 @@ class Runner:
             self.kill_all()
         if self.interrupts.count and (verdict is None or verdict.status == "succeeded"):
             verdict = Verdict("stopped", INTERRUPTED, "interrupted")
-            view.say("stopping: everybody finishes what is begun and saves it; Ctrl-C again kills at once")
+            view.say("stopping: processes finish what they have begun and save it; Ctrl-C again kills them at once")
         deadline = self.spec.active_deadline_seconds
         if verdict is None and deadline and self.state.elapsed_s > deadline:
             verdict = Verdict("failed", 1, f"activeDeadlineSeconds {deadline} passed; raise it and go on with --resume")

@@ -68,7 +68,7 @@ def choose_attention(wanted: str, dtype: torch.dtype) -> str:
     if wanted == "flash_attention_2" and not flash:
         raise ModelError(
             "model.attnImplementation is flash_attention_2, which needs a GPU, the flash-attn package"
-            " and dtype bfloat16; write auto, or put that right"
+            " and dtype bfloat16; set auto, or install what is missing"
         )
     return wanted
 
