@@ -1,4 +1,4 @@
-"""The parts put together: what follows from a look, and what is said of the operator's health."""
+"""The parts put together: what follows from a reconcile, and what is said of the operator's health."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def operator(tmp_path, monkeypatch):
 
 
 def answer(operator, what):
-    """Let the look at the run end so: by an answer, or by an error."""
+    """Let the reconcile of the run end so: by an answer, or by an error."""
 
     def reconcile(key):
         if isinstance(what, Exception):
@@ -49,8 +49,8 @@ def answer(operator, what):
     return operator._reconcile(KEY)
 
 
-def next_look(operator):
-    """Seconds until the run is looked at again."""
+def next_reconcile(operator):
+    """Seconds until the run is reconciled again."""
     return min(at for at, *_ in operator.queue._later) - time.monotonic()
 
 
@@ -69,14 +69,14 @@ def next_look(operator):
 )
 def test_every_run_is_reconciled_again_after_a_while(operator, what, result, at_least, at_most):
     assert answer(operator, what) == result
-    assert at_least <= next_look(operator) <= at_most
+    assert at_least <= next_reconcile(operator) <= at_most
 
 
 def test_a_retry_waits_as_long_as_the_api_server_asks(operator):
     error = Transient(429, "TooManyRequests", "slow down")
     error.retry_after_s = 17.0
     assert answer(operator, error) == "error"
-    assert 16 <= next_look(operator) <= 17
+    assert 16 <= next_reconcile(operator) <= 17
 
 
 def test_a_run_with_a_problem_is_still_reconciled_when_time_is_due(operator):
@@ -85,7 +85,7 @@ def test_a_run_with_a_problem_is_still_reconciled_when_time_is_due(operator):
     operator.queue._later.clear()
     operator.queue._due.clear()
     answer(operator, Unfinished("a right is missing", 30.0))
-    assert 29 <= next_look(operator) <= 30
+    assert 29 <= next_reconcile(operator) <= 30
 
 
 def test_a_run_that_is_gone_is_not_reconciled_again(operator):
@@ -113,7 +113,7 @@ def test_an_operator_is_not_ready_before_it_has_listed_everything(operator):
     assert operator.health() == (False, "the first list has not finished")
 
 
-def test_a_deaf_watch_is_unhealthy(operator):
+def test_a_stale_watch_is_unhealthy(operator):
     operator.relister.stale.add("Pod")
     assert operator.health() == (False, "the watches of Pod are stale")
 

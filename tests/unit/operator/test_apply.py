@@ -137,7 +137,7 @@ def test_a_job_is_made_once_and_never_changed(api, applier, run):
     assert api.writes() == [("create", "Job/job")]
 
 
-def test_a_job_that_was_made_by_a_predecessor_and_not_seen_yet_is_taken_as_it_is(api, applier, run):
+def test_a_job_that_was_made_by_a_predecessor_and_is_not_cached_yet_is_taken_as_it_is(api, applier, run):
     api.put(body("Job", "job", spec={"replicas": 7}))
     assert applier.apply(run, [desired("Job", "job")], {}) == []
     assert api.objects["Job", "job"]["spec"] == {"replicas": 7}
@@ -275,7 +275,7 @@ def test_an_unavailable_api_server_ends_the_reconcile_and_nothing_is_written_twi
     assert api.writes().count(("apply", "ConfigMap/run-config")) == 1
 
 
-def test_an_object_that_the_server_fails_on_is_told_and_the_others_are_written(api, applier, run):
+def test_an_object_that_the_server_fails_on_is_reported_and_the_others_are_written(api, applier, run):
     def webhook(verb, kind, name):
         if kind == "ConfigMap":
             raise Transient(500, "InternalError", "failed calling webhook")

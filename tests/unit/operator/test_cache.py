@@ -51,7 +51,7 @@ def test_what_was_deleted_does_not_come_back_by_a_late_answer(cache):
     assert cache.children(KEY) == {}
 
 
-def test_an_object_whose_label_was_taken_away_and_given_back_is_seen_again(cache):
+def test_an_object_whose_label_was_taken_away_and_given_back_is_cached_again(cache):
     cache.put("Deployment", deployment(5, 1))
     cache.remove("Deployment", deployment(6, 1))  # so a watch by label shows it
     assert cache.put("Deployment", deployment(7, 1)) == KEY

@@ -57,7 +57,7 @@ def status(seen, *problems):
     return status_of(seen, decide(seen), problems)
 
 
-def told(seen, kind, *problems):
+def reported(seen, kind, *problems):
     """Status, reason and message of a condition."""
     (found,) = [each for each in status(seen, *problems).conditions if each.type == kind]
     return found.status, found.reason, found.message
@@ -146,8 +146,8 @@ def test_a_reconcile_without_changes_gives_the_same_status():
 )
 def test_storage(volume, found, status_, reason, words):
     seen = at_work(claim=found, spec={"exchange": {"volume": volume}})
-    assert told(seen, "StorageReady")[:2] == (status_, reason)
-    assert words in told(seen, "StorageReady")[2]
+    assert reported(seen, "StorageReady")[:2] == (status_, reason)
+    assert words in reported(seen, "StorageReady")[2]
 
 
 # ── preparation ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -191,7 +191,7 @@ def preparing(container=None, owner=PREPARE):
 )
 def test_preparation_and_the_state_that_follows(known, expected, state):
     seen = context(60, **{"before": BEFORE, **known})
-    assert told(seen, "Prepared")[:2] == expected
+    assert reported(seen, "Prepared")[:2] == expected
     assert status(seen).state == state
 
 
@@ -214,12 +214,12 @@ def test_preparation_and_the_state_that_follows(known, expected, state):
     ],
 )
 def test_the_learner(known, expected):
-    assert told(at_work(**known), "LearnerReady")[:2] == expected
+    assert reported(at_work(**known), "LearnerReady")[:2] == expected
 
 
 def test_a_learner_of_which_a_part_is_ready_says_how_many():
     seen = at_work(spec={"learner": {"replicas": 2}})
-    assert told(seen, "LearnerReady")[2] == "1 of 2 learner pods are ready"
+    assert reported(seen, "LearnerReady")[2] == "1 of 2 learner pods are ready"
 
 
 NOBODY = {"type": "trace", "trace": [{"atSeconds": 0, "replicas": 0}]}
@@ -239,15 +239,15 @@ NOBODY = {"type": "trace", "trace": [{"atSeconds": 0, "replicas": 0}]}
     ],
 )  # fmt: skip
 def test_the_samplers(spec, ready, expected):
-    assert told(at_work(spec=spec, children=workloads(near=ready)), "SamplersAvailable")[:2] == expected
+    assert reported(at_work(spec=spec, children=workloads(near=ready)), "SamplersAvailable")[:2] == expected
 
 
 def test_samplers_below_their_quorum_say_why_one_of_them_does_not_run():
     waiting = {"state": {"waiting": {"reason": "ErrImagePull", "message": "no such image"}}}
     lost = pod("sampler", "far", pool="near", container=waiting)
     seen = at_work(children=workloads(near=0), pods=[LEARNER, lost])
-    assert told(seen, "SamplersAvailable")[:2] == ("False", "ImagePullFailed")
-    assert told(at_work(pods=[LEARNER, lost]), "SamplersAvailable")[:2] == ("True", "QuorumReached")
+    assert reported(seen, "SamplersAvailable")[:2] == ("False", "ImagePullFailed")
+    assert reported(at_work(pods=[LEARNER, lost]), "SamplersAvailable")[:2] == ("True", "QuorumReached")
 
 
 def test_ready_of_desired_is_over_all_pools_and_never_more_than_desired():
@@ -298,7 +298,7 @@ TRAINED_SO_FAR = condition("Progressing", "True", "Training")
     ],
 )
 def test_progressing(known, expected):
-    assert told(at_work(**known), "Progressing")[:2] == expected
+    assert reported(at_work(**known), "Progressing")[:2] == expected
 
 
 def test_a_stall_says_since_when_and_what_each_pool_delivers_and_stays_the_same_while_it_lasts():
@@ -306,15 +306,15 @@ def test_a_stall_says_since_when_and_what_each_pool_delivers_and_stays_the_same_
     stalled = replace(TRAINING, stalled_s=1805.0, pools=pools, weights_version="v00000004-i0001")
     seen = at_work(progress=stalled)
     later = replace(seen, now=seen.now + 200, progress=replace(stalled, stalled_s=2005.0))
-    message = told(seen, "Progressing")[2]
-    assert told(later, "Progressing")[2] == message
+    message = reported(seen, "Progressing")[2]
+    assert reported(later, "Progressing")[2] == message
     assert message.startswith("no step since 2023-11-14T21:44Z (learner.stallSeconds 1800)")
     assert "pool far: 0 slots alive, serving no weights, 0 rollouts written" in message
     assert "pool near: 1 slots alive, serving v00000002-i0001 or newer, 3 versions refused, 7 rollouts" in message
     assert "newest weights v00000004-i0001" in message
 
 
-def test_what_the_learner_says_is_reported_and_kept_while_it_is_silent():
+def test_what_the_learner_says_is_reported_and_kept_while_it_does_not_answer():
     said = RunProgress(
         step=3, checkpoint_step=2, reward=0.12345678, lag=1.5, prepared=True, weights_version="v00000003-i0001",
         attempts={"clean": 1, "crashed": 2}, pools={"near": PoolProgress(7, 1, 1, "v00000002-i0001")},
@@ -361,10 +361,10 @@ def test_failed_evaluations_are_remembered_in_order_when_their_jobs_are_gone():
 def test_ready_names_the_problem_that_needs_action_first():
     stuck = pod("learner", status={"phase": "Pending", "conditions": [NO_NODE]})
     seen = at_work(claim=claim("Pending", 5), children=workloads(learner=0, near=0), pods=[stuck])
-    assert told(seen, "StorageReady")[1] == "ClaimWaiting"  # comes by itself
-    assert told(seen, "Ready")[:2] == ("False", "Unschedulable")
+    assert reported(seen, "StorageReady")[1] == "ClaimWaiting"  # comes by itself
+    assert reported(seen, "Ready")[:2] == ("False", "Unschedulable")
     seen = at_work(claim=claim("Pending", 5), children=workloads(near=0))
-    assert told(seen, "Ready")[:2] == ("False", "ClaimWaiting")
+    assert reported(seen, "Ready")[:2] == ("False", "ClaimWaiting")
 
 
 @pytest.mark.parametrize(
@@ -377,31 +377,31 @@ def test_ready_names_the_problem_that_needs_action_first():
 )
 def test_an_object_that_could_not_be_made_shows_in_its_condition_and_in_ready(kind, of):
     seen = at_work()
-    assert told(seen, of, problem(kind)) == ("False", "QuotaExceeded", f"{kind} it has a problem")
-    assert told(seen, "Ready", problem(kind)) == ("False", "QuotaExceeded", f"{kind} it has a problem")
+    assert reported(seen, of, problem(kind)) == ("False", "QuotaExceeded", f"{kind} it has a problem")
+    assert reported(seen, "Ready", problem(kind)) == ("False", "QuotaExceeded", f"{kind} it has a problem")
 
 
 def test_a_claim_that_is_refused_is_a_problem_until_it_is_bound_and_then_holds_nothing_up():
     refused = problem("PersistentVolumeClaim")
     for found in (None, claim("Pending", 1)):
-        assert told(at_work(claim=found), "StorageReady", refused)[:2] == ("False", "QuotaExceeded")
-        assert told(at_work(claim=found), "Ready", refused)[:2] == ("False", "QuotaExceeded")
-    storage = told(at_work(), "StorageReady", refused)
+        assert reported(at_work(claim=found), "StorageReady", refused)[:2] == ("False", "QuotaExceeded")
+        assert reported(at_work(claim=found), "Ready", refused)[:2] == ("False", "QuotaExceeded")
+    storage = reported(at_work(), "StorageReady", refused)
     assert storage[:2] == ("True", "ResizeRefused")
     assert storage[2].endswith("PersistentVolumeClaim it has a problem")
-    assert told(at_work(), "Ready", refused)[:2] == ("True", "Running")
+    assert reported(at_work(), "Ready", refused)[:2] == ("True", "Running")
 
 
 def test_a_preparation_that_could_not_be_made_shows_until_it_is_done():
-    assert told(context(before=BEFORE), "Prepared", problem("Job"))[:2] == ("False", "QuotaExceeded")
-    assert told(at_work(), "Prepared", problem("Job"))[:2] == ("True", "Prepared")
+    assert reported(context(before=BEFORE), "Prepared", problem("Job"))[:2] == ("False", "QuotaExceeded")
+    assert reported(at_work(), "Prepared", problem("Job"))[:2] == ("True", "Prepared")
 
 
 def test_a_suspended_run_is_not_ready_and_says_how_to_go_on():
     seen = at_work(spec={"suspend": True})
-    assert told(seen, "Ready")[:2] == ("False", "Suspended")
-    assert told(seen, "Suspended")[0] == "True"
-    assert "set it to false" in told(seen, "Suspended")[2]
+    assert reported(seen, "Ready")[:2] == ("False", "Suspended")
+    assert reported(seen, "Suspended")[0] == "True"
+    assert "set it to false" in reported(seen, "Suspended")[2]
 
 
 def test_a_run_that_succeeded_says_so_everywhere():

@@ -22,7 +22,7 @@ def run():
     return cache.run(KEY)
 
 
-def told(api):
+def reported(api):
     """Count, first and last time of each event, by its message."""
     return {
         event["message"]: (event["count"], event["firstTimestamp"], event["lastTimestamp"])
@@ -43,7 +43,7 @@ def test_a_repeat_is_counted_in_the_same_event_and_another_message_is_another_ev
     events = Events(api, MANAGER)
     for second, message in ((0, "2 to 1"), (10, "1 to 2"), (20, "2 to 1")):
         events.post(run, "Normal", "Scaled", message, START + second)
-    assert told(api) == {
+    assert reported(api) == {
         "2 to 1": (2, "2023-11-14T22:13:20.000Z", "2023-11-14T22:13:40.000Z"),
         "1 to 2": (1, "2023-11-14T22:13:30.000Z", "2023-11-14T22:13:30.000Z"),
     }
@@ -55,7 +55,7 @@ def test_a_repeat_of_an_event_that_the_api_server_dropped_is_said_anew(api, run)
     api.objects.clear()  # as it does after an hour
     events.post(run, "Normal", "Scaled", "2 to 1", START + 4000)
     events.post(run, "Normal", "Scaled", "2 to 1", START + 4010)
-    assert told(api) == {"2 to 1": (2, "2023-11-14T23:20:00.000Z", "2023-11-14T23:20:10.000Z")}
+    assert reported(api) == {"2 to 1": (2, "2023-11-14T23:20:00.000Z", "2023-11-14T23:20:10.000Z")}
 
 
 def test_an_operator_that_started_again_still_says_what_it_said_before(api, run):
@@ -73,11 +73,11 @@ def test_a_cluster_that_takes_no_events_stops_nothing(api, run):
     events.post(run, "Normal", "Scaled", "2 to 1", START)
     api.before = lambda verb, kind, name: None
     events.post(run, "Normal", "Scaled", "2 to 1", START)
-    assert told(api)["2 to 1"][0] == 1
+    assert reported(api)["2 to 1"][0] == 1
 
 
 def test_a_message_is_cut_to_what_an_event_holds(api, run):
     Events(api, MANAGER).post(run, "Warning", "Crashed", "x" * 5000 + " the cause", START)
-    (message,) = told(api)
+    (message,) = reported(api)
     assert 1000 < len(message.encode()) <= 1024
     assert message.endswith(" the cause")

@@ -1,4 +1,4 @@
-"""What a watch brings is noted and its run is looked at, nothing else."""
+"""What a watch reports reaches the cache and the queue, nothing else."""
 
 from __future__ import annotations
 

@@ -65,13 +65,13 @@ def nobody():
 
 
 @pytest.fixture
-def news():
+def changes():
     return []
 
 
 @pytest.fixture
-def poller(news):
-    asking = ProgressPoller(None, "pod-ip", 0.02, news.append, threads=2)
+def poller(changes):
+    asking = ProgressPoller(None, "pod-ip", 0.02, changes.append, threads=2)
     asking.start()
     yield asking
     asking.stop()
@@ -85,50 +85,50 @@ def wait_for(look):
     return found
 
 
-def test_a_learner_is_asked_again_and_again_and_only_news_are_told(learner, poller, news):
+def test_a_learner_is_polled_again_and_again_and_only_changes_are_reported(learner, poller, changes):
     poller.want(KEY, learner.target)
     wait_for(lambda: learner.asked >= 3)
-    assert news == [KEY]
+    assert changes == [KEY]
     assert poller.latest(KEY).progress == learner.progress
     learner.says(step=2)
-    wait_for(lambda: len(news) == 2)
+    wait_for(lambda: len(changes) == 2)
     assert poller.latest(KEY).progress.step == 2
 
 
-def test_a_stall_is_news_once_a_minute(learner, poller, news):
+def test_a_stall_is_reported_once_a_minute(learner, poller, changes):
     learner.says(stalled_s=1.0)
     poller.want(KEY, learner.target)
-    wait_for(lambda: news == [KEY])
+    wait_for(lambda: changes == [KEY])
     learner.says(stalled_s=59.0)
     wait_for(lambda: poller.latest(KEY).progress.stalled_s >= 59.0)
-    assert news == [KEY]
+    assert changes == [KEY]
     learner.says(stalled_s=61.0)
-    wait_for(lambda: news == [KEY, KEY])
+    wait_for(lambda: changes == [KEY, KEY])
     assert 61 <= poller.stalled_s(KEY) < 66
 
 
 def test_time_in_which_no_learner_should_train_is_not_a_stall(learner, poller, news):
     learner.says(stalled_s=1.0)
     poller.want(KEY, learner.target)
-    wait_for(lambda: news == [KEY])
+    wait_for(lambda: changes == [KEY])
     poller.want(KEY, None)  # its pod is gone, and should come back
     assert poller.stalled_s(KEY) >= 1
     poller.want(KEY, None, at_rest=True)
     assert poller.stalled_s(KEY) is None
 
 
-def test_a_learner_that_falls_silent_is_news_once_and_what_it_said_stays(learner, poller, news):
+def test_a_learner_that_stops_answering_is_reported_once_and_its_last_progress_stays(learner, poller, changes):
     poller.want(KEY, learner.target)
-    wait_for(lambda: len(news) == 1)
+    wait_for(lambda: len(changes) == 1)
     learner.status = 503
     wait_for(lambda: poller.latest(KEY).failures >= 2)
     result = poller.latest(KEY)
     assert result.unreachable == "pod run-learner-0: it answered with status 503"
     assert result.progress == learner.progress
-    assert len(news) == 2
+    assert len(changes) == 2
     learner.status = 200
     wait_for(lambda: not poller.latest(KEY).unreachable)
-    wait_for(lambda: len(news) == 3)
+    wait_for(lambda: len(changes) == 3)
 
 
 @pytest.mark.parametrize("answer", [b"# nothing of ours\n", b"\xff\xfe", b"heterorl_run_prepared{ 1\n"])
@@ -187,8 +187,8 @@ def test_polling_stops_on_request_and_the_last_answer_stays_until_the_run_is_for
     assert poller.latest(KEY) == PollResult()
 
 
-def test_another_pod_is_asked_at_once_however_long_the_last_one_was_silent(learner, nobody, news):
-    asking = ProgressPoller(None, "pod-ip", 0.01, news.append, threads=1)
+def test_another_pod_is_polled_at_once_however_long_the_last_one_did_not_answer(learner, nobody, changes):
+    asking = ProgressPoller(None, "pod-ip", 0.01, changes.append, threads=1)
     asking.start()
     asking.want(KEY, nobody)
     wait_for(lambda: asking.latest(KEY).failures >= 4)
@@ -202,14 +202,14 @@ def test_another_pod_is_asked_at_once_however_long_the_last_one_was_silent(learn
     asking.stop()
 
 
-def test_a_silent_learner_is_asked_ever_more_rarely(learner, poller):
+def test_a_learner_that_does_not_answer_is_polled_with_back_off(learner, poller):
     learner.status = 503
     poller.want(KEY, learner.target)
     time.sleep(0.6)  # 20 ms apart that would be 30 times; doubled each time it is at 0, 20, 60, 140, 300, 620 ms
     assert 3 <= learner.asked <= 7
 
 
-def test_through_the_api_server_it_asks_the_same_pod(learner, news):
+def test_through_the_api_server_it_asks_the_same_pod(learner, changes):
     class Proxy:
         def through_proxy(self, namespace, pod, port, path):
             assert (namespace, pod, port, path) == ("lab", "run-learner-0", learner.target.port, "/metrics")
@@ -217,7 +217,7 @@ def test_through_the_api_server_it_asks_the_same_pod(learner, news):
                 raise Transient(503, "ServiceUnavailable", "no endpoints")
             return to_text(learner.progress, "run").decode()
 
-    asking = ProgressPoller(Proxy(), "proxy", 0.02, news.append, threads=1)
+    asking = ProgressPoller(Proxy(), "proxy", 0.02, changes.append, threads=1)
     asking.start()
     asking.want(KEY, learner.target)
     wait_for(lambda: asking.latest(KEY).progress == learner.progress)

@@ -187,7 +187,7 @@ def test_a_record_is_deleted_when_it_was_kept_long_enough():
         (succeeded(), failed_preparation("it is broken"), "Trained"),
     ],
 )
-def test_an_end_is_for_good_whatever_is_seen_later(before, known, reason):
+def test_an_end_is_for_good_whatever_happens_later(before, known, reason):
     decision = decide(context(60, before=before, **known))
     assert decision.end is not None
     assert decision.end.reason == reason
@@ -347,7 +347,7 @@ def test_a_suspended_or_failed_run_evaluates_nothing_and_one_that_succeeded_does
     assert decide(context(before=succeeded(), progress=DUE)).evaluation == Version(0, 1)
 
 
-# ── when to look again ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── when to decide again ───────────────────────────────────────────────────────────────────────────────────────────────
 WINDOWS = {
     "type": "windows",
     "windows": [

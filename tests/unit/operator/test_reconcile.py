@@ -1,4 +1,4 @@
-"""One look at one run, on a small API server: what is written, and what is seen of it later."""
+"""One run reconciled on a small API server: what is written, and what follows from it later."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class World:
         images = Images("learner", "sampler")
         self.reconciler = Reconciler(self.cache, reader, self.applier, writer, images, self.later.append)
 
-    def look(self):
-        """Look at the run, and again where that was asked for by the way."""
+    def reconcile(self):
+        """Reconcile the run, and again where that was asked for."""
         found = self.reconciler.reconcile(KEY)
         if self.later:
             self.later.clear()
@@ -94,7 +94,7 @@ class World:
     def ends(self, job, how="Failed"):
         self.api.put({**self.api.objects["Job", job], "status": job_end(how)})
 
-    def hears(self, **progress):
+    def polls(self, **progress):
         self.poller._results[KEY] = PollResult(RunProgress(**progress))
 
     @property
@@ -123,7 +123,7 @@ def world():
     return made
 
 
-def test_a_new_run_gets_its_objects_first_and_its_status_by_the_way(world):
+def test_a_new_run_gets_its_objects_first_and_its_status_at_the_second_pass(world):
     world.reconciler.reconcile(KEY)
     assert world.children() == OBJECTS
     assert world.status == {}
@@ -149,19 +149,19 @@ def test_after_a_restart_the_second_pass_reverts_edits_made_in_the_meantime(worl
 
 
 def test_a_run_gets_its_objects_and_a_status_and_then_nothing_is_written(world):
-    world.look()
+    world.reconcile()
     assert world.children() == OBJECTS
     assert world.status["startTime"] == "2023-11-14T22:13:20.000Z"
     assert world.status["observedGeneration"] == 1
     world.creates_pods()
     for _ in range(2):
         world.watch()
-        world.look()
-    assert world.look() is None
+        world.reconcile()
+    assert world.reconcile() is None
     written = len(world.api.writes())
     world.now += 500
     world.watch()
-    world.look()
+    world.reconcile()
     assert len(world.api.writes()) == written
 
 
@@ -173,10 +173,10 @@ def test_an_edit_that_comes_during_a_reconcile_is_not_lost(world):
 
     edited = []
     world.api.before = edited_meanwhile
-    world.look()
+    world.reconcile()
     # The answer to the status holds the edit, so the watch's word of it is old: the look itself has to ask for another.
     assert world.again == [KEY]
-    world.look()
+    world.reconcile()
     assert world.replicas("Deployment", "run-sampler-near") == 5
 
 
@@ -188,12 +188,12 @@ def test_an_undisturbed_reconcile_does_not_queue_another(world):
 def test_a_pool_that_is_removed_loses_its_deployment_and_nothing_else(world):
     world.edit(spec_of(samplers=[{"name": "near"}, {"name": "far"}]))
     world.watch()
-    world.look()
+    world.reconcile()
     world.watch()
     assert ("Deployment", "run-sampler-far") in world.children()
     world.edit(spec_of())
     world.watch()
-    world.look()
+    world.reconcile()
     assert world.children() == OBJECTS
     assert "PoolRemoved" in world.events()
 
@@ -201,46 +201,46 @@ def test_a_pool_that_is_removed_loses_its_deployment_and_nothing_else(world):
 def test_objects_of_another_owner_are_never_deleted(world):
     world.api.put(body("Deployment", "run-sampler-old", owner="somebody"))
     world.watch()
-    world.look()
+    world.reconcile()
     assert ("Deployment", "run-sampler-old") in world.children()
 
 
 def test_a_suspended_run_loses_a_preparation_that_runs_and_gets_it_back(world):
-    world.look()
+    world.reconcile()
     world.watch()
     world.edit(spec_of(suspend=True))
     world.watch()
-    world.look()
+    world.reconcile()
     assert world.children() == OBJECTS - {("Job", PREPARE)}
     assert world.replicas("StatefulSet", "run-learner") == 0
     world.watch()
     world.edit(spec_of())
     world.watch()
-    world.look()
+    world.reconcile()
     assert world.children() == OBJECTS
 
 
 def test_a_preparation_that_is_done_is_not_missed(world):
-    world.look()
+    world.reconcile()
     world.ends(PREPARE, "Complete")
     world.watch()
-    world.look()
+    world.reconcile()
     assert world.reason("Prepared") == "Prepared"
     del world.api.objects["Job", PREPARE]
     world.watch()
-    world.look()
+    world.reconcile()
     assert ("Job", PREPARE) not in world.children()
     assert world.reason("Prepared") == "Prepared"
 
 
 # ── a volume that holds another run ──────────────────────────────────────────────────────────────────────────────────
 def refused_by_the_volume(world):
-    world.look()
+    world.reconcile()
     world.ends(PREPARE)
     said = ended(2, "VolumeInUse: /volume holds run other; set spec.resume: true")
     world.api.put(pod_body("prepare", container=said, owner=world.api.objects["Job", PREPARE]["metadata"]["uid"]))
     world.watch()
-    world.look()
+    world.reconcile()
     assert world.reason("Prepared") == "VolumeInUse"
     assert world.replicas("StatefulSet", "run-learner") == 0
 
@@ -249,11 +249,11 @@ def test_a_refused_preparation_stays_until_an_edit_allows_the_volume_and_is_then
     refused_by_the_volume(world)
     for _ in range(3):
         world.watch()
-        world.look()
+        world.reconcile()
     assert world.children() == OBJECTS
     world.edit(spec_of(resume=True))
     world.watch()
-    world.look()
+    world.reconcile()
     (again,) = world.children() - OBJECTS
     assert again == ("Job", prepare_name(run_of(resume=True)))
     assert world.reason("Prepared") == "PreparationPending"
@@ -264,7 +264,7 @@ def test_a_refused_preparation_is_not_a_failure_when_its_pod_is_gone(world):
     refused_by_the_volume(world)
     (gone,) = world.cache.pods(KEY)
     world.cache.remove("Pod", pod_body("prepare", gone.name, gone.resource_version + 1))
-    world.look()
+    world.reconcile()
     assert world.status["state"] == "Pending"
     assert "holds run other" in next(
         each["message"] for each in world.status["conditions"] if each["type"] == "Prepared"
@@ -280,41 +280,41 @@ def test_what_an_earlier_run_of_the_name_left_says_nothing_about_this_one(world,
     world.api.put(pod_body("sampler", "old", pool="near", container=ended(2), **earlier))
     world.watch()
     with pytest.raises(Unfinished):
-        world.look()  # the name is taken still
+        world.reconcile()  # the name is taken still
     assert world.status["state"] == "Pending"
     assert world.reason("Ready") == "Terminating"
     assert world.events() == set()
     for place in (("Job", PREPARE), ("Pod", "old")):
         del world.api.objects[place]
     world.watch()
-    world.look()
+    world.reconcile()
     assert world.children() == OBJECTS
     assert world.reason("Prepared") == "PreparationPending"
 
 
 def test_what_the_learner_of_an_earlier_run_said_is_forgotten(world):
-    world.look()
-    world.hears(step=9, finished=True, prepared=True)
+    world.reconcile()
+    world.polls(step=9, finished=True, prepared=True)
     world.api.put(run_body(metadata={"uid": "uid-of-the-next"}))  # its deletion went by unseen
     world.cache.put("HeteroRLRun", world.api.objects["HeteroRLRun", "run"])
     with pytest.raises(Unfinished):
-        world.look()
+        world.reconcile()
     assert world.status["state"] == "Pending"
     assert "learner" not in world.status
 
 
 @pytest.mark.parametrize("gone", [True, False], ids=["gone", "going"])
 def test_a_run_that_is_gone_or_going_is_left_alone_and_forgotten(world, gone):
-    world.look()
+    world.reconcile()
     world.watch()
-    world.hears(step=1)
+    world.polls(step=1)
     written = len(world.api.writes())
     if gone:
         world.cache.remove("HeteroRLRun", run_body(version=999))
     else:
         world.edit(deletionTimestamp=EARLIER)
         world.watch()
-    assert world.look() is None
+    assert world.reconcile() is None
     assert len(world.api.writes()) == written
     assert world.poller.latest(KEY) == PollResult()
 
@@ -325,7 +325,7 @@ def test_a_run_that_is_deleted_during_its_reconcile_is_not_an_error(world):
             world.api.objects.pop(("HeteroRLRun", "run"), None)
 
     world.api.before = deleted_meanwhile
-    world.look()
+    world.reconcile()
     assert world.events() == set()
     assert world.cache.run(KEY) is None  # nothing more is made for it, though no watch has told yet
 
@@ -340,39 +340,39 @@ def test_what_may_go_away_by_itself_is_tried_again_but_time_is_kept(world):
     world.edit(spec_of(activeDeadlineSeconds=100))
     world.watch()
     with pytest.raises(Unfinished, match="raise the quota") as unfinished:
-        world.look()
+        world.reconcile()
     assert unfinished.value.next_s == 100.0
     assert world.reason("Ready") == "QuotaExceeded"
     assert world.children() == OBJECTS - {("Service", "run-learner")}
 
 
-def test_a_kind_that_must_not_be_seen_is_told(world):
+def test_a_kind_that_may_not_be_listed_is_reported(world):
     world.cache.unreadable[DEPLOYMENT] = "no right"
     with pytest.raises(Unfinished):
-        world.look()
+        world.reconcile()
     assert world.reason("SamplersAvailable") == "Forbidden"
 
 
-def test_a_pool_that_may_not_be_deleted_is_told(world):
+def test_a_pool_that_may_not_be_deleted_is_reported(world):
     def refuse(verb, kind, name):
         if verb == "delete":
             raise Forbidden(403, "Forbidden", 'cannot delete resource "deployments"')
 
     world.edit(spec_of(samplers=[{"name": "near"}, {"name": "far"}]))
     world.watch()
-    world.look()
+    world.reconcile()
     world.watch()
     world.edit(spec_of())
     world.watch()
     world.api.before = refuse
     for _ in range(2):
         with pytest.raises(Unfinished, match='cannot delete resource "deployments"; give its service account'):
-            world.look()
+            world.reconcile()
     assert world.reason("SamplersAvailable") == world.reason("Ready") == "Forbidden"
     assert ("Deployment", "run-sampler-far") in world.api.objects
 
 
-def test_what_a_run_needs_and_the_operator_may_not_do_is_told(world):
+def test_what_a_run_needs_and_the_operator_may_not_do_is_reported(world):
     def refuse(verb, kind, name):
         if verb == "get" and kind == "PersistentVolumeClaim":
             raise Forbidden(403, "Forbidden", 'cannot get resource "persistentvolumeclaims"')
@@ -381,7 +381,7 @@ def test_what_a_run_needs_and_the_operator_may_not_do_is_told(world):
     world.watch()
     world.api.before = refuse
     with pytest.raises(Unfinished, match="give its service account the chart's Role"):
-        world.look()
+        world.reconcile()
     assert world.reason("Ready") == "Forbidden"
 
 
@@ -391,19 +391,19 @@ def test_an_unavailable_api_server_ends_the_reconcile(world):
 
     world.api.before = away
     with pytest.raises(Transient):
-        world.look()
+        world.reconcile()
 
 
-def test_a_manifest_that_cannot_be_read_is_told_and_its_objects_stay(world):
-    world.look()
+def test_a_manifest_that_cannot_be_read_is_reported_and_its_objects_stay(world):
+    world.reconcile()
     world.watch()
     world.edit({"samplers": [{"name": "near"}], "of": "dreams"})
     world.watch()
-    assert world.look() is None
+    assert world.reconcile() is None
     assert world.reason("Ready") == "InvalidSpec"
     assert world.children() == OBJECTS
     written = len(world.api.writes())
-    world.look()
+    world.reconcile()
     assert len(world.api.writes()) == written
 
 
@@ -412,13 +412,13 @@ def test_a_run_of_another_operator_gets_one_event_and_no_status(world):
     world.api.put(body("ConfigMap", "run-config", metadata=other))
     world.watch()
     for _ in range(3):
-        assert world.look() is None
+        assert world.reconcile() is None
     assert world.api.writes() == [("create", world.api.writes()[0][1])]
     assert world.events() == {"ManagedByAnotherOperator"}
     assert world.status == {}
     world.edit({"samplers": [{"name": "near"}], "known": "to the other's release alone"})
     world.watch()
-    assert world.look() is None
+    assert world.reconcile() is None
     assert world.status == {}
 
 
@@ -426,29 +426,29 @@ def test_a_run_of_another_operator_gets_one_event_and_no_status(world):
 def test_a_run_that_is_trained_ends_and_is_deleted_when_its_time_has_come(world):
     world.edit(spec_of(ttlSecondsAfterFinished=1000, learner={"finishGraceSeconds": 300}))
     world.watch()
-    world.look()
+    world.reconcile()
     world.creates_pods()
     world.watch()
-    world.hears(step=9, finished=True, prepared=True)
-    assert world.look() == 300
+    world.polls(step=9, finished=True, prepared=True)
+    assert world.reconcile() == 300
     assert (world.status["state"], world.events()) == ("Succeeded", {"Prepared", "Trained", "Scaled"})
     assert world.replicas("Deployment", "run-sampler-near") == 0
     assert world.replicas("StatefulSet", "run-learner") == 1
     world.now += 300
-    assert world.look() == 700
+    assert world.reconcile() == 700
     assert world.replicas("StatefulSet", "run-learner") == 0
     world.now += 700
-    world.look()
+    world.reconcile()
     assert ("HeteroRLRun", "run") not in world.api.objects
 
 
 def test_only_the_very_run_is_deleted(world):
     world.edit(spec_of(ttlSecondsAfterFinished=0))
     world.watch()
-    world.hears(finished=True)
+    world.polls(finished=True)
     world.reconciler._uids[KEY] = UID
     world.api.put(run_body(metadata={"uid": "uid-of-the-next"}))
-    world.look()
+    world.reconcile()
     assert ("HeteroRLRun", "run") in world.api.objects
 
 
@@ -459,10 +459,10 @@ def test_what_is_said_of_a_run_is_taken_back_when_another_one_took_its_name_mean
             world.api.put(run_body(metadata={"uid": "uid-of-the-next"}))
 
     replaced = []
-    world.hears(finished=True)
+    world.polls(finished=True)
     world.reconciler._uids[KEY] = UID
     world.api.before = replaced_meanwhile
-    world.look()
+    world.reconcile()
     assert world.status == {}
     assert world.events() == set()
     assert world.again == [KEY]
@@ -510,12 +510,12 @@ def with_no_number(status):
     ],
 )
 def test_a_run_that_has_ended_gets_no_pods_again_whatever_another_version_made_of_its_status(world, change, success):
-    world.look()
+    world.reconcile()
     ending = {"finished": True} if success else {"gave_up": ("LearnerCrashed", "it crashed 4 times")}
-    world.hears(step=9, prepared=True, reward=1.0, **ending)
-    world.look()
+    world.polls(step=9, prepared=True, reward=1.0, **ending)
+    world.reconcile()
     world.now += 100_000
-    world.look()
+    world.reconcile()
     assert world.replicas("StatefulSet", "run-learner") == 0
     run = world.api.objects["HeteroRLRun", "run"]
     change(run["status"])
@@ -527,7 +527,7 @@ def test_a_run_that_has_ended_gets_no_pods_again_whatever_another_version_made_o
     restarted.now = world.now
     restarted.watch()
     for _ in range(3):
-        restarted.look()
+        restarted.reconcile()
         restarted.watch()
     assert restarted.replicas("StatefulSet", "run-learner") == 0
     assert restarted.replicas("Deployment", "run-sampler-near") == 0
@@ -541,7 +541,7 @@ WORDS = 'pods "run-learner-0" is forbidden: exceeded quota: few'
 
 def test_pods_that_cannot_be_created_show_in_a_condition_an_event_and_the_state(world, monkeypatch):
     monkeypatch.setattr("heterorl_operator.create_failures._PATIENCE_S", 0.0)
-    world.look()
+    world.reconcile()
     world.api.objects["Event", "of-the-job"] = {
         "kind": "Event",
         "metadata": {"uid": "e", "resourceVersion": "1"},
@@ -553,8 +553,8 @@ def test_pods_that_cannot_be_created_show_in_a_condition_an_event_and_the_state(
     failure = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": "denied by a policy"}
     world.api.put({**deployment, "status": {"conditions": [failure]}})
     world.watch()
-    world.look()
-    world.look()
+    world.reconcile()
+    world.reconcile()
     assert world.status["state"] == "Pending"
     reasons = {each["type"]: each["reason"] for each in world.status["conditions"]}
     assert reasons["Prepared"] == reasons["LearnerReady"] == reasons["Ready"] == "QuotaExceeded"
@@ -568,34 +568,34 @@ def test_pods_that_cannot_be_created_show_in_a_condition_an_event_and_the_state(
 
 
 def test_the_state_is_preparing_only_while_the_pod_runs(world):
-    world.look()
+    world.reconcile()
     world.watch()
-    world.look()
+    world.reconcile()
     assert world.status["state"] == "Pending"
     world.creates_pods()
     world.watch()
-    world.look()
+    world.reconcile()
     assert (world.status["state"], world.reason("Prepared")) == ("Preparing", "Preparing")
 
 
 # ── resumed in place ─────────────────────────────────────────────────────────────────────────────────────────────────
 def test_a_failed_run_goes_on_with_new_pods_when_resumes_is_increased_and_can_fail_and_go_on_again(world):
-    world.look()
+    world.reconcile()
     world.creates_pods()
     world.watch()
     for resumes in (1, 2):
-        world.hears(step=4, prepared=True, gave_up=("LearnerCrashed", "it crashed 4 times"))
-        world.look()
+        world.polls(step=4, prepared=True, gave_up=("LearnerCrashed", "it crashed 4 times"))
+        world.reconcile()
         assert world.status["state"] == "Failed"
         world.now += 5000
         world.watch()
-        world.look()
+        world.reconcile()
         assert world.replicas("StatefulSet", "run-learner") == 0
         world.edit(spec_of(failurePolicy={"resumes": resumes}))
         world.watch()
-        world.look()
+        world.reconcile()
         world.watch()
-        world.look()  # the learner's old pod is still there, and says nothing any more
+        world.reconcile()  # the learner's old pod is still there, and says nothing any more
         assert world.status["state"] == "Running"
         assert "completionTime" not in world.status
         assert world.status["suspendedSeconds"] == 5000 * resumes  # its availability goes on where it stopped
@@ -607,25 +607,25 @@ def test_a_failed_run_goes_on_with_new_pods_when_resumes_is_increased_and_can_fa
 
 
 def test_a_resumed_run_whose_preparation_failed_prepares_anew(world):
-    world.look()
+    world.reconcile()
     world.ends(PREPARE)
     world.watch()
-    world.look()
+    world.reconcile()
     assert (world.status["state"], world.reason("Failed")) == ("Failed", "PreparationFailed")
     world.edit(spec_of(failurePolicy={"resumes": 1}))
     world.watch()
-    world.look()
+    world.reconcile()
     (again,) = world.children() - OBJECTS
     assert again[0] == "Job"
     assert world.status["state"] == "Pending"
 
 
 def test_a_run_that_succeeded_is_not_resumed(world):
-    world.look()
-    world.hears(step=9, prepared=True, finished=True)
-    world.look()
+    world.reconcile()
+    world.polls(step=9, prepared=True, finished=True)
+    world.reconcile()
     world.edit(spec_of(failurePolicy={"resumes": 1}))
     world.watch()
-    world.look()
+    world.reconcile()
     assert world.status["state"] == "Succeeded"
     assert world.replicas("Deployment", "run-sampler-near") == 0

@@ -1,4 +1,4 @@
-"""Watches are compared with the API server: what they missed is taken in, and deafness is told."""
+"""Watches are compared with the API server: what they missed is taken in, and staleness is reported."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_at_the_start_everything_is_cached_and_every_run_is_queued(relister, cac
     assert cache.unreadable == {}
 
 
-def test_a_kind_that_must_not_be_seen_is_hidden_but_runs_must_be_seen(relister, api, cache):
+def test_a_kind_that_may_not_be_listed_is_noted_but_runs_must_be_readable(relister, api, cache):
     def forbid(verb, kind, name):
         if kind == hidden:
             raise Forbidden(403, "Forbidden", "no right")
@@ -89,7 +89,7 @@ def test_a_deletion_that_a_watch_missed_is_taken_in(relister, api, cache):
     wait_for(lambda: not cache.children(KEY))
 
 
-def test_a_watch_that_misses_something_twice_in_a_row_is_deaf_until_it_misses_nothing(relister, api):
+def test_a_watch_that_misses_something_twice_in_a_row_is_stale_until_it_misses_nothing(relister, api):
     relister.load()
     deaf = []
     for is_missed in (False, True, True, True, False):
@@ -100,7 +100,7 @@ def test_a_watch_that_misses_something_twice_in_a_row_is_deaf_until_it_misses_no
     assert deaf == [False, False, True, True, False]
 
 
-def test_a_watch_that_is_late_and_still_brings_something_is_not_deaf(relister, api):
+def test_a_watch_that_is_late_and_still_reports_something_is_not_stale(relister, api):
     relister.load()
     for _ in range(4):
         relister._watcher.event_counts["Deployment"] += 1  # as kopf's handler counts
@@ -109,7 +109,7 @@ def test_a_watch_that_is_late_and_still_brings_something_is_not_deaf(relister, a
         assert relister.stale == set()
 
 
-def test_a_kind_that_may_be_seen_by_now_asks_for_a_new_start(relister, api):
+def test_a_kind_that_is_readable_again_asks_for_a_restart(relister, api):
     def forbid(verb, kind, name):
         if kind == "Deployment":
             raise Forbidden(403, "Forbidden", "no right")
@@ -122,7 +122,7 @@ def test_a_kind_that_may_be_seen_by_now_asks_for_a_new_start(relister, api):
 
 
 @pytest.mark.parametrize("error", [Transient(503, "ServiceUnavailable", "away"), ValueError("no JSON")])
-def test_an_audit_that_failed_is_followed_by_the_next(relister, api, cache, error):
+def test_a_list_that_failed_is_followed_by_the_next(relister, api, cache, error):
     relister.load()
     failures = []
 

@@ -190,7 +190,7 @@ def test_closing_releases_every_worker_whatever_is_queued(queue):
     assert queue.get() is None
 
 
-def test_how_long_a_key_waited_is_told(queue):
+def test_how_long_a_key_waited_is_measured(queue):
     queue.add(A)
     time.sleep(0.03)
     found = queue.get()
@@ -198,7 +198,7 @@ def test_how_long_a_key_waited_is_told(queue):
     assert 0.03 <= found[1] < 5
 
 
-def test_long_work_is_told_and_a_long_queue_is_not(queue):
+def test_long_work_is_measured_and_a_long_queue_is_not(queue):
     queue.add(A)
     queue.add(B)
     time.sleep(0.03)
