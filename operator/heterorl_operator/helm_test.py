@@ -30,7 +30,7 @@ class _Refused(UserError):
     """The API server does not take a run, because of what is in it."""
 
 
-def smoke(runs: CustomObjectsApi, namespace: str) -> None:
+def check(runs: CustomObjectsApi, namespace: str) -> None:
     """Try both runs and print what came of it; UserError says what is wrong and what to do."""
     try:
         spec = _create(runs, namespace, GOOD_SPEC)["spec"]
@@ -96,7 +96,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         with connect(pool_size=1) as client:
-            smoke(CustomObjectsApi(client), arguments.namespace)
+            check(CustomObjectsApi(client), arguments.namespace)
     except ConfigException as error:
         print(f"no way to reach a cluster; run in a pod, or set KUBECONFIG: {error}", file=sys.stderr)
         return UserError.exit_code

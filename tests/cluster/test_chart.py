@@ -669,7 +669,7 @@ def test_definition_is_upgraded_and_outlives_the_release_with_its_runs(bare, hel
 
 
 # ── helm test ────────────────────────────────────────────────────────────────────────────────────────────────────────
-def smoke(kubeconfig: Path, namespace: str) -> subprocess.CompletedProcess[str]:
+def run_helm_test(kubeconfig: Path, namespace: str) -> subprocess.CompletedProcess[str]:
     """What the test's pod runs, from here."""
     command = [sys.executable, "-m", "heterorl_operator.helm_test", f"--namespace={namespace}"]
     environment = {**os.environ, "KUBECONFIG": str(kubeconfig)}
@@ -689,8 +689,8 @@ def tester(cluster: Cluster, release: str, render: Callable[..., dict[str, Objec
     return cluster.write_kubeconfig("tester", token)
 
 
-def test_smoke_test_passes_with_the_rights_of_the_chart_and_says_what_it_did(cluster, tester):
-    done = smoke(tester, NAMESPACE)
+def test_the_helm_test_passes_with_the_rights_of_the_chart_and_says_what_it_did(cluster, tester):
+    done = run_helm_test(tester, NAMESPACE)
     assert done.returncode == 0, done.stderr
     assert f"namespace {NAMESPACE}: a tiny run was taken; as a dry run, so nothing is kept of it" in done.stdout
     assert "its defaults are those that this operator has" in done.stdout
@@ -698,22 +698,22 @@ def test_smoke_test_passes_with_the_rights_of_the_chart_and_says_what_it_did(clu
     assert cluster.kubectl("get", "hrl", "-A") == ""
 
 
-def test_smoke_test_explains_missing_rights_and_a_missing_server(cluster, tester, tmp_path):
-    done = smoke(tester, "default")
+def test_the_helm_test_explains_missing_rights_and_a_missing_server(cluster, tester, tmp_path):
+    done = run_helm_test(tester, "default")
     assert done.returncode == 2
     assert "this account may not create runs in namespace default; bind it a role: " in done.stderr
     config = json.loads(tester.read_text())
     config["clusters"][0]["cluster"]["server"] = "https://127.0.0.1:1"
     (tmp_path / "config").write_text(json.dumps(config))
-    done = smoke(tmp_path / "config", NAMESPACE)
+    done = run_helm_test(tmp_path / "config", NAMESPACE)
     assert done.returncode == 2
     assert "the API server does not answer; may this pod reach it?" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_smoke_test_finds_a_definition_that_is_missing_or_older(bare):
+def test_the_helm_test_finds_a_definition_that_is_missing_or_older(bare):
     cluster = bare
-    done = smoke(cluster.kubeconfig, "default")
+    done = run_helm_test(cluster.kubeconfig, "default")
     assert done.returncode == 2
     assert "the cluster has no HeteroRLRun; set crds.enabled=true" in done.stderr
 
@@ -723,7 +723,7 @@ def test_smoke_test_finds_a_definition_that_is_missing_or_older(bare):
     spec["properties"]["timeScale"]["default"] = 2.0
     cluster.kubectl("create", "-f", "-", stdin=json.dumps(definition))
     cluster.wait("the kind", lambda: served(cluster))
-    done = smoke(cluster.kubeconfig, "default")
+    done = run_helm_test(cluster.kubeconfig, "default")
     assert done.returncode == 2
     assert (
         "the cluster's HeteroRLRun is of another version, it differs in timeScale; install that of this" in done.stderr
