@@ -107,7 +107,7 @@ def test_a_stall_is_reported_once_a_minute(learner, poller, changes):
     assert 61 <= poller.stalled_s(KEY) < 66
 
 
-def test_time_in_which_no_learner_should_train_is_not_a_stall(learner, poller, news):
+def test_time_in_which_no_learner_should_train_is_not_a_stall(learner, poller, changes):
     learner.says(stalled_s=1.0)
     poller.want(KEY, learner.target)
     wait_for(lambda: changes == [KEY])

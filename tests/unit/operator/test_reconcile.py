@@ -134,7 +134,7 @@ def test_a_new_run_gets_its_objects_first_and_its_status_at_the_second_pass(worl
 
 
 def test_after_a_restart_the_second_pass_reverts_edits_made_in_the_meantime(world):
-    world.look()
+    world.reconcile()
     deployment = world.api.objects["Deployment", "run-sampler-near"]
     world.api.put({**deployment, "spec": {**deployment["spec"], "replicas": 7}})
     restarted = World(world.api)
@@ -181,7 +181,7 @@ def test_an_edit_that_comes_during_a_reconcile_is_not_lost(world):
 
 
 def test_an_undisturbed_reconcile_does_not_queue_another(world):
-    world.look()
+    world.reconcile()
     assert world.again == []
 
 
