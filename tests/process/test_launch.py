@@ -159,7 +159,7 @@ def test_ranks_of_a_run_whose_volume_was_taken_over_are_killed_and_the_pod_tells
     told = parse_progress(pod.metrics().decode())
     assert told.gave_up == (
         "VolumeInUse",
-        "run new-run has taken the volume over (resume: true) and goes on from there",
+        "run new-run has taken over the volume (resume: true)",
     )
     assert not (volume / "saved").exists()
     assert ends(new) == [(None, None)]

@@ -60,7 +60,7 @@ def test_a_damaged_version_is_refused_and_generation_goes_on_with_the_old_one(ne
     assert f"v{batch['version_step']:08d}" < newest.name
     refusal = next(line for line in log.read_text().splitlines() if "refused" in line)
     assert "checksum of model.safetensors" in refusal
-    assert "generation goes on with v" in refusal
+    assert "generation continues with v" in refusal
     learner.resume()
     assert run.wait(600) == 0, run.said()
     assert len(swaps(run, "near-0")) >= 6

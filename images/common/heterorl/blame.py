@@ -66,7 +66,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _no_space(error: OSError, root: Path) -> HeteroRLError:
     if _is_on_volume(error, root):
         return RunFolderError(
-            f"{root}: no space left on the disk; free some and go on with --resume (on Kubernetes: increase"
+            f"{root}: no space left on the disk; free some and resume with --resume (on Kubernetes: increase"
             " failurePolicy.resumes), or start elsewhere with --runs-dir"
         )
     where = f" for {error.filename}" if error.filename else ""

@@ -5,7 +5,7 @@
           └─────────────────────────────────────────────────────────────────────────────────────────┘
 
 It waits only for its first weights, the newest ones in online mode, and room in the queue. A slot's sequence
-number is its prompt cursor and its seed: the slot's next holder goes on where this one stopped.
+number is its prompt cursor and its seed: the slot's next holder continues where this one stopped.
 """
 
 from __future__ import annotations

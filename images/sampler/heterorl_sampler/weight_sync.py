@@ -174,5 +174,5 @@ class WeightSync:
     def _reject(self, version: Version, reason: str) -> None:
         self._forget(version)
         self.rejected[version] = reason
-        kept = f"generation goes on with {self.version}" if self.version else "waiting for another version"
+        kept = f"generation continues with {self.version}" if self.version else "waiting for another version"
         log.error("refused weights %s: %s; %s", version, reason, kept)

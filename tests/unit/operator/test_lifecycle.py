@@ -213,9 +213,7 @@ def test_a_learner_that_gave_up_fails_the_run_in_its_own_words_and_can_be_read_f
 
 
 def test_a_run_whose_volume_was_taken_over_is_not_told_to_take_it_back():
-    taken = RunProgress(
-        gave_up=("VolumeInUse", "run other has taken the volume over (resume: true) and goes on from there")
-    )
+    taken = RunProgress(gave_up=("VolumeInUse", "run other has taken over the volume (resume: true)"))
     end = decide(context(before=STARTED_NOW, progress=taken)).end
     assert end is not None
     assert (end.succeeded, end.reason, end.message.count("resume: true")) == (False, "VolumeInUse", 1)

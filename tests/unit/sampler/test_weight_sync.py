@@ -90,7 +90,7 @@ def test_a_damaged_version_is_refused_once_and_the_old_one_stays(
     refusals = [r.getMessage() for r in caplog.records if "refused" in r.getMessage()]
     assert len(refusals) == 1
     assert "checksum" in refusals[0]
-    assert f"goes on with {first}" in refusals[0]
+    assert f"continues with {first}" in refusals[0]
 
 
 def test_a_version_whose_canary_fails_is_refused_and_the_old_weights_are_loaded_again(

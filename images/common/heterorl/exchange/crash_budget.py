@@ -112,7 +112,7 @@ def gave_up(
     its preparation tells.
     """
     if successor and any(attempts.values()):
-        return VOLUME_IN_USE, f"run {successor} has taken the volume over (resume: true) and goes on from there"
+        return VOLUME_IN_USE, f"run {successor} has taken over the volume (resume: true)"
     for node in sorted(attempts):
         charged = _failures(attempts, node, policy.resumes)
         if why := run_failure(given_up("learner", charged, policy), {}):

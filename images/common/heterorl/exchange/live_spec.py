@@ -65,7 +65,7 @@ class LiveSpec:
             found = self._load()
             run = take_over(held, found)
         except (HeteroRLError, ValueError, OSError) as error:
-            log.error("%s was edited and cannot be used (%s); going on as before", self._file, error)
+            log.error("%s was edited and cannot be used (%s); it is ignored", self._file, error)
             return held
         differing = list(changes(held, found))
         for refused, message in ((False, "follows an edit of"), (True, "keeps, until it starts again, its")):

@@ -302,7 +302,7 @@ class Files:
         if kind not in self._told:
             self._told.add(kind)
             log.warning(
-                "%s: the mount does not offer %s (%s); going on, but what was just written may be lost if the machine"
+                "%s: the mount does not offer %s (%s); continuing, but what was just written may be lost if the machine"
                 " or the file server loses its power",
                 path,
                 kind,

@@ -63,7 +63,7 @@ def check_folder(root: Path, run: HeteroRLRun, *, resume: bool) -> None:
     if not resume:
         if root.exists() and any(root.iterdir()):
             raise RunFolderError(
-                f"{root} holds an earlier run; go on with it by --resume, choose another name by"
+                f"{root} holds an earlier run; resume it with --resume, choose another name with"
                 f" --set name={name}-2, or delete the folder"
             )
         return

@@ -58,7 +58,7 @@ def _conclude(exchange: Exchange, verdict: Verdict, *, resumable: bool) -> None:
     print(f"  {'logs':<8} {shown(exchange.logs_dir)}")
     if verdict.status != "succeeded":
         print(f"{verdict.status}: {verdict.reason}")
-        print(f"go on with: {_resume_command(exchange)}")
+        print(f"resume with: {_resume_command(exchange)}")
 
 
 def _resume_command(exchange: Exchange) -> str:

@@ -184,7 +184,9 @@ class Runner:
             view.say("stopping: processes finish what they have begun and save it; Ctrl-C again kills them at once")
         deadline = self.spec.active_deadline_seconds
         if verdict is None and deadline and self.state.elapsed_s > deadline:
-            verdict = Verdict("failed", 1, f"activeDeadlineSeconds {deadline} passed; raise it and go on with --resume")
+            verdict = Verdict(
+                "failed", 1, f"activeDeadlineSeconds {deadline} passed; raise it and resume with --resume"
+            )
         if verdict is None and self._trained():
             verdict = Verdict("succeeded", 0)
         self.learner.wanted = verdict is None

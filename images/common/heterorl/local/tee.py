@@ -58,7 +58,7 @@ class Tee:
         try:
             file.write(line)
         except OSError as error:
-            log.warning("%s goes on here only: %s", self._path, error)
+            log.warning("%s cannot be written, its lines are printed here only: %s", self._path, error)
             file.close()
             return None
         return file
