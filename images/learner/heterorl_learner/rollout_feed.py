@@ -220,7 +220,7 @@ class RolloutFeed:
 
     def _read(self, name: RolloutName) -> Rollout:
         rollout = self._exchange.read_rollout(name)
-        self._exchange.check_epoch(name, rollout.meta.get("lease_epoch", 0))
+        self._exchange.check_epoch(name, rollout.lease_epoch)
         if len(rollout.lengths) != self._spec.algorithm.group_size:
             raise CorruptFile(f"{len(rollout.lengths)} completions; groupSize is {self._spec.algorithm.group_size}")
         if int(rollout.versions.min()) != name.version.step:

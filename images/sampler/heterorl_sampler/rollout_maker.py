@@ -111,5 +111,6 @@ class RolloutMaker:
             truncated=truncated,
             provenance=self._provenance.model_copy(update={"sampling": SamplingDistribution.of(spec.generation)}),
             reward_terms=terms,
-            meta={"row_id": row["id"], "lease_epoch": self._lease.epoch},
+            lease_epoch=self._lease.epoch,
+            meta={"row_id": row["id"]},
         )

@@ -226,7 +226,7 @@ def take_over(exchange: Exchange) -> Lease:
 def lost(exchange: Exchange) -> Lease:
     """A lease whose holder froze, and whose slot another sampler has by now."""
     lease = take_over(exchange)
-    exchange.put_rollouts(lease, {rollout_name(0): rollout_of(meta={"lease_epoch": 1})})
+    exchange.put_rollouts(lease, {rollout_name(0): rollout_of(lease_epoch=1)})
     exchange.save_slot(lease, SlotState(next_seq=4, adoption={"swaps": 3}))
     exchange.beat(lease, SlotStatus(), released=True)
     assert take_over(exchange).epoch == 2

@@ -20,6 +20,7 @@ from heterorl.exchange.records import (
     JournalEntry,
     LearnerHeartbeat,
     Prepared,
+    RunnerState,
     SlotState,
     SlotStatus,
 )
@@ -105,6 +106,11 @@ def evaluation(exchange: Exchange) -> Path:
     return exchange.root / "evals" / "v00000000-i0001.json"
 
 
+def runner(exchange: Exchange) -> Path:
+    exchange.save_runner(RunnerState(status="running"))
+    return exchange.root / "runner.json"
+
+
 def attempts(exchange: Exchange) -> Path:
     exchange.save_attempts(0, [Attempt(run="test", pod="a", started=1.0)])
     return exchange.root / "attempts-0.json"
@@ -118,6 +124,7 @@ RECORDS: list[tuple[Callable[[Exchange], Path], Callable[[Exchange], Any], Any]]
     (prepared, lambda exchange: exchange.prepared, None),
     (prepared, lambda exchange: exchange.successor, None),
     (evaluation, lambda exchange: exchange.read_evals(), {}),
+    (runner, lambda exchange: exchange.runner, None),
     (attempts, attempts_of, {0: []}),
 ]
 

@@ -198,13 +198,13 @@ def test_a_rollout_of_a_later_version_is_left_where_it_is_and_others_are_trained
 def test_a_rollout_made_after_its_lease_had_ended_is_not_trained(exchange: Exchange) -> None:
     old = exchange.acquire_slot(lambda: [FAR])
     exchange.beat(old, SlotStatus(), released=True)
-    in_time = {rollout_name(seq): rollout_of([1.0, 1.0], meta={"lease_epoch": old.epoch}) for seq in (0, 1)}
+    in_time = {rollout_name(seq): rollout_of([1.0, 1.0], lease_epoch=old.epoch) for seq in (0, 1)}
     exchange.put_rollouts(old, in_time)
     assert exchange.acquire_slot(lambda: [FAR]).first_seq == 2
     late = rollout_name(2)
     # As from a holder that froze after it had asked and before it published.
-    builders.put(exchange, {late: rollout_of([1.0, 1.0], meta={"lease_epoch": old.epoch})}, epoch=99)
-    builders.put(exchange, {rollout_name(3): rollout_of([1.0, 1.0], meta={"lease_epoch": 2})}, epoch=99)
+    builders.put(exchange, {late: rollout_of([1.0, 1.0], lease_epoch=old.epoch)}, epoch=99)
+    builders.put(exchange, {rollout_name(3): rollout_of([1.0, 1.0], lease_epoch=2)}, epoch=99)
     feed = RolloutFeed(exchange, 0, 1, never)
     assert take(feed, 0) == [0, 1]
     with pytest.raises(Stop):

@@ -268,6 +268,20 @@ class Evaluation(Record):
     """Metrics by the set's label."""
 
 
+class RunnerState(Record):
+    """What outlives the local runner: how the run went, for how long, what was restarted."""
+
+    model_config = ConfigDict(frozen=False)
+
+    status: str
+    """preparing, running, succeeded, stopped or failed."""
+    reason: str = ""
+    prepare_s: float = 0.0
+    elapsed_s: float = 0.0
+    """Time since the samplers were first allowed to start, without the time between stop and resume."""
+    restarts: dict[str, int] = {}
+
+
 class QuarantineNote(Record):
     """Why a file or folder was put aside."""
 

@@ -104,10 +104,12 @@ class Rollout:
     truncated: NDArray[np.bool_]
     """[G] whether the completion hit the length limit."""
     provenance: Provenance
+    lease_epoch: int = 0
+    """Epoch of the lease under which it was made, by which the learner knows one that came too late."""
     reward_terms: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     """[G] each, by the reward's name, before weighting."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """JSON: row_id, lease_epoch and the like."""
+    """JSON: row_id and the like."""
 
     def to_bytes(self) -> bytes:
         """The file's contents."""
@@ -118,6 +120,7 @@ class Rollout:
         header = {
             "protocol": str(PROTOCOL),
             "provenance": self.provenance.model_dump_json(),
+            "lease_epoch": str(self.lease_epoch),
             "meta": json.dumps(self.meta, sort_keys=True),
         }
         return save_safetensors(arrays, {**header, "sha256": _digest(arrays, header)})
@@ -144,10 +147,11 @@ class Rollout:
             rollout = cls(
                 **{name: arrays[name] for name in _DTYPES},
                 provenance=Provenance.model_validate_json(header["provenance"]),
+                lease_epoch=int(header["lease_epoch"]),
                 reward_terms=terms,
-                meta=json.loads(header["meta"]),
+                meta=dict(from_json(header["meta"])),
             )
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError) as error:
             raise CorruptFile(f"an array or a part of the header is missing: {error}") from error
         rollout.check()
         return rollout

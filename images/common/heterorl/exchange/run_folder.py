@@ -13,7 +13,7 @@ from heterorl.errors import VOLUME_IN_USE, RunFolderError
 from heterorl.exchange.live_spec import LiveSpec
 from heterorl.exchange.mount import check_mount
 from heterorl.exchange.record_store import RecordStore
-from heterorl.exchange.records import DataCount, ModelOrigin, Prepared
+from heterorl.exchange.records import DataCount, ModelOrigin, Prepared, RunnerState
 from heterorl.exchange.rollout import Provenance
 from heterorl.exchange.storage import Files
 from heterorl.spec.mutability import IMMUTABLE, changes, within
@@ -85,9 +85,13 @@ class RunFolder:
         return self.root / "run.lock"
 
     @property
-    def runner_file(self) -> Path:
-        """The local runner's own state: elapsed time, restarts."""
-        return self.root / "runner.json"
+    def runner(self) -> RunnerState | None:
+        """The local runner's state as it was saved last; None before the first, and on Kubernetes."""
+        return self._records.read(self.root / "runner.json", RunnerState)
+
+    def save_runner(self, state: RunnerState) -> None:
+        """Put the local runner's state on the disk."""
+        self._records.write(self.root / "runner.json", state)
 
     def data_file(self, name: str) -> Path:
         """Tokenised problems: `train` or `eval-LABEL`."""

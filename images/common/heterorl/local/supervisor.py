@@ -6,7 +6,6 @@ only from what the processes write into the run's folder, as the operator would.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -14,10 +13,11 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import RunnerState
 from heterorl.exit_codes import CODE_OF, INTERRUPTED, SITE_ERROR, USER_ERROR, describe_exit
 from heterorl.failure_policy import Role, run_failure
 from heterorl.heterogeneity.availability import next_change, replicas_at
@@ -41,30 +41,6 @@ class Programs:
     learner: Sequence[str] = (sys.executable, "-m", "heterorl_learner")
     sampler: Sequence[str] = (sys.executable, "-m", "heterorl_sampler")
     evaluate: Sequence[str] = (sys.executable, "-m", "heterorl_sampler", "evaluate")
-
-
-@dataclass
-class RunnerState:
-    """What outlives the runner, in the run's folder: how it went, for how long, what was restarted."""
-
-    status: str = "preparing"
-    """preparing, running, succeeded, stopped or failed."""
-    reason: str = ""
-    prepare_s: float = 0.0
-    elapsed_s: float = 0.0
-    """Time since the samplers were first allowed to start, without the time between stop and resume."""
-    restarts: dict[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def load(cls, exchange: Exchange) -> RunnerState:
-        """The state an earlier runner left, or a fresh one."""
-        if not exchange.runner_file.exists():
-            return cls()
-        return cls(**json.loads(exchange.runner_file.read_bytes()))
-
-    def save(self, exchange: Exchange) -> None:
-        """Put it on the disk."""
-        exchange.files.replace(exchange.runner_file, json.dumps(asdict(self)).encode())
 
 
 @dataclass(frozen=True)
@@ -112,7 +88,7 @@ class Runner:
     def __init__(self, exchange: Exchange, programs: Programs, interrupts: Interrupts, lock: int) -> None:
         self.exchange, self.programs, self.interrupts = exchange, programs, interrupts
         self.spec = exchange.spec
-        self.state = RunnerState.load(exchange)
+        self.state = exchange.runner or RunnerState(status="preparing")
         self._lock = lock
         self._gpus = assign_gpus(self.spec, gpu_devices())
         self._fair_threads = max(1, cores() // (self.spec.learner.world_size + len(self.spec.slots)))
@@ -162,7 +138,7 @@ class Runner:
                 break
             self.interrupts.wait(TICK_S)
         self.state.status, self.state.reason = verdict.status, verdict.reason
-        self.state.save(self.exchange)
+        self.exchange.save_runner(self.state)
         return verdict
 
     def kill_all(self) -> None:
@@ -249,7 +225,7 @@ class Runner:
         slots = {slot: seen(role) for slot, role in self.samplers.items()}
         view.show(RunView(seen(self.learner), slots, self.evaluations.version, self.state.elapsed_s))
         if now - self._saved_at >= _SAVE_EVERY_S:
-            self.state.save(self.exchange)
+            self.exchange.save_runner(self.state)
             self._saved_at = now
 
     # ── processes ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import RunnerState
 from heterorl.monitoring.metrics import Record, read_metrics
 from heterorl.names import Slot
 
@@ -61,7 +62,7 @@ def read_ledger(exchange: Exchange, samplers: dict[Slot, list[Record]]) -> Ledge
 def summarise(root: Path) -> dict[str, Any]:
     """The summary of a run's folder, at any moment of the run."""
     exchange = Exchange(root)
-    runner = json.loads(exchange.runner_file.read_bytes()) if exchange.runner_file.exists() else {}
+    runner = exchange.runner or RunnerState(status="unknown")
     learner = [r for r in read_metrics(exchange.metrics_dir / "learner.jsonl") if "event" not in r and "step" in r]
     samplers = {slot: read_metrics(path) for slot, path in _sampler_files(exchange.metrics_dir)}
     swaps = {slot: [r for r in records if r.get("event") == "swap"] for slot, records in samplers.items()}
@@ -70,12 +71,12 @@ def summarise(root: Path) -> dict[str, Any]:
     tenth = math.ceil(len(rewards) / 10)
     return {
         "name": exchange.run.metadata.name,
-        "status": runner.get("status", "unknown"),
-        "reason": runner.get("reason", ""),
+        "status": runner.status,
+        "reason": runner.reason,
         "steps": heartbeat.step if (heartbeat := exchange.learner) else 0,
         "steps_wanted": exchange.spec.learner.steps,
-        "wall_s": round(runner.get("prepare_s", 0.0) + runner.get("elapsed_s", 0.0), 1),
-        "prepare_s": round(runner.get("prepare_s", 0.0), 1),
+        "wall_s": round(runner.prepare_s + runner.elapsed_s, 1),
+        "prepare_s": round(runner.prepare_s, 1),
         "reward_first_tenth": _mean(rewards[:tenth]),
         "reward_last_tenth": _mean(rewards[-tenth:]),
         "lag_mean": _mean(_column(learner, "lag/mean")),
@@ -92,7 +93,7 @@ def summarise(root: Path) -> dict[str, Any]:
         "canary_mean_abs_diff": max(
             (value for events in swaps.values() for value in _column(events, "canary/mean_abs_diff")), default=None
         ),
-        "restarts": runner.get("restarts", {}),
+        "restarts": runner.restarts,
         "evaluations": _evaluations(exchange),
     }
 
