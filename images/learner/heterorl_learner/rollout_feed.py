@@ -95,7 +95,7 @@ class RolloutFeed:
         if entry.poisoned:
             raise TrainingError(
                 f"step {batch.step}: {reason}, with a second batch as well, so the policy has diverged. Its weights are"
-                " those of the step before: go on from an older checkpoint with a lower learningRate or maxGradNorm of"
+                " those of the step before: resume from an older checkpoint with a lower learningRate or maxGradNorm of"
                 " learner.optimizer"
             )
         log.error("step %d: its %d rollouts go to quarantine: %s", batch.step, len(batch.names), reason)
