@@ -21,7 +21,7 @@ from heterorl.monitoring.metrics import Metrics
 from heterorl.spec.run import LearnerSpec
 from heterorl_learner import ranks
 from heterorl_learner.checkpoints import Checkpoints
-from heterorl_learner.completion_log import completions_log
+from heterorl_learner.completion_log import CompletionLog
 from heterorl_learner.engines.base import TrainingEngine
 from heterorl_learner.hf_export import write_output
 from heterorl_learner.publish import Publisher
@@ -45,7 +45,7 @@ class Trainer:
         self.feed = RolloutFeed(exchange, self.state.step, self.incarnation, stop)
         self.publisher = Publisher(exchange, engine, self.incarnation)
         self.told: dict[str, float] = {}  # of the last step, for the heartbeat
-        self.log_completions = completions_log(exchange) if engine.rank == 0 else lambda batch: None
+        self.completions = CompletionLog(exchange, wanted=engine.rank == 0)
 
     def train(self) -> bool:
         """Train to the last step or until told to stop; True if the last step was reached."""
@@ -107,6 +107,7 @@ class Trainer:
         if finished:
             write_output(self.exchange, self.engine)
         self.publisher.wait()
+        self.completions.close()
         self._heartbeat(finished=finished)
         log.info("%s at step %d of %d", "finished" if finished else "stopped", self.state.step, self.learner.steps)
         return finished
@@ -127,7 +128,7 @@ class Trainer:
             "perf/tokens_per_s": num_tokens(batch.rollouts) / train_s,
         }
         self.metrics.write(self.state.step, record)
-        self.log_completions(batch)
+        self.completions.write(batch)
         self.told = record
         self._heartbeat()
         log.info(

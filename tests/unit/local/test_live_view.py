@@ -14,7 +14,8 @@ from builders import CANARY, exchange_at, run_of
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import LearnerHeartbeat, SlotStatus
 from heterorl.local.live_view import PlainView, ProcessState, RunView, describe, duration, open_view, render, sparkline
-from heterorl.monitoring.progress import LiveProgress, ProgressReader, SlotProgress, Tail
+from heterorl.monitoring.json_lines import Tail
+from heterorl.monitoring.progress import LiveProgress, ProgressReader, SlotProgress
 from heterorl.names import Slot, Version
 
 FAR = Slot("far", 0)

@@ -4,7 +4,7 @@ import json
 import logging
 import resource
 import sys
-import types
+import time
 import urllib.request
 from pathlib import Path
 
@@ -13,10 +13,13 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from heterorl.errors import RunFolderError, UserError
+from heterorl.errors import UserError
 from heterorl.logs import setup_logging
-from heterorl.monitoring.metrics import JsonLines, Metrics, read_metrics
-from heterorl.spec.run import MonitoringSpec
+from heterorl.monitoring.background import Background
+from heterorl.monitoring.boards import TensorBoard, check_wandb, wandb_mode
+from heterorl.monitoring.json_lines import JsonLines, read_metrics
+from heterorl.monitoring.metrics import Metrics
+from heterorl.spec.run import MonitoringSpec, WandbSpec
 
 QUIET = MonitoringSpec(tensorboard=False)
 
@@ -30,6 +33,14 @@ def written(folder: Path, name="learner") -> list[dict]:
     return [r for r in read_metrics(folder / f"{name}.jsonl") if r.get("event") not in ("start", "stop")]
 
 
+def until(condition) -> None:
+    """Wait for what a thread beside does."""
+    give_up = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
 def scrape(folder: Path, name="learner") -> dict[str, tuple[float, dict[str, str], str]]:
     port = int((folder / f"{name}.port").read_text())
     text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
@@ -41,6 +52,7 @@ def scrape(folder: Path, name="learner") -> dict[str, tuple[float, dict[str, str
 def test_each_record_is_one_line_and_readable_at_once(tmp_path):
     with open_metrics(tmp_path) as metrics:
         metrics.write(1, {"reward": 0.25, "lag/by_pool/far": 3})
+        until(lambda: len(read_metrics(tmp_path / "learner.jsonl")) == 2)
         assert read_metrics(tmp_path / "learner.jsonl")[1:] == [
             {"time": 1000.0, "step": 1, "reward": 0.25, "lag/by_pool/far": 3}
         ]
@@ -115,27 +127,63 @@ def test_file_says_when_a_process_started_and_stopped(tmp_path):
     assert [r["event"] for r in read_metrics(tmp_path / "learner.jsonl")] == ["start", "stop", "start", "stop"]
 
 
-def test_full_volume_is_an_error_with_a_way_out_and_the_torn_line_is_cut_later(tmp_path):
+@pytest.fixture
+def full_disk():
+    """Files may have 20 bytes: the kernel takes so many and refuses the rest, until the test makes room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_line_that_the_disk_does_not_take_whole_leaves_nothing_behind(tmp_path, full_disk):
     lines = JsonLines(tmp_path / "learner.jsonl")
     lines.write({"step": 1})
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))  # the kernel then takes 20 bytes and refuses the rest
-    try:
-        with pytest.raises(RunFolderError, match=r"no space left.*--resume"):
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"No space left|File too large"):
             lines.write({"step": 2})
-        with pytest.raises(RunFolderError, match=r"File too large.*--resume"):
-            lines.write({"step": 2})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        lines.close()
-    JsonLines(tmp_path / "learner.jsonl").close()
     assert (tmp_path / "learner.jsonl").read_text() == '{"step": 1}\n'
+    full_disk()
+    lines.write({"step": 2})
+    lines.close()
+    assert [record["step"] for record in read_metrics(tmp_path / "learner.jsonl")] == [1, 2]
 
 
-def test_folder_that_cannot_be_made_is_an_error_for_people(tmp_path):
+def test_a_full_disk_is_told_once_and_nothing_is_missing_once_there_is_room(tmp_path, full_disk, caplog):
+    caplog.set_level(logging.INFO)
+    file = tmp_path / "learner.jsonl"
+    lines = Background(str(file), lambda: JsonLines(file), pauses_s=(0.02,))
+    started = time.monotonic()
+    for step in range(1, 6):
+        lines.write({"step": step, "reward": 0.5})
+    assert time.monotonic() - started < 1
+    until(lambda: "cannot be written" in caplog.text)
+    time.sleep(0.2)  # some more tries
+    full_disk()
+    until(lambda: len(read_metrics(file)) == 5)
+    lines.close()
+    assert [record["step"] for record in read_metrics(file)] == [1, 2, 3, 4, 5]
+    assert caplog.text.count("cannot be written") == 1
+    assert "written again" in caplog.text
+
+
+def test_a_place_that_never_answers_holds_up_neither_the_work_nor_its_end(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("heterorl.monitoring.background._UNOPENED_S", 0.2)
+    hangs = Background("board", lambda: time.sleep(600), room=3)
+    started = time.monotonic()
+    for step in range(5):
+        hangs.write({"step": step})
+    hangs.close()
+    assert time.monotonic() - started < 2
+    assert "board: 5 records were not written" in caplog.text  # three wait, two had no room
+
+
+def test_a_metrics_folder_that_cannot_be_made_is_told_and_ends_nothing(tmp_path, caplog):
     (tmp_path / "metrics").write_text("a file stands here")
-    with pytest.raises(RunFolderError, match="metrics cannot be written there"):
-        open_metrics(tmp_path / "metrics")
+    with open_metrics(tmp_path / "metrics", MonitoringSpec()) as metrics:
+        metrics.write(1, {"reward": 1.0})
+        until(lambda: caplog.text.count("cannot be written") == 2)
+    assert "training goes on" in caplog.text
 
 
 def test_without_sinks_nothing_happens():
@@ -202,6 +250,17 @@ def test_tensorboard_holds_numbers_by_step(tmp_path):
     assert read_scalars(tmp_path / "tensorboard" / "learner") == [("reward", 10, 0.25), ("reward", 11, 0.5)]
 
 
+def test_a_full_tensorboard_folder_ends_nothing_and_is_written_again(tmp_path, full_disk, caplog, monkeypatch):
+    monkeypatch.setattr("heterorl.monitoring.boards._FLUSH_S", 0.0)
+    board = Background("board", lambda: TensorBoard(tmp_path / "board"), pauses_s=(0.02,))
+    board.write({"time": 1.0, "step": 1, "reward": 0.25})
+    until(lambda: "board cannot be written" in caplog.text)
+    full_disk()
+    board.write({"time": 2.0, "step": 2, "reward": 0.5})
+    board.close()
+    assert read_scalars(tmp_path / "board") == [("reward", 1, 0.25), ("reward", 2, 0.5)]
+
+
 def test_process_without_tensorboard_installed_goes_on(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     caplog.set_level(logging.INFO, "heterorl.monitoring.metrics")
@@ -221,30 +280,43 @@ def test_wandb_that_is_configured_but_missing_names_the_way_out(tmp_path, monkey
     open_metrics(tmp_path, WANDB).close()  # only the process that was asked to reports there
 
 
-def test_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):
-    # wandb is not a dependency, so its three calls that we use are recorded here instead.
-    calls = []
-    run = types.SimpleNamespace(
-        define_metric=lambda *a, **k: calls.append(("define_metric", a, k)),
-        log=lambda values: calls.append(("log", values)),
-        finish=lambda: calls.append(("finish",)),
-    )
-    fake = types.SimpleNamespace(init=lambda **options: calls.append(("init", options)) or run)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    with open_metrics(tmp_path, WANDB, to_wandb=True) as metrics:
-        metrics.write(3, {"reward": 0.5, "loss": None})
-    options = calls[0][1]
-    assert (options["id"], options["resume"], options["project"], options["mode"]) == (
-        "quick",
-        "allow",
-        "far",
-        "offline",
-    )
-    assert calls[1:] == [
-        ("define_metric", ("*",), {"step_metric": "step"}),
-        ("log", {"time": 1000.0, "step": 3.0, "reward": 0.5}),
-        ("finish",),
-    ]
+@pytest.fixture
+def no_key(monkeypatch, tmp_path):
+    """No way to log in to W&B, and what it keeps stays in the test's folder."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.example")
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+
+
+def online(**more):
+    return WandbSpec(project="far", **more)
+
+
+@pytest.mark.usefixtures("no_key")
+def test_wandb_online_without_a_key_is_the_users_error_and_no_server_is_asked(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"no API key .*WANDB_API_KEY.*mode: offline"):
+        check_wandb(online())
+    check_wandb(online(mode="offline"))
+    check_wandb(WandbSpec())  # no project: off
+    (tmp_path / "netrc").write_text("machine wandb.example login user password secret\n")
+    check_wandb(online())
+    (tmp_path / "netrc").write_text("machine elsewhere.example login user password secret\n")
+    with pytest.raises(UserError):
+        check_wandb(online())
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    check_wandb(online())
+
+
+@pytest.mark.usefixtures("no_key")
+@pytest.mark.parametrize(
+    ("variable", "mode"), [("offline", "offline"), ("dryrun", "offline"), ("disabled", "disabled"), ("", "online")]
+)
+def test_wandb_mode_of_the_environment_goes_before_the_specs(monkeypatch, variable, mode):
+    monkeypatch.setenv("WANDB_MODE", variable)
+    assert wandb_mode(online()) == mode
 
 
 # ── logs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

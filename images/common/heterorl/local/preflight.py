@@ -19,6 +19,7 @@ from heterorl.blame import explained
 from heterorl.errors import DataError, RunFolderError, UserError
 from heterorl.exchange.exchange import Exchange
 from heterorl.heterogeneity.delay import inline_traces
+from heterorl.monitoring.boards import check_wandb
 from heterorl.spec.mutability import LIVE, changes, is_refused_live, within
 from heterorl.spec.run import HeteroRLRun, RunSpec
 
@@ -37,6 +38,7 @@ def claim(manifest: Path, run: HeteroRLRun, runs_dir: Path, *, resume: bool) -> 
     run = with_absolute_paths(run, base, must_exist=not resume)
     root = runs_dir.resolve() / run.metadata.name
     check_engines(run.spec)
+    check_wandb(run.spec.monitoring.wandb)
     check_gpus(run.spec, gpu_devices())
     check_folder(root, run, resume=resume)
     check_space(root, run.spec)

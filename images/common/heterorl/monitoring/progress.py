@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation
 from heterorl.exchange.refusals import refused_by_all
+from heterorl.monitoring.json_lines import Tail
 from heterorl.names import Slot, Version
 
 _RECENT = 20
 """Learner steps that "now" is averaged over."""
-
-
-class Tail:
-    """New whole lines of a growing file of JSON objects; a torn last line is left for the next look."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-
-    def read(self) -> list[dict[str, Any]]:
-        """What was added since the last call; nothing while the file is absent."""
-        try:
-            with open(self._path, "rb") as file:
-                file.seek(self._offset)
-                added = file.read()
-        except FileNotFoundError:
-            return []
-        whole = added[: added.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any
 
 from heterorl.errors import RunFolderError
 from heterorl.exchange.exchange import Exchange
-from heterorl.monitoring.metrics import read_metrics
+from heterorl.monitoring.json_lines import read_metrics
 from heterorl.report.figures import draw
 from heterorl.report.series import RunSeries
 from heterorl.report.summary import summarise

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from heterorl.monitoring.metrics import Record
+from heterorl.monitoring.json_lines import Record
 
 Floats = npt.NDArray[np.float64]
 Series = tuple[Floats, Floats]

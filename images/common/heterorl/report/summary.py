@@ -19,7 +19,7 @@ from typing import Any
 
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import RunnerState
-from heterorl.monitoring.metrics import Record, read_metrics
+from heterorl.monitoring.json_lines import Record, read_metrics
 from heterorl.names import Slot
 
 

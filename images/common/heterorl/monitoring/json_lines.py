@@ -1,0 +1,101 @@
+"""Growing files of JSON lines, the record of what a process measured: one writer, any number of readers.
+
+A learner that resumed from step c writes c + 1 again, so a line with a step supersedes every earlier line of its own or
+a later step (`read_metrics` applies that).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class JsonLines:
+    """The writer's end; each line is one write. A torn last line is cut off, on opening and after a failed write."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError when the file cannot be opened."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  (open for the writer's lifetime)
+        self._file.seek(0)
+        self._size = self._file.read().rfind(b"\n") + 1
+        self._file.truncate(self._size)
+
+    def write(self, record: Record) -> None:
+        """Append a record; OSError, and nothing of it in the file, when the volume does not take it whole."""
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self._file.truncate(self._size)
+            raise
+        self._size += len(line)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Tail:
+    """New whole lines of a growing file; a torn last line is left for the next time, a damaged one is left out."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def read(self) -> list[Record]:
+        """What was added since the last call; nothing while the file is absent."""
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(self._offset)
+                added = file.read()
+        except FileNotFoundError:
+            return []
+        whole = added[: added.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return _records(whole)
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """All records that stand, in the order written; an absent file has none.
+
+    Lines with a step supersede every earlier line of their own or a later step. Lines that are torn are left out.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    records: list[Record] = []
+    last_step = -1
+    for record in _records(content):
+        if (step := record.get("step")) is not None:
+            if step <= last_step:
+                records = [earlier for earlier in records if earlier.get("step", -1) < step]
+            last_step = step
+        records.append(record)
+    return records
+
+
+def _records(content: bytes) -> list[Record]:
+    found = []
+    for line in content.split(b"\n"):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
+
+
+def numbers(record: Record) -> Iterator[tuple[str, float]]:
+    """The entries of a record that are numbers."""
+    return ((key, float(value)) for key, value in record.items() if isinstance(value, int | float))
