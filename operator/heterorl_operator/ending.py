@@ -5,8 +5,6 @@ What ended once stays ended, except that a failed run goes on when `failurePolic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from heterorl.errors import VOLUME_IN_USE
 from heterorl.exit_codes import describe_exit
 from heterorl.failure_policy import Failure, GivenUp, given_up, run_failure
@@ -14,6 +12,7 @@ from heterorl.heterogeneity.availability import next_change, replicas_at
 from heterorl.kubernetes.names import prepare_name
 from heterorl.spec.run import FailurePolicySpec, RunSpec, SamplerPoolSpec
 from heterorl_operator.context import RunContext
+from heterorl_operator.decision import RunEnd
 from heterorl_operator.objects import CachedPod
 from heterorl_operator.podstate import has_crashed, is_out_of_memory
 from heterorl_operator.problems import Problem
@@ -21,15 +20,6 @@ from heterorl_operator.resources import JOB
 
 _RESUME = "correct it and increase failurePolicy.resumes, and the run continues from its checkpoint"
 _MORE_MEMORY = "it was killed for its memory (OOMKilled): raise resources.limits.memory in its podTemplate, or use less"
-
-
-@dataclass(frozen=True)
-class RunEnd:
-    """How the run ended."""
-
-    succeeded: bool
-    reason: str
-    message: str
 
 
 def run_end(context: RunContext, elapsed_s: float) -> RunEnd | None:

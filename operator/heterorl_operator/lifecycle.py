@@ -10,13 +10,13 @@ It is called again and again and keeps no state: what has to be remembered is in
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from heterorl.kubernetes.manifests import ReplicaCounts
 from heterorl.kubernetes.names import evaluation_name
-from heterorl.names import Version
 from heterorl_operator.context import RunContext
-from heterorl_operator.ending import RunEnd, change_after, preparation_problem, run_end, wanted
+from heterorl_operator.decision import Decision, RunClock, RunEnd
+from heterorl_operator.ending import change_after, preparation_problem, run_end, wanted
 from heterorl_operator.objects import CachedChild
 from heterorl_operator.resources import JOB
 from heterorl_operator.timestamps import seconds
@@ -25,43 +25,6 @@ CLAIM_PATIENCE_S = 10.0
 """How long a claim may wait for its volume before the run reports it."""
 
 _LAST_EVALUATION_S = 3600.0  # a finished learner, which keeps the weights for it, waits no longer
-
-
-@dataclass(frozen=True)
-class RunClock:
-    """A run's times, in seconds since 1970."""
-
-    start: float | None
-    suspended_since: float | None
-    suspended_s: float
-    """In all, without the suspension that lasts."""
-    completion: float | None
-
-    def elapsed_s(self, now: float) -> float:
-        """Time since the start without the time it was suspended."""
-        if self.start is None:
-            return 0.0
-        until = self.suspended_since if self.suspended_since is not None else now
-        return max(0.0, until - self.start - self.suspended_s)
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What should run, and when to decide again."""
-
-    clock: RunClock
-    end: RunEnd | None
-    replicas: ReplicaCounts
-    failed_evaluations: frozenset[int]
-    """Steps whose evaluation is given up."""
-    evaluation: Version | None
-    """To be evaluated now."""
-    with_jobs: bool
-    """Whether Jobs may run."""
-    expired: bool
-    """The record has been kept long enough: delete the run."""
-    requeue_s: float | None
-    """When time alone changes the decision."""
 
 
 def decide(context: RunContext) -> Decision:

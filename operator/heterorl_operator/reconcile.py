@@ -17,7 +17,8 @@ from heterorl_operator.apply import Applier, ManagedByAnotherOperator, forbidden
 from heterorl_operator.cache import ObjectCache
 from heterorl_operator.client import Forbidden
 from heterorl_operator.context import RunContext
-from heterorl_operator.lifecycle import Decision, decide
+from heterorl_operator.decision import Decision
+from heterorl_operator.lifecycle import decide
 from heterorl_operator.objects import CachedRun
 from heterorl_operator.problems import ObjectProblem, Problem
 from heterorl_operator.resources import DEPLOYMENT, JOB, ResourceKind, RunKey
