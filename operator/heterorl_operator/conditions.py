@@ -221,7 +221,10 @@ def _stalled(context: RunContext) -> str:
     for name, pool in sorted(progress.pools.items()):
         serves = f"serving {pool.weights_version} or newer" if pool.weights_version else "serving no weights"
         refused = f", {pool.rejected} versions refused" if pool.rejected else ""
-        parts.append(f"pool {name}: {pool.alive} slots alive, {serves}{refused}, {pool.rollouts} rollouts written")
+        silent = f", silent: {', '.join(pool.silent)}" if pool.silent else ""
+        parts.append(
+            f"pool {name}: {pool.alive} slots alive{silent}, {serves}{refused}, {pool.rollouts} rollouts written"
+        )
     newest = f"newest weights {progress.weights_version}; " if progress.weights_version else ""
     limit = f"rollouts older than algorithm.staleness.maxSteps ({spec.algorithm.staleness.max_steps}) are not used"
     return f"{'; '.join(parts)}; {newest}{limit}"

@@ -37,7 +37,7 @@ WHOLE = RunProgress(
     weights_version="v00000012-i0002",
     attempts={"clean": 1, "signalled": 2, "crashed": 3},
     gave_up=("UserError", 'learner.gpus is 2 in "run";\na \\ and no newline'),
-    pools={"near": PoolProgress(9, 1, 1, "v00000011-i0002"), "far": PoolProgress(0, 0, 0, None)},
+    pools={"near": PoolProgress(9, 1, 1, "v00000011-i0002"), "far": PoolProgress(0, 0, 0, None, ("far-0", "far-7"))},
     evaluation_best=0.5,
     evaluation_last=0.375,
     evaluations_due=(Version(0, 1), Version(10, 2)),
@@ -168,7 +168,7 @@ def test_a_pool_sums_its_slots_and_shows_the_oldest_live_version(exchange, clock
     exchange.beat(leases[2], SlotStatus(rollouts=10, rejected=1, version=str(Version(9, 1))))
     assert observer.observe().pools["far"].alive == 2
     clock.now += 2  # 11 s since the first slot moved, 2 s since the third one did
-    assert observer.observe().pools["far"] == PoolProgress(32, 3, 1, "v00000009-i0001")
+    assert observer.observe().pools["far"] == PoolProgress(32, 3, 1, "v00000009-i0001", ("far-0",))
 
 
 def test_why_the_learner_gave_up_is_told(exchange):

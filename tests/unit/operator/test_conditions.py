@@ -302,14 +302,14 @@ def test_progressing(known, expected):
 
 
 def test_a_stall_says_since_when_and_what_each_pool_delivers_and_stays_the_same_while_it_lasts():
-    pools = {"near": PoolProgress(7, 3, 1, "v00000002-i0001"), "far": PoolProgress()}
+    pools = {"near": PoolProgress(7, 3, 1, "v00000002-i0001"), "far": PoolProgress(silent=("far-0", "far-3"))}
     stalled = replace(TRAINING, stalled_s=1805.0, pools=pools, weights_version="v00000004-i0001")
     seen = at_work(progress=stalled)
     later = replace(seen, now=seen.now + 200, progress=replace(stalled, stalled_s=2005.0))
     message = reported(seen, "Progressing")[2]
     assert reported(later, "Progressing")[2] == message
     assert message.startswith("no step since 2023-11-14T21:44Z (learner.stallSeconds 1800)")
-    assert "pool far: 0 slots alive, serving no weights, 0 rollouts written" in message
+    assert "pool far: 0 slots alive, silent: far-0, far-3, serving no weights, 0 rollouts written" in message
     assert "pool near: 1 slots alive, serving v00000002-i0001 or newer, 3 versions refused, 7 rollouts" in message
     assert "newest weights v00000004-i0001" in message
 

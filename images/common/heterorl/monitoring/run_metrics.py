@@ -35,6 +35,7 @@ _NUMBERS = {
     "evaluation_last": "evaluation_last",
 }
 """Metrics that are one number, and the field they tell."""
+_NAMED_SLOTS = 8  # of a pool
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class PoolProgress:
     """Slots whose heartbeat moves."""
     weights_version: str | None = None
     """The oldest that a live slot serves."""
+    silent: tuple[str, ...] = ()
+    """Slots whose heartbeat has stopped though no sampler released them; the first eight."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +140,14 @@ class RunObserver:
 
     def _pool(self, beats: Mapping[Slot, SlotHeartbeat]) -> PoolProgress:
         alive = self._live(beats)
+        held = [(slot, beat) for slot, beat in sorted(beats.items()) if not beat.released]
+        silent = [str(slot) for slot, beat in held if not self._is_alive(slot, beat)]
         return PoolProgress(
             rollouts=sum(beat.rollouts for beat in beats.values()),
             rejected=sum(beat.rejected for beat in beats.values()),
             alive=len(alive),
             weights_version=min((beat.version for beat in alive if beat.version is not None), default=None),
+            silent=tuple(silent[:_NAMED_SLOTS]),
         )
 
     def _is_alive(self, slot: Slot, beat: SlotHeartbeat) -> bool:
@@ -195,6 +201,8 @@ def _values_of(progress: RunProgress) -> Iterator[tuple[str, dict[str, str], flo
             yield f"sampler_{what}", {"pool": name}, getattr(pool, what)
         if pool.weights_version is not None:
             yield "sampler_weights_info", {"pool": name, "version": pool.weights_version}, 1
+        for slot in pool.silent:
+            yield "sampler_silent", {"pool": name, "slot": slot}, 1
     for version in progress.evaluations_due:
         yield "evaluation_due", {"version": str(version)}, 1
 
@@ -217,6 +225,9 @@ def parse_progress(text: str) -> RunProgress:
 
     rejected, alive = by_pool("rejected"), by_pool("alive")
     serving = {labels["pool"]: labels["version"] for labels, _ in found.get("sampler_weights_info", ())}
+    silent: dict[str, list[str]] = {}
+    for labels, _ in found.get("sampler_silent", ()):
+        silent.setdefault(labels["pool"], []).append(labels["slot"])
     return RunProgress(
         step=whole("step"),
         steps=whole("steps"),
@@ -231,7 +242,9 @@ def parse_progress(text: str) -> RunProgress:
         attempts={labels["outcome"]: int(value) for labels, value in found.get("attempts", ())},
         gave_up=next(((labels["reason"], labels["message"]) for labels, _ in found.get("gave_up", ())), None),
         pools={
-            name: PoolProgress(rollouts, rejected.get(name, 0), alive.get(name, 0), serving.get(name))
+            name: PoolProgress(
+                rollouts, rejected.get(name, 0), alive.get(name, 0), serving.get(name), tuple(silent.get(name, ()))
+            )
             for name, rollouts in by_pool("rollouts").items()
         },
         evaluation_best=number("evaluation_best"),
