@@ -25,10 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         return error.exit_code
     except ApiError as error:
-        log.error("the operator ends, and has to start again: %s", error)
+        log.error("the operator exits and must be restarted: %s", error)
         return 1
     except Exception:
-        log.exception("the operator ends, and has to start again")
+        log.exception("the operator exits and must be restarted")
         return 1
     return 0
 

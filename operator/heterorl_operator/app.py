@@ -146,7 +146,7 @@ class Operator:
 
     def _leave_when_readable_again(self) -> None:
         self.relister.readable_again.wait()
-        log.warning("kinds that were not readable are by now; the operator restarts to watch them")
+        log.warning("kinds that were not readable have become readable; the operator restarts to watch them")
         _leave()
 
     def _load(self) -> None:

@@ -106,7 +106,7 @@ class Relister:
 
     def _update_staleness(self, kind: ResourceKind, missed: int) -> None:
         if missed:
-            log.warning("the watch of %ss missed %d changes; they are taken in now", kind.name, missed)
+            log.warning("the watch of %ss missed %d changes; they are applied now", kind.name, missed)
         count, before = self._watcher.event_counts[kind.name], self._suspects.pop(kind.name, None)
         if missed:
             self._suspects[kind.name] = count

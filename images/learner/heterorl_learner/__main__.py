@@ -46,8 +46,8 @@ def prepare(process: Process) -> None:
 
     if process.args.spec is not None:
         process.exchange.occupy()
-    info = prepare(process.exchange)
-    log.info("prepared: %s", info.model_dump_json(exclude={"protocol"}, exclude_none=True))
+    prepare(process.exchange)
+    log.info("model and data are prepared")
 
 
 def launch(process: Process) -> int:

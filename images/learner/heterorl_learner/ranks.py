@@ -100,4 +100,4 @@ def part() -> None:
             _store.wait(["leave"], _PATIENCE)
             _store.set(f"gone-{rank()}", "")
     except RuntimeError as error:  # torch's own errors of the store are all of this kind
-        log.info("not every rank said goodbye: %s", str(error).partition("\n")[0])
+        log.info("not every rank closed its process group: %s", str(error).partition("\n")[0])

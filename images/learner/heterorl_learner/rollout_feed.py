@@ -208,7 +208,7 @@ class RolloutFeed:
         try:
             return {name: self._read(name) for name in self._replay[step].names}
         except (FileNotFoundError, CorruptFile, _Mismatched) as error:
-            log.error("step %d cannot be replayed (%s); this and later steps are selected afresh", step, error)
+            log.error("step %d cannot be replayed (%s); this and later steps are selected again", step, error)
         self._forget_from(step)
         return None
 

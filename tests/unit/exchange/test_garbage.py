@@ -142,7 +142,7 @@ def test_a_record_that_cannot_be_read_is_absent_and_told_once(
     path.write_bytes(garbage)
     assert [read(exchange) for _ in range(3)] == [absent] * 3
     assert path.read_bytes() == garbage
-    assert [record.message.count("taken for absent") for record in caplog.records] == [1]
+    assert [record.message.count("treated as absent") for record in caplog.records] == [1]
     assert path.relative_to(exchange.root).as_posix() in caplog.text
 
 

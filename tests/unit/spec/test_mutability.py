@@ -75,7 +75,7 @@ def test_what_may_not_change_stays_as_the_process_started_with_and_is_told_once(
     assert exchange.run == before
     assert exchange.run == before
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert "this process keeps, until it starts again, its" in record.message
+    assert "this process keeps until its restart the old" in record.message
 
 
 def test_of_a_mixed_edit_the_allowed_part_is_taken(exchange, file):

@@ -237,7 +237,7 @@ class LearnerState(RunFolder):
             except FileNotFoundError:
                 continue
             except CorruptFile as error:
-                log.error("checkpoint of step %d cannot be used (%s); trying the one before", step, error)
+                log.error("checkpoint of step %d cannot be used (%s); trying the previous one", step, error)
                 damaged[step] = str(error)
                 continue
             for failed, reason in damaged.items():

@@ -68,7 +68,7 @@ class LiveSpec:
             log.error("%s was edited and cannot be used (%s); it is ignored", self._file, error)
             return held
         differing = list(changes(held, found))
-        for refused, message in ((False, "follows an edit of"), (True, "keeps, until it starts again, its")):
+        for refused, message in ((False, "follows an edit of"), (True, "keeps until its restart the old")):
             paths = [".".join(path) for path, was, is_ in differing if is_refused_live(path, was, is_) == refused]
             if paths:
                 log.log(logging.WARNING if refused else logging.INFO, "this process %s %s", message, ", ".join(paths))

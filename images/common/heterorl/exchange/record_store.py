@@ -97,7 +97,7 @@ class RecordStore:
             return
         if self._unreadable.get(path, (None,))[0] != content:
             self._unreadable[path] = content, error
-            log.error("%s; it is taken for absent", error)
+            log.error("%s; it is treated as absent", error)
 
     def _ignore(self, path: Path) -> None:
         if path not in self._strange and not path.name.endswith(_REASON):

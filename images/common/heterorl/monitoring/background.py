@@ -111,7 +111,7 @@ class Background:
     def _failed(self, error: Exception) -> None:
         if not self._failures:
             log.warning(
-                "%s cannot be written: %s: %s; training goes on, and it is tried again",
+                "%s cannot be written: %s: %s; training continues, and writing is retried",
                 self._what,
                 type(error).__name__,
                 error,
