@@ -26,9 +26,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the fixtures' builders
 
+from builders import spec_of
 from conftest import convert_smollm2, save_tiny_qwen3
 from heterorl.exchange.canary import canary_texts
-from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun, RunSpec
+from heterorl.spec.run import RunSpec
 from heterorl_learner.batching import MicroBatch, Sequence, micro_batch
 from heterorl_learner.engines.build import build_engine as build_training_engine
 from heterorl_sampler.engines.base import InferenceEngine
@@ -142,9 +143,7 @@ def _micro_batch(text: list[int]) -> MicroBatch:
 
 
 def _spec(dtype: str, learner: dict[str, object]) -> RunSpec:
-    spec = {"samplers": [{"name": "near"}], "model": {"dtype": dtype}, "learner": learner}
-    manifest = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "canary"}, "spec": spec}
-    return HeteroRLRun.model_validate(manifest).spec
+    return spec_of(model={"dtype": dtype}, learner=learner)
 
 
 # ── measuring ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -12,13 +12,13 @@ from statistics import fmean
 import pytest
 from safetensors.torch import load_file, save_file
 
+from builders import exchange_at, run_of
 from heterorl.data.answers import AnswerChecker
 from heterorl.data.tokenizer import load_tokenizer
 from heterorl.errors import CanaryMismatch, ExchangeError
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
 from heterorl.names import Version
-from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun
 from heterorl_sampler.engines.base import Completion, Sampling
 from heterorl_sampler.engines.transformers import TransformersEngine
 from heterorl_sampler.evaluate import Measure, evaluate, evaluate_version, main, pass_at_k
@@ -128,9 +128,7 @@ def run(tmp_path: Path, folder: Path, engine: TransformersEngine, rows: list[dic
         "evaluation": {"everySteps": 1, "temperature": 0, "engine": "transformers", "batchPrompts": 4},
         "monitoring": {"tensorboard": False},
     }
-    manifest = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "test"}, "spec": spec}
-    exchange = Exchange(tmp_path / "run")
-    exchange.create(HeteroRLRun.model_validate(manifest))
+    exchange = exchange_at(tmp_path / "run", run_of(**spec))
     shutil.copytree(folder, exchange.model_dir)
     exchange.data_file("eval-all").parent.mkdir()
     for label, chosen in (("all", rows), ("even", rows[::2])):

@@ -12,13 +12,13 @@ import urllib.request
 import psutil
 import pytest
 
+from builders import exchange_at, run_of
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.crash_budget import Attempts, attempts_of
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation, LearnerHeartbeat
 from heterorl.monitoring.run_metrics import parse_progress
 from heterorl.names import Version
-from heterorl.spec.run import HeteroRLRun
 from heterorl_learner import launch
 from heterorl_learner.launch import LearnerPod, rendezvous_of, threads_of
 
@@ -45,10 +45,7 @@ with Metrics.open(pathlib.Path(sys.argv[1]) / "metrics", "learner", MonitoringSp
 def exchange(tmp_path):
     def with_learner(uid=None, prepared=True, spec=None, **learner):
         spec = {"learner": {"steps": 5, **learner}, "samplers": [{"name": "near"}], **(spec or {})}
-        metadata = {"name": "demo", "uid": uid}
-        manifest = {"apiVersion": "heterorl.dev/v1alpha1", "kind": "HeteroRLRun", "metadata": metadata}
-        exchange = Exchange(tmp_path)
-        exchange.create(HeteroRLRun.model_validate({**manifest, "spec": spec}))
+        exchange = exchange_at(tmp_path, run_of("demo", metadata={"uid": uid}, **spec))
         if prepared:
             exchange.mark_prepared()
         return exchange

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from builders import run_of
 from heterorl.errors import DataError, RunFolderError, UserError
 from heterorl.exchange.evaluations import due_versions
 from heterorl.exchange.exchange import Exchange
@@ -80,14 +81,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def manifest(**spec: Any) -> HeteroRLRun:
     defaults = {"learner": {"steps": 4}, "samplers": [{"name": "near", "engine": "transformers"}]}
-    return HeteroRLRun.model_validate(
-        {
-            "apiVersion": "heterorl.dev/v1alpha1",
-            "kind": "HeteroRLRun",
-            "metadata": {"name": "demo"},
-            "spec": {**defaults, **spec},
-        }
-    )
+    return run_of("demo", **defaults | spec)
 
 
 def start(tmp_path: Path, programs: Programs, run: HeteroRLRun | None = None, *, resume: bool = False) -> int:
@@ -504,9 +498,6 @@ def test_a_recorded_delay_is_written_into_the_spec_so_that_it_stands_on_its_own(
         "model": "transit",
         "trace": {"path": "lag.csv", "column": "lag"},
     }
-    spec = {"samplers": [{"name": "far", "engine": "transformers", "delay": delay}]}
-    run = HeteroRLRun.model_validate(
-        {"apiVersion": "heterorl.dev/v1alpha1", "kind": "HeteroRLRun", "metadata": {"name": "t"}, "spec": spec}
-    )
+    run = run_of(samplers=[{"name": "far", "engine": "transformers", "delay": delay}])
     (pool,) = with_absolute_paths(run, tmp_path, must_exist=True).spec.samplers
     assert (pool.delay.trace.values, pool.delay.trace.path) == ([3.0, 5.0], None)

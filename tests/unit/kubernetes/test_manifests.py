@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import builders
 from heterorl.cli import main
 from heterorl.kubernetes.manifests import Images, ReplicaCounts, desired_state, evaluation_job, spec_for_pods
 from heterorl.kubernetes.names import HASH_ANNOTATION, rendered_hash, with_hash
@@ -37,8 +38,7 @@ def everything(path, **options):
 
 
 def run_of(**spec):
-    manifest = {"apiVersion": "heterorl.dev/v1alpha1", "kind": "HeteroRLRun", "metadata": {"name": "demo"}}
-    return HeteroRLRun.model_validate({**manifest, "spec": {"samplers": [{"name": "near"}], **spec}})
+    return builders.run_of("demo", **{"samplers": [{"name": "near"}], **spec})
 
 
 def objects_of(run, **options):

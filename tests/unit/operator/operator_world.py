@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import builders
 from heterorl.spec.run import HeteroRLRun
 from heterorl.spec.status import Condition, RunStatus
 from heterorl_operator.cache import ObjectCache
@@ -106,8 +107,7 @@ def claim_body(phase: str = "Bound", **fields: Any) -> Object:
 # ── a run ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def run_of(**spec: Any) -> HeteroRLRun:
     """The manifest."""
-    manifest = {"apiVersion": RUN.api_version, "kind": RUN.name, "metadata": {"name": KEY.name, "namespace": "lab"}}
-    return HeteroRLRun.model_validate({**manifest, "spec": spec_of(**spec)})
+    return builders.run_of(KEY.name, metadata={"namespace": "lab"}, **spec_of(**spec))
 
 
 def condition(kind: str, status: str, reason: str = "Because", since: str = STARTED, message: str = "") -> Condition:

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
+from builders import run_of
 from heterorl.exchange.exchange import Exchange
 from heterorl.spec.mutability import changes, take_over
-from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun
+from heterorl.spec.run import HeteroRLRun
 
 NEAR, FAR = {"name": "near"}, {"name": "far", "replicas": 2}
 
 
 def manifest(**spec: Any) -> HeteroRLRun:
-    about = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "demo"}}
-    return HeteroRLRun.model_validate({**about, "spec": {"samplers": [NEAR, FAR], **spec}})
+    return run_of("demo", **{"samplers": [NEAR, FAR], **spec})
 
 
 def write(file: Path, run: HeteroRLRun) -> None:

@@ -4,19 +4,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from builders import manifest
 from heterorl.names import Slot
 from heterorl.spec.run import HeteroRLRun
 from heterorl.spec.validation import check
-
-
-def manifest(**spec):
-    return {
-        "apiVersion": "heterorl.dev/v1alpha1",
-        "kind": "HeteroRLRun",
-        "metadata": {"name": "test"},
-        "spec": {"samplers": [{"name": "near"}]} | spec,
-    }
-
 
 # Shared with tests/cluster, which shows them to a real API server.
 BROKEN_MANIFESTS = yaml.safe_load((Path(__file__).parents[2] / "broken_manifests.yaml").read_text())
