@@ -50,7 +50,7 @@ def until(condition):
     while not condition():
         time.sleep(0.02)
 """
-PREPARED = "print('preparing', flush=True); put('prepared.json', {})"
+PREPARED = "print('preparing', flush=True); put('prepared.json', {'run': 'demo'})"
 TRAINED = "put('learner.json', {'step': 4, 'finished': True})"
 WAITS = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); until(lambda: False)"
 
