@@ -15,7 +15,7 @@ from builders import CANARY, FAR, Clock, exchange_at, publish, put, rollout_name
 from heterorl.errors import CorruptFile, ExchangeError, Superseded
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import JournalEntry, LearnerHeartbeat, SlotState, SlotStatus
-from heterorl.exchange.slots import Lease
+from heterorl.exchange.slots import Lease, _started
 from heterorl.exchange.storage import Files
 from heterorl.names import Version
 
@@ -301,6 +301,47 @@ def test_a_slot_is_leased_by_one_of_many(exchange: Exchange) -> None:
     for thread in threads:
         thread.join()
     assert [lease.epoch for lease in leases if lease] == [1]
+
+
+def test_a_holder_of_this_machine_that_stands_still_loses_its_slot_after_the_lease_time(exchange: Exchange) -> None:
+    exchange.beat(take_over(exchange), SlotStatus())  # this very process, which lives and does not beat any more
+    before = exchange.now()
+    assert take_over(exchange).epoch == 2
+    assert exchange.now() - before >= 10
+
+
+def test_an_observer_that_was_frozen_itself_does_not_take_its_own_pause_for_the_holders(exchange: Exchange) -> None:
+    exchange.beat(take_over(exchange), SlotStatus())
+    sleep, looks = exchange.sleep, []
+
+    def asleep(seconds: float) -> None:
+        looks.append(exchange.now())
+        sleep(3600.0 if len(looks) == 2 else seconds)
+
+    exchange.sleep = asleep
+    assert take_over(exchange).epoch == 2
+    assert looks[-1] - looks[2] >= 9  # counted anew from the first look after the hour
+
+
+def test_a_contender_whose_claim_was_swept_by_who_was_first_has_lost(exchange: Exchange) -> None:
+    class Overtaken(Files):
+        """Another sampler is faster, at the last moment."""
+
+        winner: Lease | None = None
+
+        def publish(self, source: Path, target: Path) -> bool:
+            if self.winner is None:
+                self.winner = take_over(exchange)
+            return super().publish(source, target)
+
+    files = Overtaken()
+    assert Exchange(exchange.root, files=files)._slots.try_lease(FAR, lambda slot: 0, 10.0) is None
+    assert files.winner.epoch == 1
+
+
+def test_a_process_is_told_from_a_later_one_by_the_ticks_of_its_start() -> None:
+    assert _started(os.getpid()) > _started(1)
+    assert _started(2**31 - 1) is None
 
 
 # ── numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────────

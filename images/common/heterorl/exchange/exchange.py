@@ -246,9 +246,11 @@ class Exchange(LearnerState):
         The candidates are asked for at every look: slots may be added while one waits.
         """
         self.check_volume()
+        settings = self.spec.exchange
+        lease_s = max(settings.lease_seconds, 2 * settings.poll_seconds)  # a heartbeat is looked at twice at least
         while not stop():
             for slot in candidates():
-                if lease := self._slots.try_lease(slot, self._next_seq, self.spec.exchange.lease_seconds):
+                if lease := self._slots.try_lease(slot, self._next_seq, lease_s):
                     self._sweep_rollouts(lease.slot)
                     return lease
             self.sleep(self.spec.exchange.poll_seconds)

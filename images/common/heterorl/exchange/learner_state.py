@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 _ATTEMPTS = re.compile(r"attempts-([0-9]+)\.json")
 _INCARNATION = re.compile(r"i([0-9]{4,})\.json")
 _CHECKPOINT = re.compile(r"step-([0-9]{8,})")
+_SHARED = ("", "rollouts", "evals", "pins", "incarnations")
+"""Folders in which several processes stage files."""
 _ABANDONED_S = 3600.0
 """A staged file that is older by the file server's clock, and whose owner cannot be asked, has none left."""
 
@@ -93,7 +95,7 @@ class LearnerState(RunFolder):
         """Remove what crashed processes left half-written: a predecessor's at once, that of others when it is old."""
         with self._as_learner():
             staged = [path for name in ("weights", "checkpoints") for path in self.files.leftovers(self.root / name)]
-            others = [path for name in ("", "rollouts", "evals") for path in self.files.leftovers(self.root / name)]
+            others = [path for name in _SHARED for path in self.files.leftovers(self.root / name)]
             if self.incarnation is not None and others:
                 now = self.files.modified(self.root / "incarnations" / f"i{self.incarnation:04d}.json")
                 staged += [path for path in others if now - self._age_mark(path, now) > _ABANDONED_S]

@@ -179,8 +179,8 @@ class LeaseFile(Record):
     boot: str = ""
     """Boot id of the host: a process id means something only within it."""
     pid: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    started: float | None = None
-    """When that process started."""
+    started: int | None = None
+    """When that process started, in clock ticks since the boot."""
     first_seq: NonNegativeInt
     """The first sequence number of this epoch: numbers from here on are no longer the predecessor's to use."""
 

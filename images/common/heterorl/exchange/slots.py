@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from heterorl.errors import CorruptFile, Superseded
 from heterorl.exchange.record_store import RecordStore
 from heterorl.exchange.records import LeaseFile, SlotHeartbeat, SlotState, SlotStatus
@@ -45,7 +43,7 @@ class Slots:
 
     def __init__(self, folder: Path, files: Files, records: RecordStore, clock: Callable[[], float]) -> None:
         self._folder, self._files, self._records, self._now = folder, files, records, clock
-        self._seen: dict[Slot, tuple[tuple[int, int], float]] = {}
+        self._seen: dict[Slot, tuple[tuple[int, int], float, float]] = {}
         self._first_seqs: dict[tuple[Slot, int], int] = {}
 
     # ── leases ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -63,7 +61,10 @@ class Slots:
             started=_started(os.getpid()),
             first_seq=next_seq(slot),
         )
-        if not self._files.create(self._file(slot, "lease", epoch + 1), claim.to_bytes()):
+        try:
+            if not self._files.create(self._file(slot, "lease", epoch + 1), claim.to_bytes()):
+                return None
+        except FileNotFoundError:  # who was first has swept what we had staged
             return None
         lease = Lease(slot, epoch + 1, next_seq(slot))  # asked again: what appeared meanwhile keeps its number
         state = self.load(slot)
@@ -126,14 +127,23 @@ class Slots:
         if beat is not None and beat.released:
             return True
         holder = self._records.read(self._file(slot, "lease", epoch), LeaseFile)
-        if holder is not None and (holder.host, holder.boot) == (socket.gethostname(), _boot_id()):
-            return _started(holder.pid) != holder.started
-        mark = (epoch, beat.beats if beat is not None else 0)
-        last, since = self._seen.get(slot, (None, 0.0))
-        if mark != last:
-            self._seen[slot] = (mark, self._now())
-            return False
-        return self._now() - since >= lease_s
+        here = (socket.gethostname(), _boot_id())
+        if holder is not None and (holder.host, holder.boot) == here and _started(holder.pid) != holder.started:
+            return True
+        return self._stood_still_s(slot, (epoch, beat.beats if beat is not None else 0), lease_s) >= lease_s
+
+    def _stood_still_s(self, slot: Slot, mark: tuple[int, int], longest_gap_s: float) -> float:
+        """For how long we have seen the slot's heartbeat at this mark, by our clock.
+
+        A longer gap between two looks starts it anew: it was we who stood still, perhaps the whole machine, and the
+        holder with us.
+        """
+        now = self._now()
+        last_mark, since, looked = self._seen.get(slot, (None, now, now))
+        if mark != last_mark or not 0 <= now - looked <= longest_gap_s:
+            since = now
+        self._seen[slot] = (mark, since, now)
+        return now - since
 
     def _sweep(self, lease: Lease) -> None:
         """Remove what the slot's earlier holders left: half-written files, their states, and leases of long ago."""
@@ -198,10 +208,14 @@ def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _started(pid: int) -> float | None:
-    """When a process of this machine started, to the second; None if it is gone or a zombie."""
+def _started(pid: int) -> int | None:
+    """When a process of this machine started, in clock ticks since the boot; None if it is gone or a zombie.
+
+    Ticks, because a time of day would change with the clock, and the process would seem to be another one.
+    """
     try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else round(process.create_time())
-    except psutil.NoSuchProcess:
+        about = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
         return None
+    fields = about.rpartition(")")[2].split()  # the name before may hold anything
+    return None if fields[0] in "ZX" else int(fields[19])
