@@ -447,7 +447,9 @@ def test_a_volume_that_holds_another_run_is_refused_once_it_is_prepared(
     first.occupy()
     first.mark_prepared(MADE)
     second = on_volume(name, uid)
-    with pytest.raises(RunFolderError, match=r"^VolumeInUse: .*volume holds run mine; set spec\.resume: true to go on"):
+    with pytest.raises(
+        RunFolderError, match=r"^VolumeInUse: .*volume holds run mine; set spec\.resume: true to continue"
+    ):
         second.occupy()
     assert first.prepared == Prepared(run="uid-1", model=MADE)
     assert second.prepared is None
