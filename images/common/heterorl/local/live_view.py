@@ -150,6 +150,8 @@ def describe(progress: LiveProgress, state: RunView) -> str:
         parts.append(f"{slot}{version} {row.rollouts} rollouts" + ("" if seen == "up" else f" ({seen})"))
     if progress.weights_refused:
         parts.append(progress.weights_refused)
+    if progress.waiting_for:
+        parts.append(progress.waiting_for)
     if state.evaluating:
         parts.append(f"evaluating step {state.evaluating.step}")
     if progress.eta_s is not None and progress.step < progress.steps:
@@ -197,6 +199,8 @@ def _head(progress: LiveProgress, state: RunView) -> Table:
     waits = f" · waits for rollouts {progress.waiting:.0%} of the time"
     crashes = f" · {_count(state.learner.crashes, 'restart')}" if state.learner.crashes else ""
     grid.add_row("learner", learner + Text(waits + crashes, style="dim"))
+    if progress.waiting_for:
+        grid.add_row("waiting", Text(progress.waiting_for, style="yellow"))
     if progress.weights_refused:
         grid.add_row("weights", Text(progress.weights_refused, style="red"))
     if progress.evals or state.evaluating:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.records import Evaluation
+from heterorl.exchange.records import Evaluation, SlotHeartbeat
 from heterorl.exchange.refusals import refused_by_all
 from heterorl.monitoring.json_lines import Tail
+from heterorl.monitoring.stall import waiting_for
 from heterorl.names import Slot, Version
 
+_QUIET_S = 40.0
+"""Without a step for so long, it is told what is waited for; plain lines come every ten seconds."""
 _RECENT = 20
 """Learner steps that "now" is averaged over."""
 
@@ -48,6 +52,8 @@ class LiveProgress:
     newest: Version | None = None
     rewards: dict[int, float] = field(default_factory=dict)
     """Mean reward by step."""
+    waiting_for: str | None = None
+    """While no step is trained: since when, and what each slot does."""
     weights_refused: str | None = None
     """That every sampler refused the newest, and why."""
     lag_mean: float | None = None
@@ -72,7 +78,7 @@ class ProgressReader:
     """Keeps a `Progress` up to date; every call reads only what is new."""
 
     def __init__(self, exchange: Exchange, clock: Callable[[], float] = time.monotonic) -> None:
-        self._exchange, self._clock = exchange, clock
+        self._exchange, self._clock, self._opened_at = exchange, clock, exchange.now()
         slots = exchange.spec.slots
         self._learner = Tail(exchange.metrics_dir / "learner.jsonl")
         self._samplers = {slot: Tail(exchange.metrics_dir / f"sampler-{slot}.jsonl") for slot in slots}
@@ -89,18 +95,32 @@ class ProgressReader:
         for slot, tail in self._samplers.items():
             for record in tail.read():
                 _take_sampler(now.slots[slot], record)
-        for slot, beat in self._exchange.heartbeats().items():
+        beats = self._exchange.heartbeats()
+        for slot, beat in beats.items():
             if slot in now.slots:
                 now.slots[slot].activity = beat.state
                 now.slots[slot].version = now.slots[slot].version if beat.version_step is None else beat.version_step
                 now.slots[slot].rejected = beat.rejected
         if (learner := self._exchange.learner) is not None:
             now.step = learner.step
-        now.weights_refused = refused_by_all(self._exchange.list_versions(), self._exchange.heartbeats().values())
-        now.newest = max(self._exchange.list_versions(), default=None)
+        versions = self._exchange.list_versions()
+        now.weights_refused = refused_by_all(versions, beats.values())
+        now.newest = max(versions, default=None)
         now.evals = self._exchange.read_evals()
         now.eta_s = self._eta()
+        now.waiting_for = self._waiting_for(beats)
         return now
+
+    def _waiting_for(self, beats: Mapping[Slot, SlotHeartbeat]) -> str | None:
+        """Told once no step was trained for clearly longer than a step takes."""
+        learner, at = self._exchange.learner, self._exchange.now()
+        since = max(self._opened_at, learner.time if learner else 0.0)
+        patience = max(_QUIET_S, 3 * (_mean(self._recent, "step_time") or 0.0))
+        if at - since < patience or (learner and learner.step >= self.progress.steps):
+            return None
+        heard_at = {slot: beat.time for slot, beat in beats.items()}  # one machine, one clock
+        slots = waiting_for(self._exchange.spec, beats, heard_at, at)
+        return f"no step since {datetime.fromtimestamp(since, UTC):%H:%M} UTC: {slots}"
 
     def _take_step(self, record: dict[str, Any]) -> None:
         now, step = self.progress, record["step"]
