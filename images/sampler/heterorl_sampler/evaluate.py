@@ -253,27 +253,35 @@ def _print_table(results: dict[str, EvalResult]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="heterorl eval", description="Evaluate a model folder on data files with reference answers."
+        prog="heterorl eval", description="Evaluate a model on datasets with reference answers."
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face folder, as a run's output/")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face folder, such as output/ of a run")
     parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl or .parquet files")
-    parser.add_argument("--template", choices=["think", "noThink", "raw"], default="raw", help="prompt [raw]")
-    parser.add_argument("--samples", type=_positive, default=1, help="completions of each problem [1]")
-    parser.add_argument("--pass-k", type=_positive, nargs="+", default=[1], metavar="K", help="k of pass@k [1]")
-    parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy [0.6]")
-    parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling [0.95]")
-    parser.add_argument("--top-k", type=int, default=0, help="0 is off [0]")
-    parser.add_argument("--max-tokens", type=_positive, default=1024, help="limit of a completion [1024]")
+    parser.add_argument("--template", choices=["think", "noThink", "raw"], default="raw", help="prompt template [raw]")
+    parser.add_argument("--samples", type=_positive, default=1, help="completions per problem [1]")
+    parser.add_argument(
+        "--pass-k", type=_positive, nargs="+", default=[1], metavar="K", help="values of k for pass@k [1]"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.6, help="sampling temperature; 0 is greedy decoding [0.6]"
+    )
+    parser.add_argument("--top-p", type=float, default=0.95, help="top-p (nucleus) sampling; 1 disables [0.95]")
+    parser.add_argument("--top-k", type=int, default=0, help="top-k sampling; 0 disables [0]")
+    parser.add_argument("--max-tokens", type=_positive, default=1024, help="maximum length of a completion [1024]")
     parser.add_argument("--limit", type=_positive, help="use only the first N problems of each file")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling [0]")
-    parser.add_argument("--engine", choices=["vllm", "transformers"], default="vllm", help="[vllm]")
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs that hold the model together [0]")
-    parser.add_argument("--prompt-column", default="problem", help="[problem, or question]")
-    parser.add_argument("--answer-column", default="answer", help="[answer, or solution]")
-    parser.add_argument("--answer-pattern", help="regular expression around the answer, as '#### (.+)' for GSM8K")
+    parser.add_argument("--engine", choices=["vllm", "transformers"], default="vllm", help="inference engine [vllm]")
+    parser.add_argument("--gpus", type=int, default=0, help="number of GPUs; 0 uses the CPU [0]")
+    parser.add_argument("--prompt-column", default="problem", help="column with the problem [problem, or question]")
+    parser.add_argument(
+        "--answer-column", default="answer", help="column with the reference answer [answer, or solution]"
+    )
+    parser.add_argument(
+        "--answer-pattern", help="regular expression whose first group is the answer, such as '#### (.+)' for GSM8K"
+    )
     parser.add_argument("--strip-suffix", help="text to remove from the end of each problem")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the results there, as JSON")
-    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the results to this file, as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
 
