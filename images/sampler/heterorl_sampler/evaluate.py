@@ -134,14 +134,14 @@ def evaluate_version(exchange: Exchange, version: Version) -> dict[str, Any]:
             rows = [json.loads(line) for line in exchange.data_file(f"eval-{dataset.label}").read_text().splitlines()]
             sets[dataset.label] = evaluate(engine, tokenizer, rows, checker, measure)
             log.info("%s on %s: mean@%d %.3f", version, dataset.label, measure.samples, sets[dataset.label]["mean"])
-    result = {"step": version.step, "sets": sets, "average": fmean(values["mean"] for values in sets.values())}
+    average = fmean(values["mean"] for values in sets.values())
     with Metrics.open(exchange.metrics_dir, "evaluate", spec.monitoring, run=exchange.run.metadata.name) as metrics:
         metrics.write(
             version.step,
             {f"eval/{label}/{key}": value for label, values in sets.items() for key, value in values.items()},
         )
-    exchange.write_eval(version, Evaluation(average=result["average"], sets=sets))
-    return result
+    exchange.write_eval(version, Evaluation(average=average, sets=sets))
+    return {"step": version.step, "sets": sets, "average": average}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class Sampler:
         self._activity, self._weights, self._maker = activity, weights, maker
         self._status = activity.status  # shown by the heartbeat
         self._status.rollouts = self._next_seq = lease.first_seq
-        self._waited_s: Counter[str] = Counter()
+        self._waited_s: defaultdict[str, float] = defaultdict(float)
         """Since the last batch, by reason: weights, queue, staleness, finished."""
         self._failed_in_a_row = 0
 
@@ -144,7 +144,7 @@ class Sampler:
         rollouts = list(batch.rollouts.values())
         tokens = sum(len(r.completion_ids) for r in rollouts)
         reward = float(np.mean([r.rewards.mean() for r in rollouts]))
-        waited_s, self._waited_s = self._waited_s, Counter()
+        waited_s, self._waited_s = self._waited_s, defaultdict(float)
         self._status.rollouts, self._status.pending = self._next_seq, queue.own + len(rollouts)
         self._status.reward, self._status.tokens_per_s = reward, tokens / batch.generate_s
         self._metrics.write(
