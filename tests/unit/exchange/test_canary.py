@@ -12,6 +12,7 @@ from heterorl.data.tokenizer import load_tokenizer
 from heterorl.errors import CanaryMismatch
 from heterorl.exchange.canary import CANARY_TOKENS, Canary, canary_texts
 from heterorl.names import Version
+from heterorl_learner.tiny import build_tokenizer
 
 CANARY = Canary([[1, 2, 3], [4, 5]], [[-0.5, -0.25], [-1.0]])
 
@@ -40,9 +41,7 @@ def test_one_token_that_rounding_moved_far_passes_and_a_shift_of_all_does_not() 
 
 
 def test_a_tokenizer_that_spells_prose_gets_two_different_texts_of_prose(tmp_path: Path) -> None:
-    from heterorl_learner.tiny import build_tokenizer  # one token a byte
-
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer()  # one token a byte
     first, second = canary_texts(tokenizer, [[5, 6, 7]])
     assert tokenizer.decode(first).startswith("The ferry left the harbour a few minutes after six")
     assert tokenizer.decode(second).startswith("A loaf of bread needs four things")
