@@ -51,7 +51,7 @@ def prepare(process: Process) -> None:
 
 
 def launch(process: Process) -> int:
-    """Look after this pod's ranks; the exit code is theirs."""
+    """Supervise this pod's ranks; the exit code is theirs."""
     from heterorl_learner.launch import serve
 
     return serve(process)

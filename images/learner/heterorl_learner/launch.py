@@ -42,7 +42,7 @@ from heterorl.spec.run import LearnerSpec
 log = logging.getLogger("heterorl_learner.launch")
 
 _POLL_S = 0.5
-"""How often the volume is looked at."""
+"""How often the volume is polled."""
 _SCRAPE_S = 2.0
 
 

@@ -181,7 +181,7 @@ def beta_weights(means: NDArray[np.float64]) -> NDArray[np.float64]:
     return weights
 
 
-# ── the schedule and what is told ────────────────────────────────────────────────────────────────────────────────────
+# ── schedule and metrics ─────────────────────────────────────────────────────────────────────────────────────────────
 def rollout_metrics(spec: RunSpec, batch: StepBatch) -> dict[str, Any]:
     """What the step's rollouts were like: rewards, lengths, and how old each pool of samplers' were (in steps)."""
     sampling = SamplingDistribution.of(spec.generation)

@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Batch:
-    """What one generation came to."""
+    """The result of one generation."""
 
     rollouts: dict[RolloutName, Rollout]
     next_seq: int

@@ -8,8 +8,8 @@ start: in the same pod the container was killed, so it crashed; in another pod t
     crashed     anything else. Of a failure of its node or its user each pod tells itself; a crash is charged to the
                 first pod alone: the others fall with it, or it with them
 
-What is charged, and how a budget refills, is said in `heterorl.failure_policy`. Attempts made before the run was taken
-up again (`failurePolicy.resumes`) are charged no more.
+What is charged, and how a budget refills, is defined in `heterorl.failure_policy`. Attempts made before the run
+was resumed (`failurePolicy.resumes`) are no longer charged.
 """
 
 from __future__ import annotations

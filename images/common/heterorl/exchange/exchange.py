@@ -25,7 +25,7 @@ Rules
      written again. A folder's manifest (protocol, kind, sizes, SHA-256 of each file) is written last. A name that
      starts with `.tmp-` does not exist for readers.
   2. Readers check everything and trust no size, name or time. JSON goes through the models of `records`: what is empty,
-     torn or foreign is absent, and told once; fields that a model does not know are ignored, and so are names that the
+     torn or foreign is absent, and logged once; fields that a model does not know are ignored, as are names that the
      protocol does not know. A version or rollout that fails is refused or put aside, is counted, and never stops the
      run. A file that vanished was retired: take another.
   3. Nothing is deleted on doubt. A higher protocol, or a kind of folder that this one does not know, is refused as
@@ -247,7 +247,7 @@ class Exchange(LearnerState):
         """
         self.check_volume()
         settings = self.spec.exchange
-        lease_s = max(settings.lease_seconds, 2 * settings.poll_seconds)  # a heartbeat is looked at twice at least
+        lease_s = max(settings.lease_seconds, 2 * settings.poll_seconds)  # a heartbeat is read at least twice
         while not stop():
             for slot in candidates():
                 if lease := self._slots.try_lease(slot, self._next_seq, lease_s):

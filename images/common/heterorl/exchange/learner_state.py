@@ -136,7 +136,7 @@ class LearnerState(RunFolder):
         """All steps in order. UnknownProtocol, as only the version that wrote it can go on from it.
 
         Of a step the later line stands, unless an earlier incarnation wrote it: a learner that was superseded and did
-        not know it yet. A torn last line is left out, as is one that cannot be read, which is told.
+        not know it yet. A torn last line is left out, as is one that cannot be read, which is logged.
         """
         return _surviving(self._read_journal()[0])
 

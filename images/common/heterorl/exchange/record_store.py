@@ -1,7 +1,7 @@
 """Reading and replacing records, listing names, putting aside what failed its checks: the same way everywhere.
 
-A file that cannot be read is absent for its reader, which is told once; a name that the protocol does not know is
-ignored, which is told once. Nothing is removed for either: what a writer would replace is put into quarantine first.
+A file that cannot be read is absent for its reader, and a name that the protocol does not know is ignored; both are
+logged once. Nothing is removed for either: what a writer would replace is put into quarantine first.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RecordStore:
         self._strange: set[Path] = set()
 
     def read(self, path: Path, model: type[_R]) -> _R | None:
-        """The record in a file; None while it is absent or cannot be read, which is told once for each content."""
+        """The record in a file; None while it is absent or cannot be read, which is logged once for each content."""
         try:
             return parse_record(model, self._files.read(path), self.shown(path))
         except FileNotFoundError:

@@ -25,7 +25,7 @@ def refused_by_all(versions: Iterable[Version], samplers: Iterable[SlotStatus]) 
 def dead_end(spec: RunSpec, step: int, versions: Iterable[Version], samplers: Mapping[Slot, SlotStatus]) -> str | None:
     """Why no rollout that may be trained at `step` can come any more, though the learner waits for one; None if it can.
 
-    It is said only when every slot of the run has told that it refused every version whose rollouts might be trained.
+    Only once every slot of the run has reported that it refused every version whose rollouts might be trained.
     """
     published = set(versions)
     online = {max(published)} if published and spec.mode == "online" else published

@@ -76,7 +76,7 @@ class RunFolder:
 
     @property
     def summary_file(self) -> Path:
-        """What the run came to."""
+        """Results of the run."""
         return self.root / "summary.json"
 
     @property
@@ -160,7 +160,7 @@ class RunFolder:
         return _id_of(self.run)
 
     def mark_prepared(self, model: ModelOrigin | None = None, data: Mapping[str, DataCount] | None = None) -> Prepared:
-        """Say that model and data are complete, and whose they are; returns what is said."""
+        """Write the marker that model and data are complete, and whose they are; returns it."""
         marker = Prepared(run=self.run_id, model=model, data=dict(data or {}))
         self._records.write(self._marker, marker)
         return marker

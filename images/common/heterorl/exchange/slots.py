@@ -24,7 +24,7 @@ from heterorl.names import RolloutName, Slot
 
 _FILE = re.compile(r"(lease|state)-([0-9]{8,})\.json|(heartbeat)\.json")
 _KEPT_LEASES = 100
-"""So many epochs back the learner can tell whether a rollout was made in its epoch's time."""
+"""How many epochs back the learner can check whether a rollout was made while its lease lasted."""
 
 
 @dataclass

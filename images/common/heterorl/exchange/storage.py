@@ -266,7 +266,7 @@ class Files:
         self._sync(path, os.O_RDONLY)
 
     def settle(self, folder: Path) -> None:
-        """The same when new names already stand in it: then a failure is told, for the deed is done."""
+        """The same when new names are already in it: then a failure is only logged, since they cannot be taken back."""
         try:
             self.sync_dir(folder)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Looks after a run's processes on this machine: starts, restarts, evaluates, stops.
+"""Supervises the processes of a run on this machine: starts, restarts, evaluates, stops.
 
 One loop runs a few times a second and never blocks. The runner knows how far the run is
 only from what the processes write into the run's folder, as the operator would.
@@ -83,7 +83,7 @@ def count_interrupts() -> Iterator[Interrupts]:
 
 
 class Runner:
-    """Looks after one run's processes. `prepare`, then `supervise`."""
+    """Supervises the processes of one run: `prepare`, then `supervise`."""
 
     def __init__(self, exchange: Exchange, programs: Programs, interrupts: Interrupts, lock: int) -> None:
         self.exchange, self.programs, self.interrupts = exchange, programs, interrupts

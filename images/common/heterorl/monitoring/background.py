@@ -1,7 +1,7 @@
 """Monitoring beside the work: what is to be written waits in a bounded queue for a thread, and nothing blocks the loop.
 
-A place that does not take its records (a full disk, a login that hangs) is told once and tried again with growing
-pauses; training never waits for it and never ends by it.
+A sink that fails (a full disk, a login that hangs) is logged once and retried with growing pauses; training never waits
+for it and never ends because of it.
 """
 
 from __future__ import annotations

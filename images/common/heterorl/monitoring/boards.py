@@ -1,4 +1,4 @@
-"""Where curves are looked at: TensorBoard files, Weights & Biases. Both raise what they meet; `background` copes."""
+"""Dashboards: TensorBoard files, Weights & Biases. Both raise their errors; `background` handles them."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from heterorl.monitoring.stall import waiting_for
 from heterorl.names import Slot, Version
 
 _QUIET_S = 40.0
-"""Without a step for so long, it is told what is waited for; plain lines come every ten seconds."""
+"""After this long without a step, the view shows what is waited for; plain lines come every ten seconds."""
 _RECENT = 20
 """Learner steps that "now" is averaged over."""
 

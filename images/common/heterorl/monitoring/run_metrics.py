@@ -256,7 +256,7 @@ def parse_progress(text: str) -> RunProgress:
 
 
 def _samples_in(text: str) -> dict[str, list[tuple[dict[str, str], float]]]:
-    """Labels and values of our metrics by their name; those of the rank, which follow them, are not looked at."""
+    """Labels and values of our metrics by their name; those of the rank, which follow them, are ignored."""
     ours = "".join(f"{line}\n" for line in text.split("\n") if line.startswith(_PREFIX))
     found: dict[str, list[tuple[dict[str, str], float]]] = {}
     for metric in text_string_to_metric_families(ours):

@@ -10,7 +10,7 @@ from heterorl.names import Slot
 from heterorl.spec.run import RunSpec
 
 _NAMED = 8
-"""Slots that are named; of the others it is said how many there are."""
+"""Number of slots that are named; the others are only counted."""
 
 
 def waiting_for(spec: RunSpec, beats: Mapping[Slot, SlotHeartbeat], heard_at: Mapping[Slot, float], now: float) -> str:

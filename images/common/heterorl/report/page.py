@@ -64,7 +64,7 @@ def write_report(roots: Sequence[Path], out: Path | None = None) -> Path:
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def read_runs(roots: Sequence[Path]) -> tuple[list[RunSeries], list[Facts]]:
-    """What is drawn and what is told of each run; two runs of one name go by their folders' names."""
+    """The series and the facts of each run; runs of the same name are called by their folders' names."""
     loaded = [_read_run(root) for root in roots]
     names = [run.name for run, _ in loaded]
     if len(set(names)) < len(names):
@@ -168,7 +168,7 @@ _ROWS: dict[str, Callable[[Facts], str]] = {
 
 # ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def render_page(runs: Sequence[RunSeries], facts: Sequence[Facts], picture: bytes) -> str:
-    """The page: the picture (a PNG) and what each run came to, with nothing from outside."""
+    """The page: the picture (a PNG) and a table of results, self-contained."""
     title = html.escape(runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(r.name for r in runs)}")
     about = f'<p class="about">{html.escape(runs[0].about)}</p>' if len(runs) == 1 else ""
     head = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)

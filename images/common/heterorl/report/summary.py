@@ -1,4 +1,4 @@
-"""What a run came to: `summary.json`, with a ledger that accounts for every rollout a sampler published.
+"""Results of a run: `summary.json`, with a ledger that accounts for every rollout a sampler published.
 
     published = trained + dropped + pending + quarantined + lost
 
