@@ -48,7 +48,7 @@ RIGHTS = {
     ("apps", "deployments"): WORKLOAD | {"delete"},
     ("batch", "jobs"): {"get", "list", "watch", "create", "delete"},
     ("", "pods"): {"get", "list", "watch"},
-    ("", "events"): {"create", "patch"},
+    ("", "events"): {"create", "patch", "list"},
 }
 
 # Everything that is off by default.
