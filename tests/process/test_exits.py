@@ -56,7 +56,7 @@ def two_ranks(strategy: str) -> HeteroRLRun:
 def make_run(root: Path, strategy: str) -> Exchange:
     """A prepared run with the rollouts of its one step."""
     exchange = exchange_at(root, two_ranks(strategy))
-    command = [sys.executable, "-m", "heterorl_learner.prepare", "--root", str(root)]
+    command = [sys.executable, "-m", "heterorl_learner", "prepare", "--root", str(root)]
     subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT_S)
     return exchange
 

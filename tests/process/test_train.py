@@ -1,17 +1,21 @@
-"""The learner's loop, alone with its exchange: what it tells, and how it follows an edit of a live run."""
+"""The learner's loop, alone with its exchange: what it trains with, keeps and deletes, how it resumes, what it tells."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from builders import exchange_at, put, rollout_name, rollout_of, run_of, spec_of
+from heterorl.errors import RunFolderError, TrainingError
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.rollout import Rollout
 from heterorl.monitoring.metrics import Metrics
 from heterorl.names import Version
 from heterorl.spec.run import HeteroRLRun
@@ -22,7 +26,7 @@ from heterorl_learner.train import Trainer
 from heterorl_learner.train_step import train_on
 
 
-def run_with(steps: int, **spec: Any) -> HeteroRLRun:
+def run_with(steps: int, learner: Mapping[str, Any] | None = None, **spec: Any) -> HeteroRLRun:
     return run_of(
         model={"dtype": "float32"},
         learner={
@@ -30,6 +34,7 @@ def run_with(steps: int, **spec: Any) -> HeteroRLRun:
             "batch": {"groups": 1},
             "optimizer": {"learningRate": 0.5},
             "schedule": {"type": "linear", "warmupRatio": 0.0},
+            **(learner or {}),
         },
         algorithm={"groupSize": 2},
         **{"exchange": {"pollSeconds": 0.01}, **spec},
@@ -106,6 +111,157 @@ def test_rollouts_are_kept_from_the_edit_on_that_says_so(exchange: Exchange, eng
     assert [name.partition("--s")[2] for name in archived] == ["0000000000.safetensors", "0000000001.safetensors"]
 
 
+# ── what it trains with ──────────────────────────────────────────────────────────────────────────────────────────────
+def sampled_at(temperature: float, model_dir: Path) -> Rollout:
+    """A rollout whose log-probabilities are the starting model's at that temperature, by transformers' plain forward."""
+    rollout = rollout_of(lengths=[2, 1])
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    logp = []
+    for completion in ([7, 8], [9]):
+        ids = torch.tensor([[5, 6, *completion]])
+        every = torch.log_softmax(model(ids).logits[0].detach() / temperature, dim=-1)
+        logp += [float(every[1 + i, token]) for i, token in enumerate(completion)]
+    sampling = rollout.provenance.sampling.model_copy(update={"temperature": temperature})
+    provenance = rollout.provenance.model_copy(update={"sampling": sampling})
+    return rollout_of(lengths=[2, 1], logp=logp, provenance=provenance)
+
+
+@pytest.mark.parametrize("now", [0.6, 1.0])
+def test_a_rollout_is_trained_at_the_temperature_that_it_was_sampled_at(exchange: Exchange, now: float) -> None:
+    exchange = exchange_at(exchange.root, run_with(1, generation={"temperature": now}))
+    exchange.retire_rollouts(exchange.list_rollouts(), archive=False)
+    put(exchange, {rollout_name(9): sampled_at(0.6, exchange.model_dir)})
+    record = records_of(exchange)[0]
+    # The learner's weights are the sampler's: every ratio is 1, whatever temperature the run samples at by now.
+    assert record["ratio/min"] == pytest.approx(1, abs=1e-5)
+    assert record["ratio/max"] == pytest.approx(1, abs=1e-5)
+    assert record["mismatch_kl"] == pytest.approx(0, abs=1e-6)
+    assert record["rollouts/other_sampling"] == (now != 0.6)
+
+
+def test_rollouts_made_with_other_rewards_are_dropped_and_counted(exchange: Exchange) -> None:
+    exchange = exchange_at(exchange.root, run_with(2, rewards=[{"name": "length"}]))
+    wanted = rollout_of(provenance=exchange.provenance)
+    for seq in (5, 6):
+        put(exchange, {rollout_name(seq): wanted})
+    records = records_of(exchange)
+    assert [record["rollouts/mismatched"] for record in records] == [5, 5]
+    assert [record["lag/dropped"] for record in records] == [0, 0]
+    assert [[name.seq for name in entry.names] for entry in exchange.read_journal()] == [[5], [6]]
+    assert [name.seq for name in exchange.read_journal()[0].dropped] == [0, 1, 2, 3, 4]
+
+
+# ── what it keeps and deletes ────────────────────────────────────────────────────────────────────────────────────────
+SMALL = {"optimizer": {"learningRate": 1e-3}}
+EVERY_VERSION = {"pollSeconds": 0.01, "retention": {"weights": 10}}
+
+
+def records_of(exchange: Exchange, stop: Callable[[], bool] = lambda: False) -> list[dict[str, Any]]:
+    """Train to the end, or until told to stop; what was recorded of each step."""
+    watch = Watch()
+    Trainer(exchange, build_engine(exchange.model_dir, exchange.spec), Metrics([watch]), stop).train()
+    return watch.records
+
+
+def test_weights_are_published_at_the_start_every_so_often_and_at_the_end(exchange: Exchange) -> None:
+    exchange = exchange_at(exchange.root, run_with(5, {**SMALL, "publish": {"everySteps": 2}}, exchange=EVERY_VERSION))
+    records_of(exchange)
+    assert [version.step for version in exchange.list_versions()] == [0, 2, 4, 5]
+
+
+def test_checkpoints_are_saved_every_so_often_and_at_the_end_and_the_newest_few_kept(exchange: Exchange) -> None:
+    seen: list[list[int]] = []
+    exchange = exchange_at(exchange.root, run_with(5, {**SMALL, "checkpoint": {"everySteps": 2, "keep": 2}}))
+    watch = Watch(lambda step: seen.append(exchange.list_checkpoints()))
+    Trainer(exchange, build_engine(exchange.model_dir, exchange.spec), Metrics([watch]), lambda: False).train()
+    assert seen == [[], [], [2], [2], [2, 4]]  # told of a step before its checkpoint is saved
+    assert exchange.list_checkpoints() == [4, 5]
+
+
+def test_what_the_oldest_kept_checkpoint_covers_and_only_that_is_retired(exchange: Exchange) -> None:
+    exchange = exchange_at(exchange.root, run_with(4, {**SMALL, "checkpoint": {"everySteps": 1, "keep": 2}}))
+    records_of(exchange)
+    # Checkpoints 3 and 4 are kept. Rollout n was trained by step n + 1: 0, 1 and 2 are in both; going back to 3 takes
+    # rollout 3 again; 4 was never trained.
+    assert exchange.list_checkpoints() == [3, 4]
+    assert [name.seq for name in exchange.list_rollouts()] == [3, 4]
+
+
+# ── how it resumes ───────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def damaged(exchange: Exchange) -> Exchange:
+    """The run after four steps, with checkpoints of 2 and 4, of which a byte of the newer one has changed."""
+    learner = {**SMALL, "checkpoint": {"everySteps": 2, "keep": 2}}
+    exchange = exchange_at(exchange.root, run_with(4, learner, exchange=EVERY_VERSION))
+    records_of(exchange)
+    flip_a_byte(exchange, 4)
+    exchange = exchange_at(exchange.root, run_with(5, learner, exchange=EVERY_VERSION))
+    return exchange
+
+
+def flip_a_byte(exchange: Exchange, step: int) -> None:
+    path = exchange.root / "checkpoints" / f"step-{step:08d}" / "engine.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_it_resumes_from_the_checkpoint_before_a_damaged_one_which_is_kept_aside(damaged: Exchange) -> None:
+    newest = damaged.root / "checkpoints" / "step-00000004" / "engine.pt"
+    contents = newest.read_bytes()
+    assert [record["step"] for record in records_of(damaged)] == [3, 4, 5]
+    assert damaged.trained
+    assert [path.read_bytes() for path in (damaged.root / "quarantine").rglob("engine.pt")] == [contents]
+    # Replayed as it was journalled the first time: rollout 2 in the third step, 3 in the fourth.
+    assert [[name.seq for name in entry.names] for entry in damaged.read_journal()] == [[0], [1], [2], [3], [4]]
+
+
+def test_versions_of_a_future_that_was_lost_are_retired_pinned_or_not(damaged: Exchange) -> None:
+    damaged.pin(Version(3, 1))
+    assert [version.step for version in damaged.list_versions()] == [0, 1, 2, 3, 4]
+    records_of(damaged, stop=lambda: True)
+    assert damaged.list_versions() == [Version(0, 1), Version(1, 1), Version(2, 1), Version(2, 2)]
+
+
+def test_it_does_not_begin_anew_when_no_checkpoint_can_be_used(damaged: Exchange) -> None:
+    flip_a_byte(damaged, 2)
+    with pytest.raises(RunFolderError, match="move them all out of this folder to start again at step 0"):
+        records_of(damaged)
+    assert damaged.list_checkpoints() == [2, 4]
+
+
+# ── what is not finite ───────────────────────────────────────────────────────────────────────────────────────────────
+POISON = [3e38, -3e38]
+"""Rewards that a rollout may have, and whose loss overflows."""
+
+
+def test_a_poison_batch_is_set_aside_journalled_and_counted_and_training_goes_on(exchange: Exchange) -> None:
+    exchange = exchange_at(exchange.root, run_with(2, SMALL))
+    exchange.retire_rollouts([rollout_name(0)], archive=False)
+    put(exchange, {rollout_name(0): rollout_of(POISON)})
+    records = records_of(exchange)
+    assert [record["rollouts/poisoned"] for record in records] == [1, 1]
+    assert exchange.list_quarantined() == [rollout_name(0)]
+    first, second = exchange.read_journal()
+    assert (first.names, first.poisoned) == ([rollout_name(1)], [rollout_name(0)])
+    assert (second.names, second.poisoned) == ([rollout_name(2)], [])
+    # The optimizer saw nothing of it: the step's gradient is that of a run without it.
+    assert all(math.isfinite(record["grad_norm"]) for record in records)
+
+
+def test_a_policy_that_has_diverged_is_told_from_poison_also_after_a_restart(exchange: Exchange) -> None:
+    exchange = exchange_at(exchange.root, run_with(2, SMALL))
+    exchange.retire_rollouts(exchange.list_rollouts(), archive=False)
+    for seq in range(3):
+        put(exchange, {rollout_name(seq): rollout_of(POISON)})
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="with a second batch as well, so the policy has diverged"):
+            records_of(exchange)
+        assert exchange.list_quarantined() == [rollout_name(0)]
+        assert [name.seq for name in exchange.list_rollouts()] == [1, 2]
+
+
+# ── the arithmetic of a step ─────────────────────────────────────────────────────────────────────────────────────────
 def test_a_step_whose_completions_are_all_masked_changes_nothing(tiny_model_dir: Callable[..., Path]) -> None:
     spec = spec_of(model={"dtype": "float32"}, algorithm={"groupSize": 2, "maskTruncated": True})
     engine = build_engine(tiny_model_dir(), spec)

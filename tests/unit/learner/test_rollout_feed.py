@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 import builders
 from builders import FAR, exchange_at, rollout_name, rollout_of, run_of
-from heterorl.errors import UserError
+from heterorl.errors import TrainingError, UserError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import SlotStatus
 from heterorl.names import RolloutName, Version
@@ -210,3 +211,67 @@ def test_a_rollout_made_after_its_lease_had_ended_is_not_trained(exchange: Excha
     with pytest.raises(Stop):
         feed.take(1)
     assert exchange.list_quarantined() == [late]
+
+
+def test_what_the_learner_waits_for_is_told_by_slot_version_and_time(
+    exchange: Exchange, put: Callable[..., RolloutName], caplog: pytest.LogCaptureFixture
+) -> None:
+    exchange = exchange_at(
+        exchange.root,
+        run_of(
+            learner={"batch": {"groups": 2}, "stallSeconds": 1e-9},
+            algorithm={"groupSize": 2, "staleness": {"maxSteps": 4}},
+            samplers=[{"name": "far", "replicas": 2}],
+        ),
+        clock=lambda: 1_767_225_600.0,
+    )
+    put(0, step=1), put(1, step=6)  # too old for step 7, and young enough
+    lease = exchange.acquire_slot(lambda: [FAR])
+    exchange.beat(lease, SlotStatus(state="waiting: queue", version="v00000006-i0001", rejected=3))
+    looks = iter([False, False, False, True])
+    assert RolloutFeed(exchange, 7, 1, lambda: next(looks)).take(7) is None
+    since = time.strftime("%H:%M:%S", time.localtime(1_767_225_600.0))
+    assert caplog.messages[-1] == (
+        f"step 7 has waited since {since} for 2 groups made with weights of step 3 or newer, and 1 are there."
+        " The slots: far-0: waiting: queue, on weights v00000006-i0001, has refused 3 versions; far-1: has not started"
+    )
+
+
+def test_a_journalled_step_of_other_prompts_is_not_replayed(
+    exchange: Exchange, put: Callable[..., RolloutName]
+) -> None:
+    names = [put(seq) for seq in range(2)]
+    take(RolloutFeed(exchange, 0, 1, never), 0)
+    edited = exchange_at(
+        exchange.root,
+        run_of(
+            learner={"batch": {"groups": 2}}, algorithm={"groupSize": 2}, rewards=[{"name": "accuracy", "weight": 2.0}]
+        ),
+        sleep=no_sleep,
+    )
+    wanted = {rollout_name(seq): rollout_of([1.0, 1.0], provenance=edited.provenance) for seq in (2, 3)}
+    builders.put(edited, wanted)
+    feed = RolloutFeed(edited, 0, 2, never)
+    assert take(feed, 0) == [2, 3]
+    assert edited.read_journal()[0].dropped == names
+    assert (feed.mismatched, feed.dropped) == (2, 2)
+
+
+def test_what_poison_a_restarted_learner_finds_in_the_journal_counts_as_the_first(
+    exchange: Exchange, put: Callable[..., RolloutName]
+) -> None:
+    for seq in range(4):
+        put(seq)
+    died = RolloutFeed(exchange, 0, 1, never)
+    batch = died.take(0)
+    assert batch is not None
+    died.set_aside(batch, "a loss of inf")
+    assert exchange.list_quarantined() == batch.names
+    resumed = RolloutFeed(exchange, 0, 2, never)
+    again = resumed.take(0)
+    assert again is not None
+    assert [name.seq for name in again.names] == [2, 3]
+    assert resumed.poisoned == 2
+    with pytest.raises(TrainingError, match="diverged"):
+        resumed.set_aside(again, "a loss of inf")
+    assert exchange.list_quarantined() == batch.names
