@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from heterorl.kubernetes.names import learner_name, prepare_name, sampler_name
+from heterorl.monitoring.run_metrics import RunProgress
 from heterorl_operator.context import RunContext
 from heterorl_operator.decision import Decision
 from heterorl_operator.ending import preparation_problem
@@ -28,6 +29,9 @@ class ConditionState:
     status: Literal["True", "False", "Unknown"]
     reason: str
     message: str
+
+
+_NOT_STARTED = ConditionState("Unknown", "NotStarted", "the learner has not reported progress yet")
 
 
 def condition_states(
@@ -189,32 +193,33 @@ def _progressing(context: RunContext, decision: Decision) -> ConditionState:
     if context.unreachable:
         message = f"the learner's progress could not be read: {context.unreachable}"
         return ConditionState("Unknown", "Unreachable", message)
-    known = (each for each in context.before.conditions if each.type == "Progressing")
-    last = next((each for each in known if each.reason in _LEARNER_REASONS), None)
-    progress = context.progress
+    progress, last = context.progress, _last_progressing(context)
     if progress is None and last is None:
-        return ConditionState("Unknown", "NotStarted", "the learner has not reported progress yet")
+        return _NOT_STARTED
     if not any(pod.phase == "Running" for pod in context.pods_of("learner")):
         return ConditionState("False", "LearnerAway", "no learner pod is running; the condition LearnerReady says why")
     if progress is None:
-        if last is None:
-            raise AssertionError("handled above")
-        return ConditionState(last.status, last.reason, last.message)  # not polled yet since the operator's start
+        return last or _NOT_STARTED  # not polled yet since the operator's start
     if progress.weights_refused:
         return ConditionState("False", "WeightsRefused", progress.weights_refused)
     if (progress.stalled_s or 0.0) > context.run.spec.learner.stall_seconds:
-        return ConditionState("False", "Stalled", _stalled(context))
+        return ConditionState("False", "Stalled", _stalled(context, progress))
     if not progress.prepared:
         return ConditionState("False", "WaitingForPreparation", "the learner waits for model and data")
     return ConditionState("True", "Training", "the learner trains")
 
 
-def _stalled(context: RunContext) -> str:
-    """Since when, for whose rollouts, and what each pool's samplers serve."""
-    progress, spec = context.progress, context.run.spec
-    if progress is None:
-        raise ValueError("without progress nothing is known to stall")
-    # By the minute, so that the message changes as rarely as the news of it.
+def _last_progressing(context: RunContext) -> ConditionState | None:
+    """The condition as the learner's progress made it last."""
+    known = (each for each in context.before.conditions if each.type == "Progressing")
+    found = next((each for each in known if each.reason in _LEARNER_REASONS), None)
+    return ConditionState(found.status, found.reason, found.message) if found else None
+
+
+def _stalled(context: RunContext, progress: RunProgress) -> str:
+    """Since when, what each pool's samplers serve, and which of them are silent."""
+    spec = context.run.spec
+    # By the minute, so that the message stays the same while the stall lasts.
     since = moment((context.now - (progress.stalled_s or 0.0)) // 60 * 60)
     parts = [f"no step since {since[:16]}Z (learner.stallSeconds {spec.learner.stall_seconds:g})"]
     parts.append(f"{progress.step or 0} of {spec.learner.steps} steps are trained")
