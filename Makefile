@@ -1,4 +1,4 @@
-# One front door; every target sets up what it needs in .venv. CI runs `make check test`.
+# Every target sets up what it needs in .venv. CI runs `make check test`.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/.installed
 
-# uv, because only it honours the overrides in pyproject.toml; it is installed in the same environment.
+# uv, because only uv honors the overrides in pyproject.toml; it is installed in the same environment.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
@@ -38,15 +38,15 @@ exits: setup
 cluster-programs:
 	$(PYTHON) tests/cluster/build.py
 
-# A cluster to play with until Ctrl-C: make cluster LEVEL=apiserver|controllers|kwok|node
+# Starts a test cluster until Ctrl-C: make cluster LEVEL=apiserver|controllers|kwok|node
 cluster: setup cluster-programs
 	PYTHONPATH=tests $(BIN)/python -m cluster.harness $(or $(LEVEL),controllers)
 
 test-cluster: setup cluster-programs
 	$(BIN)/python -m pytest tests/cluster
 
-# Time, memory and writes of the operator with many runs, recorded in docs/benchmarks.md: half an hour. With RUNS=1000
-# that row alone is printed.
+# Time, memory and writes of the operator with many runs, recorded in docs/benchmarks.md: half an hour. RUNS=1000 prints
+# only that row.
 bench-operator: setup cluster-programs
 	PYTHONPATH=tests $(BIN)/python -m bench.operator_scale $(or $(RUNS),--record)
 
