@@ -1,4 +1,4 @@
-"""What of the data sets takes a process of its own: settings that the Hub's libraries read when they are imported."""
+"""Datasets in a process of their own: settings that the Hub's libraries read when they are imported."""
 
 from __future__ import annotations
 

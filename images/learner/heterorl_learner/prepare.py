@@ -77,7 +77,7 @@ def _fill(exchange: Exchange) -> Prepared:
 
 # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _tokenise(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, base: Path) -> Iterator[tuple[str, PreparedData]]:
-    """Every data set under its file's name. What is compared with the gold answer needs one that can be compared."""
+    """Every dataset under its file's name. Where answers are compared, every reference answer must be comparable."""
     compares = any(reward.name in ("accuracy", "cosine", "length") for reward in spec.rewards)
     datasets = [("train", spec.data.train, compares), *((f"eval-{e.label}", e, True) for e in spec.data.evals)]
     for name, dataset, need_gold_parse in datasets:

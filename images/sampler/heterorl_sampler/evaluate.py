@@ -110,7 +110,7 @@ def evaluate_version(exchange: Exchange, version: Version) -> dict[str, Any]:
     """
     spec = exchange.spec
     if not spec.data.evals:
-        raise UserError(f"{exchange.root}: data.evals names no data set to evaluate on")
+        raise UserError(f"{exchange.root}: data.evals is empty; add a dataset to evaluate on")
     evaluation, generation = spec.evaluation, spec.generation
     measure = Measure(
         Sampling(

@@ -242,7 +242,7 @@ class ModelOrigin(Record):
 
 
 class DataCount(Record):
-    """Problems of one data set."""
+    """Problems of one dataset."""
 
     rows: NonNegativeInt
     skipped: NonNegativeInt
