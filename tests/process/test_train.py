@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from builders import exchange_at, put, rollout_name, rollout_of, run_of, spec_of
@@ -214,6 +215,12 @@ def test_it_resumes_from_the_checkpoint_before_a_damaged_one_which_is_kept_aside
     assert [path.read_bytes() for path in (damaged.root / "quarantine").rglob("engine.pt")] == [contents]
     # Replayed as it was journalled the first time: rollout 2 in the third step, 3 in the fourth.
     assert [[name.seq for name in entry.names] for entry in damaged.read_journal()] == [[0], [1], [2], [3], [4]]
+
+
+def test_a_resumed_learner_goes_on_with_the_weights_of_its_checkpoint(damaged: Exchange) -> None:
+    records_of(damaged, stop=lambda: True)  # resumes at step 2 and publishes what it has
+    before, after = (load_file(damaged.root / "weights" / str(Version(2, i)) / "model.safetensors") for i in (1, 2))
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_versions_of_a_future_that_was_lost_are_retired_pinned_or_not(damaged: Exchange) -> None:
