@@ -196,7 +196,7 @@ def test_a_run_whose_budget_is_used_up_is_taken_up_again_in_place(tmp_path, prog
 def test_the_run_fails_when_every_sampler_is_lost(tmp_path, programs):
     run = manifest(failurePolicy={"samplerRestarts": 1})
     assert start(tmp_path, programs(learner=WAITS, sampler="sys.exit(1)"), run) == 1
-    assert summary(tmp_path)["reason"].startswith("every sampler is given up; near-0 crashed 2 times")
+    assert summary(tmp_path)["reason"].startswith("every sampler was given up; near-0 crashed 2 times")
 
 
 def test_the_deadline_ends_the_run(tmp_path, programs):

@@ -68,7 +68,7 @@ def given_up(role: Role, failures: Sequence[Failure], policy: FailurePolicySpec)
         ours = [failure for failure in failures if failure.kind == kind]
         budget, where = budget_of(role, kind, policy)
         if is_used_up([failure.step for failure in ours], budget, policy.refill_steps):
-            what = "crashed" if kind == "crash" else "failed for its node"
+            what = "crashed" if kind == "crash" else "failed because of its node"
             return GivenUp(kind, f"{what} {len(ours)} times, {where} is {budget}; the last time: {ours[-1].message}")
     return None
 
@@ -119,4 +119,4 @@ def run_failure(
     kind: FailureKind = "user" if "user" in kinds else "site" if kinds == {"site"} else "crash"
     name, first = next((name, why) for name, why in lost.items() if why.kind == kind)
     reason = "SamplersCrashed" if kind == "crash" else _REASONS[kind]
-    return RunFailure(kind, reason, f"every sampler is given up; {name} {first.message}")
+    return RunFailure(kind, reason, f"every sampler was given up; {name} {first.message}")

@@ -26,7 +26,7 @@ def test_each_slot_is_named_with_its_weights_and_since_when_it_is_silent():
     heard_at = {**dict.fromkeys(beats, NOON), Slot("far", 1): NOON - 600}
     said = waiting_for(spec, beats, heard_at, NOON).split(", far-")
     assert said[0] == "far-0 is generating (serves v00000008-i0001)"
-    assert said[1] == "1 is silent since 11:50 UTC (serves v00000006-i0001)"
+    assert said[1] == "1 has been silent since 11:50 UTC (serves v00000006-i0001)"
     assert said[2] == "2 is waiting: weights (serves no weights, refused v00000008-i0001)"
     assert said[3] == "3 has stopped (serves no weights)"
     assert said[4] == "4 has not started"

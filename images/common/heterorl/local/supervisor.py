@@ -195,7 +195,7 @@ class Runner:
         if outcome is RoleOutcome.RESTARTED:
             self.state.restarts[role.name] = self.state.restarts.get(role.name, 0) + 1
             whose = "; its node is to blame" if role.exit_code == SITE_ERROR else ""
-            view.say(f"{how}{whose}; it is started again, see {shown(role.log)}")
+            view.say(f"{how}{whose}; restarting it, see {shown(role.log)}")
         if outcome is RoleOutcome.GAVE_UP:
             assert role.given_up is not None
             lines = tail(role.log)
@@ -205,7 +205,7 @@ class Runner:
                 view.say(message)
             return None
         if outcome is RoleOutcome.CLEAN and not self._trained():
-            view.say(f"{role.name} left before the run's end and is started again")
+            view.say(f"{role.name} exited before the end of the run; restarting it")
         samplers = {str(slot): sampler.given_up for slot, sampler in self.samplers.items() if self._counts(slot)}
         if outcome is RoleOutcome.GAVE_UP and (failure := run_failure(self.learner.given_up, samplers)):
             return Verdict("failed", CODE_OF[failure.kind], failure.message)

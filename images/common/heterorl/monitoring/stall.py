@@ -34,5 +34,5 @@ def _slot(slot: Slot, beat: SlotHeartbeat | None, heard_at: float, now: float, s
     if beat.released:
         return f"{slot} has stopped ({serves})"
     if now - heard_at >= spec.exchange.lease_seconds:
-        return f"{slot} is silent since {datetime.fromtimestamp(heard_at, UTC):%H:%M} UTC ({serves})"
+        return f"{slot} has been silent since {datetime.fromtimestamp(heard_at, UTC):%H:%M} UTC ({serves})"
     return f"{slot} is {beat.state or 'starting'} ({serves})"
