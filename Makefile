@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-unit mutants exits cluster-programs cluster test-cluster bench-operator images check crd docs clean
+.PHONY: setup quickstart test test-unit mutants exits cluster-programs cluster test-cluster bench-operator canary-report images check crd docs clean
 
 setup: $(VENV)/.installed
 
@@ -49,6 +49,11 @@ test-cluster: setup cluster-programs
 # only that row.
 bench-operator: setup cluster-programs
 	PYTHONPATH=tests $(BIN)/python -m bench.operator_scale $(or $(RUNS),--record)
+
+# What the canary sees, measured on a real model and a tiny one, into docs/reports/canary.md: about an hour on two cores.
+# DATA is the folder of the datasets that the tests use (HETERORL_TEST_DATA).
+canary-report: setup
+	PYTHONPATH=tests $(BIN)/python -m bench.canary --gsm8k $(DATA)/gsm8k/train.jsonl --measurements canary-measurements.jsonl
 
 # The container images, with buildah or docker: make images REGISTRY=registry.example.com/heterorl EXTRA=sampler-cpu
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)

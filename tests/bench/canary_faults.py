@@ -120,7 +120,7 @@ def through_float8(new: Weights, old: Weights) -> Weights:
 
 
 def through_bfloat16(new: Weights, old: Weights) -> Weights:
-    """All tensors went through bfloat16; no fault where that is the run's data type."""
+    """All tensors went through bfloat16, in a run in float32."""
     return {name: tensor.to(torch.bfloat16).to(tensor.dtype) for name, tensor in new.items()}
 
 
