@@ -20,7 +20,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bench.canary_faults import OF_ONE_VERSION, OF_TWO_VERSIONS, Learner, Weights, save, serving_folder, through_bfloat16
+from bench.canary_faults import (
+    OF_ONE_VERSION,
+    OF_TWO_VERSIONS,
+    Learner,
+    Weights,
+    save,
+    serving_folder,
+    through_bfloat16,
+)
 from heterorl.exchange.canary import CANARY_TOKENS, canary_texts
 from heterorl_sampler.engines.base import Dtype, InferenceEngine
 from heterorl_sampler.engines.build import EngineName, build_engine
