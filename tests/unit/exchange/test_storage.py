@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 
+from builders import FAR, exchange_at, publish, put, rollout_name, rollout_of
 from heterorl.errors import RunFolderError
 from heterorl.exchange import storage
+from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.mount import check_mount
+from heterorl.exchange.records import Evaluation, JournalEntry, LearnerHeartbeat
 from heterorl.exchange.storage import TRANSIENT, Files
+from heterorl.names import Version
 
 NOT_OFFERED = [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS]
 DATA = b'{"line": 1}\n'
@@ -311,3 +315,73 @@ def test_a_full_disk_is_told_as_such(files: Files, folder: Path, break_call: Cal
     break_call("open", errno.ENOSPC)
     with pytest.raises(OSError, match="No space left"):
         check_mount(files, folder)
+
+
+# ── on the disk before the name stands ───────────────────────────────────────────────────────────────────────────────
+class Disk:
+    """What of the files was waited for, by inode; and what was not when its name was given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.synced: set[int] = set()
+        self.early: list[str] = []
+        fsync, replace, rename = os.fsync, os.replace, storage._rename_no_replace
+
+        def note(descriptor: int) -> None:
+            self.synced.add(os.fstat(descriptor).st_ino)
+            fsync(descriptor)
+
+        def named(give: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+            def give_name(source: Path, target: Path) -> None:
+                inside = [source, *(source.rglob("*") if source.is_dir() else [])]
+                self.early += [str(path) for path in inside if path.stat().st_ino not in self.synced]
+                give(source, target)
+
+            return give_name
+
+        monkeypatch.setattr(os, "fsync", note)
+        monkeypatch.setattr(os, "replace", named(replace))
+        monkeypatch.setattr(storage, "_rename_no_replace", named(rename))
+
+
+PUBLICATIONS: dict[str, tuple[Callable[[Exchange], object], str]] = {
+    "rollouts": (lambda e: put(e, {rollout_name(seq): rollout_of() for seq in range(3)}), "rollouts"),
+    "weights": (lambda e: publish(e, Version(1, 1)), "weights"),
+    "a checkpoint": (lambda e: save_checkpoint(e), "checkpoints"),
+    "a heartbeat": (lambda e: e.write_learner(LearnerHeartbeat(step=1)), "."),
+    "a claim": (lambda e: e.begin_incarnation(), "incarnations"),
+    "a lease and a state": (lambda e: e.acquire_slot(lambda: [FAR]), "slots/far-0"),
+    "results": (lambda e: e.write_eval(Version(1, 1), Evaluation(average=0.5)), "evals"),
+    "the journal anew": (lambda e: e.rewrite_journal([]), "."),
+}
+
+
+def save_checkpoint(exchange: Exchange) -> None:
+    staged = exchange.stage_checkpoint(1)
+    (staged / "model").mkdir()
+    for name in ("state.pt", "model/model.safetensors"):
+        (staged / name).write_bytes(b"contents")
+    exchange.commit_checkpoint(1, {})
+
+
+@pytest.mark.parametrize("what", PUBLICATIONS)
+def test_a_name_is_given_when_all_of_its_contents_are_on_the_disk_and_then_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    exchange = exchange_at(tmp_path / "run")
+    publication, folder = PUBLICATIONS[what]
+    disk = Disk(monkeypatch)
+    publication(exchange)
+    assert disk.early == []
+    assert (exchange.root / folder).stat().st_ino in disk.synced
+
+
+def test_a_line_of_the_journal_is_on_the_disk_when_it_is_appended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange, disk = exchange_at(tmp_path / "run"), Disk(monkeypatch)
+    exchange.append_journal(JournalEntry(step=0, incarnation=1, names=[rollout_name(0)]))
+    journal = exchange.root / "journal.jsonl"
+    assert {journal.stat().st_ino, exchange.root.stat().st_ino} <= disk.synced
+    disk.synced.clear()
+    exchange.append_journal(JournalEntry(step=1, incarnation=1, names=[rollout_name(1)]))
+    assert disk.synced == {journal.stat().st_ino}
