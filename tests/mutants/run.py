@@ -33,7 +33,7 @@ SOURCES = {
     "heterorl_operator": "operator",
 }
 AT_ONCE = 2
-LIMIT_S = 120
+LIMIT_S = 240
 """A mutant may make its tests wait for ever, which is noticed too."""
 PASSED, FAILED = 0, 1
 """Exit codes of pytest; any other means that the tests could not be run."""

@@ -6,7 +6,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,10 @@ from heterorl.errors import SiteError, UserError
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import SlotStatus
+from heterorl.exchange.rollout import Rollout
+from heterorl.exchange.slots import Lease
 from heterorl.monitoring.metrics import Metrics
-from heterorl.names import Slot, Version
+from heterorl.names import RolloutName, Slot, Version
 from heterorl.spec.run import HeteroRLRun
 from heterorl_sampler.__main__ import Heartbeat, serve
 from heterorl_sampler.activity import Activity
@@ -118,6 +120,29 @@ def test_the_next_holder_of_a_slot_continues_with_its_next_prompts(
     assert walked(exchange)[:3] == first
     assert [seq for seq, _ in walked(exchange)] == [0, 1, 2, 3, 4, 5]  # two batches of three
     assert len({row for _, row in walked(exchange)}) == 6  # no row twice within the epoch of eight
+
+
+class Killed(Exception):
+    """As a power failure: nothing of the sampler runs after it."""
+
+
+def test_a_sampler_killed_while_it_publishes_uses_no_number_again(
+    exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, publish = tiny_model_dir(tokenizer=True), exchange.put_rollouts
+
+    def killed(lease: Lease, rollouts: Mapping[RolloutName, Rollout]) -> None:
+        publish(lease, rollouts)
+        for name in rollouts:  # trained and deleted before the slot has its next holder
+            (exchange.root / "rollouts" / f"{name}.safetensors").unlink()
+        raise Killed
+
+    monkeypatch.setattr(exchange, "put_rollouts", killed)
+    with pytest.raises(Killed):
+        work(exchange, model, tmp_path, 1)
+    saved = exchange.load_slot(FAR)
+    assert saved is not None
+    assert saved.next_seq == 3  # of one batch of three
 
 
 def test_a_full_queue_holds_the_sampler_back(
