@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from heterorl.errors import CorruptFile, ModelError, UserError
+from heterorl.errors import CorruptFile, ModelError, SiteError, UserError
 from heterorl_sampler.engines.base import Sampling, end_token_ids
 from heterorl_sampler.engines.build import build_engine
 from heterorl_sampler.engines.transformers import TransformersEngine
@@ -188,5 +188,5 @@ def test_missing_parts_are_said_in_one_sentence(tiny_model_dir, tmp_path, monkey
     with pytest.raises(ModelError, match=r"may take 2000 tokens, the model's context holds 1024"):
         build_engine("transformers", tiny_model_dir(), dtype="float32", max_model_len=2000)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="gpus: 1, but torch finds no GPU"):
+    with pytest.raises(SiteError, match="gpus: 1, but torch finds no GPU on this node"):
         build_engine("transformers", tiny_model_dir(), dtype="float32", max_model_len=16, gpus=1)

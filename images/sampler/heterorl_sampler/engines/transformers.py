@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from heterorl.errors import UserError
+from heterorl.errors import SiteError
 from heterorl_sampler.engines.base import (
     Completion,
     Dtype,
@@ -41,7 +41,7 @@ class TransformersEngine:
 
     def __init__(self, model_dir: Path, *, dtype: Dtype, gpus: int = 0) -> None:
         if gpus and not torch.cuda.is_available():
-            raise UserError(f"gpus: {gpus}, but torch finds no GPU here; set gpus: 0 or run on a machine with GPUs")
+            raise SiteError(f"gpus: {gpus}, but torch finds no GPU on this node")
         disable_progress_bar()  # logs are read by people and collectors
         self._device = torch.device("cuda" if gpus else "cpu")
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))

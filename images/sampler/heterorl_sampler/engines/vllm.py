@@ -34,7 +34,7 @@ from vllm.logprobs import Logprob
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
-from heterorl.errors import HeteroRLError, UserError
+from heterorl.errors import HeteroRLError, SiteError, UserError
 from heterorl.exchange.canary import CANARY_TOKENS
 from heterorl_sampler.engines.base import (
     Completion,
@@ -87,6 +87,8 @@ class VLLMEngine:
         try:
             self._engine = LLMEngine.from_engine_args(args)
         except ValueError as error:
+            if "Free memory on device" in str(error):  # another process of this node holds it
+                raise SiteError(f"vLLM does not start on this node: {' '.join(str(error).split())}") from error
             raise UserError(f"vLLM does not start on {model_dir}: {' '.join(str(error).split())}") from error
         self._request_numbers = itertools.count()
 
@@ -179,7 +181,7 @@ def _require_device(gpus: int) -> None:
     if gpus and current_platform.is_cpu():
         raise UserError(f"gpus: {gpus}, but this vLLM is the CPU build; set gpus: 0 or install heterorl[sampler]")
     if gpus > torch.cuda.device_count():
-        raise UserError(f"gpus: {gpus}, but torch finds {torch.cuda.device_count()} here; set a smaller number")
+        raise SiteError(f"gpus: {gpus}, but torch finds {torch.cuda.device_count()} on this node")
     if not gpus and not current_platform.is_cpu():
         raise UserError("gpus: 0, but this vLLM is not the CPU build; set gpus: 1 or install heterorl[sampler-cpu]")
 
