@@ -24,7 +24,7 @@ def build_engine(
 ) -> InferenceEngine:
     """Start an engine on the model in `model_dir`, for texts of up to `max_model_len` tokens.
 
-    Raises UserError when the engine is not installed, SiteError when this node lacks a GPU, ModelError for a bad folder.
+    Raises UserError when the engine is not installed, SiteError when a GPU is missing, ModelError for a bad folder.
     """
     if not (model_dir / "config.json").is_file():
         raise ModelError(f"{model_dir}: no config.json; a model is a Hugging Face folder with config and safetensors")
