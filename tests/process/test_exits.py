@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from builders import exchange_at, rollout_name, rollout_of, run_of
+from builders import exchange_at, put, rollout_name, rollout_of, run_of
 from heterorl.exchange.exchange import Exchange
 from heterorl.exit_codes import describe_exit
 from heterorl.local.processes import ManagedProcess, tail
@@ -66,8 +66,8 @@ def new_run(prepared: Exchange, root: Path, strategy: str) -> Exchange:
     exchange = exchange_at(root, two_ranks(strategy))
     for name in ("model", "data"):
         (root / name).symlink_to(prepared.root / name)
-    exchange.mark_prepared({})
-    exchange.put_rollouts({rollout_name(seq): rollout_of() for seq in range(2)})
+    exchange.mark_prepared()
+    put(exchange, {rollout_name(seq): rollout_of() for seq in range(2)})
     return exchange
 
 
