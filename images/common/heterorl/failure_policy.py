@@ -69,7 +69,8 @@ def given_up(role: Role, failures: Sequence[Failure], policy: FailurePolicySpec)
         budget, where = budget_of(role, kind, policy)
         if is_used_up([failure.step for failure in ours], budget, policy.refill_steps):
             what = "crashed" if kind == "crash" else "failed because of its node"
-            return GivenUp(kind, f"{what} {len(ours)} times, {where} is {budget}; the last time: {ours[-1].message}")
+            times = "once" if len(ours) == 1 else f"{len(ours)} times"
+            return GivenUp(kind, f"{what} {times}, {where} is {budget}; the last time: {ours[-1].message}")
     return None
 
 
