@@ -18,7 +18,9 @@ from heterorl.monitoring.json_lines import Record, numbers
 
 log = logging.getLogger(__name__)
 
-CUMULATIVE = frozenset({"num_tokens", "lag/dropped", "rollouts", "rejected_versions"})
+CUMULATIVE = frozenset(
+    {"num_tokens", "lag/dropped", "rollouts/mismatched", "rollouts/poisoned", "rollouts", "rejected_versions"}
+)
 """Metrics that only grow; Prometheus shows them as counters (`_total`)."""
 
 
