@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -129,7 +130,7 @@ def smollm2(gsm8k: list[dict[str, str]]) -> tuple[Path, Texts, list[list[int]]]:
     from transformers import AutoTokenizer
 
     model = convert_smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)  # its methods return a union of everything
     prompts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": row["question"]}], add_generation_prompt=True, return_dict=False
