@@ -231,11 +231,3 @@ def test_a_learner_that_crashes_too_often_fails_the_run(site, installed):
     assert told["learner"]["restarts"] == 2
     assert condition(cluster, site.namespace, "Failed", "crash")["reason"] == "LearnerCrashed"
     assert "failurePolicy.learnerRestarts is 1" in condition(cluster, site.namespace, "Failed", "crash")["message"]
-
-
-def test_a_pod_that_is_killed_for_its_memory_is_named_with_the_way_out(site, installed):
-    small = {"podTemplate": {"resources": {"limits": {"memory": "48Mi"}}}}  # Python and torch need more
-    start(site, run_of("hungry", [("near", "transformers")], **small))
-    found = wait_for_reason(site.cluster, site.namespace, "Prepared", "OOMKilled", "hungry", 60)
-    assert "raise resources.limits.memory in its podTemplate" in found["message"]
-    assert "OOMKilled" in reasons(site.cluster, site.namespace, "hungry")
