@@ -6,13 +6,11 @@ On a real API server with a real scheduler. An image that cannot be pulled needs
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 
 from cluster.operators import (
     CHILDREN,
-    StandIn,
     apply,
     children_names,
     condition,
@@ -22,7 +20,6 @@ from cluster.operators import (
     operator,
     patch,
     reasons,
-    replicas,
     run_manifest,
     status,
     wait_for,
@@ -193,33 +190,6 @@ def test_an_expansion_that_the_cluster_refuses_holds_nothing_up_and_can_be_taken
     assert condition(cluster, namespace, "Ready")["status"] == "True"
     patch(cluster, namespace, "run", {"exchange": {"volume": {"size": "1Gi"}}})
     wait_for_reason(cluster, namespace, "StorageReady", "Bound")
-
-
-STATUS = "/spec/versions/0/schema/openAPIV3Schema/properties/status/properties/phase"
-
-
-def test_a_run_that_ended_under_a_newer_version_gets_no_pods_again(cluster, namespace, running):
-    give_volume(cluster, namespace)
-    kind = ("crd", "heterorlruns.heterorl.dev", "--type=json", "-p")
-    cluster.kubectl("patch", *kind, json.dumps([{"op": "add", "path": STATUS, "value": {"type": "string"}}]))
-    try:
-        with StandIn(step=1, steps=2) as learner:
-            apply(cluster, namespace, run_manifest(**learner.spec(finishGraceSeconds=1)))
-            wait_for_state(cluster, namespace, "Running")
-            learner.says(finished=True, step=2)
-            wait_for_state(cluster, namespace, "Succeeded")
-            wait_for(lambda: replicas(cluster, namespace, "run-learner", "statefulset") == 0, "the end")
-        running.stop()
-        newer = json.dumps({"status": {"phase": "Done"}})
-        cluster.kubectl("patch", "-n", namespace, "hrl/run", "--subresource=status", "--type=merge", "-p", newer)
-        assert status(cluster, namespace)["phase"] == "Done"
-        running.start()
-        time.sleep(3)
-        assert status(cluster, namespace)["state"] == "Succeeded"
-        assert replicas(cluster, namespace, "run-learner", "statefulset") == 0
-        assert replicas(cluster, namespace, "run-sampler-near") == 0
-    finally:
-        cluster.kubectl("patch", *kind, json.dumps([{"op": "remove", "path": STATUS}]))
 
 
 def test_a_misspelt_pool_is_reported_as_new(cluster, namespace, running):
