@@ -56,7 +56,7 @@ def test_a_real_model_in_bfloat16_trains_on_gsm8k(
         "real",
         model={"source": "path", "path": str(smollm2_dir), "dtype": "bfloat16"},
         data={"train": train},
-        rewards=[{"name": "accuracy"}],
+        rewards=[{"name": "accuracy"}, {"name": "repetition"}],  # few of its answers are right, some repeat themselves
         algorithm={"groupSize": 4},
         generation={"maxPromptTokens": 256, "maxCompletionTokens": 96},
         learner={"steps": 3, "batch": {"groups": 2, "tokensPerMicroBatch": 512}, "checkpoint": {"everySteps": 100}},
@@ -67,6 +67,8 @@ def test_a_real_model_in_bfloat16_trains_on_gsm8k(
     run = new_run(file)
     summary = run.succeed(600)
     assert (summary["status"], summary["steps"]) == ("succeeded", 3)
+    steps = map(json.loads, (run.root / "metrics" / "learner.jsonl").read_text().splitlines())
+    assert max(step["grad_norm"] for step in steps if "grad_norm" in step) > 0
     swaps = [
         record
         for record in map(json.loads, (run.root / "metrics" / "sampler-near-0.jsonl").read_text().splitlines())
