@@ -14,7 +14,6 @@ import pytest
 import yaml
 
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.records import DataCount
 from heterorl.local.preflight import with_absolute_paths
 from heterorl.spec.load import load_run
 
@@ -117,7 +116,8 @@ def test_too_long_prompts_are_counted_and_skipped(folder: Exchange, tmp_path: Pa
     prepare = [sys.executable, "-m", "heterorl_learner", "prepare", "--root", str(folder.root)]
     subprocess.run(prepare, check=True, timeout=300)
     assert folder.prepared is not None
-    assert folder.prepared.data["train"] == DataCount(rows=1, skipped=1)
+    train = folder.prepared.data["train"]
+    assert (train.rows, train.skipped) == (1, 1)
 
 
 def test_a_model_folder_without_a_tokenizer_is_refused(

@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from heterorl.data.answers import AnswerChecker
 from heterorl.data.datasets import Row, prepare_rows
@@ -103,8 +103,8 @@ def evaluate(
 
 
 # ── during a run ─────────────────────────────────────────────────────────────────────────────────────────────────────
-def evaluate_version(exchange: Exchange, version: Version) -> dict[str, Any]:
-    """Evaluate a published version on the run's evaluation sets and publish the result: `sets` by label, `average`.
+def evaluate_version(exchange: Exchange, version: Version) -> Evaluation:
+    """Evaluate a published version on the run's evaluation sets and publish the result.
 
     Raises CorruptFile or CanaryMismatch for weights that are not what the learner published.
     """
@@ -140,8 +140,9 @@ def evaluate_version(exchange: Exchange, version: Version) -> dict[str, Any]:
             version.step,
             {f"eval/{label}/{key}": value for label, values in sets.items() for key, value in values.items()},
         )
-    exchange.write_eval(version, Evaluation(average=average, sets=sets))
-    return {"step": version.step, "sets": sets, "average": average}
+    result = Evaluation(average=average, sets=sets)
+    exchange.write_eval(version, result)
+    return result
 
 
 @contextmanager
