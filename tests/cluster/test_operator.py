@@ -5,10 +5,13 @@ Where a learner has something to say, `StandIn` says it. `test_story.py` has rea
 
 from __future__ import annotations
 
+import copy
 import json
 import time
+from pathlib import Path
 
 import pytest
+import yaml
 
 from cluster.operators import (
     CHILDREN,
@@ -34,6 +37,7 @@ from heterorl.monitoring.run_metrics import PoolProgress
 from heterorl.names import Version
 
 CLUSTER = {"level": "kwok"}
+CRD = Path(__file__).parents[2] / "crds" / "heterorlrun.yaml"
 pytestmark = pytest.mark.usefixtures("crd")
 
 
@@ -161,6 +165,50 @@ def test_a_learner_that_gave_up_fails_the_run_with_its_words(cluster, namespace,
         assert failed["reason"] == "LearnerCrashed"
         assert "it crashed 4 times" in failed["message"]
         assert replicas(cluster, namespace, "run-sampler-near") == 0
+
+
+@pytest.fixture
+def newer_crd(cluster):
+    """The CRD as a newer version might have it: one more field of the status, and one more state."""
+    ours = yaml.safe_load(CRD.read_text())
+    newer = copy.deepcopy(ours)
+    status_schema = newer["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]
+    status_schema["properties"]["phase"] = {"type": "string"}
+    status_schema["properties"]["state"]["enum"].append("Archived")
+    cluster.kubectl("replace", "-f", "-", stdin=json.dumps(newer))
+    yield
+    cluster.kubectl("replace", "-f", "-", stdin=json.dumps(ours))
+
+
+def test_a_run_that_ended_under_a_newer_version_gets_no_pods_again(cluster, namespace, running, newer_crd):
+    give_volume(cluster, namespace)
+    with StandIn(step=1, steps=2) as learner:
+        apply(cluster, namespace, run_manifest(**learner.spec(finishGraceSeconds=1)))
+        wait_for_state(cluster, namespace, "Running")
+        learner.says(finished=True, step=2)
+        wait_for_state(cluster, namespace, "Succeeded")
+        wait_for(lambda: replicas(cluster, namespace, "run-learner", "statefulset") == 0, "the end")
+
+    def pods():
+        return listed(cluster, namespace, "pods", "heterorl.dev/role in (learner,sampler)")
+
+    def write_newer():
+        patched = json.dumps({"status": {"phase": "Done", "state": "Archived"}})
+        cluster.kubectl("patch", "-n", namespace, "hrl/run", "--subresource=status", "--type=merge", "-p", patched)
+        return status(cluster, namespace).get("phase")
+
+    wait_for(lambda: not pods(), "its pods to go")
+    jobs = listed(cluster, namespace, "jobs")
+    running.stop()
+    assert wait_for(write_newer, "the newer kind to be served") == "Done"
+    running.start()
+    wait_for_state(cluster, namespace, "Succeeded")  # in our words again
+    time.sleep(3)
+    assert condition(cluster, namespace, "Succeeded")["status"] == "True"
+    assert replicas(cluster, namespace, "run-learner", "statefulset") == 0
+    assert replicas(cluster, namespace, "run-sampler-near") == 0
+    assert pods() == {}
+    assert listed(cluster, namespace, "jobs").keys() == jobs.keys()
 
 
 @pytest.mark.parametrize("after_s", [0.0, 2.0])  # while it starts to watch, and later
