@@ -36,7 +36,8 @@ from heterorl.exchange.exchange import Exchange
 from heterorl.exit_codes import describe_exit
 from heterorl.local.processes import ManagedProcess, Rendezvous
 from heterorl.monitoring.http import Endpoint, text_page
-from heterorl.monitoring.run_metrics import RunObserver, to_text
+from heterorl.monitoring.run_metrics import run_progress, to_text
+from heterorl.monitoring.snapshot import SnapshotReader
 from heterorl.spec.run import LearnerSpec
 
 log = logging.getLogger("heterorl_learner.launch")
@@ -63,7 +64,7 @@ class LearnerPod:
         self._command, self._stop, self._env = command, stop, dict(os.environ)
         self._node = int(self._env.get("NODE_RANK", "0"))
         self._attempts = Attempts(exchange, self._node, self._env.get("POD_UID", ""))
-        self._observer = RunObserver(exchange)
+        self._reader = SnapshotReader(exchange)
         self._ranks: ManagedProcess | None = None
         self._started: float | None = None
         # Only the operator evaluates, and it gives the run its uid: without it no pins are needed.
@@ -178,7 +179,7 @@ class LearnerPod:
     # ── telling ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def metrics(self) -> bytes:
         """The run's progress, then what the rank that trains says itself."""
-        progress = self._observer.observe(training_since=self._started)
+        progress = run_progress(self._reader.read(), training_since=self._started)
         return to_text(progress, self.exchange.run.metadata.name) + (self._rank_metrics() or b"")
 
     def readiness(self) -> tuple[bool, str]:

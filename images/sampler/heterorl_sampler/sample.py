@@ -135,8 +135,7 @@ class Sampler:
         self._failed_in_a_row += batch.next_seq - numbers.start
         if self._failed_in_a_row < min(GIVE_UP_AFTER, 2 * len(numbers)):
             return
-        learner = self._exchange.learner
-        if (learner and learner.step) or self._exchange.list_rollouts():
+        if self._exchange.step or self._exchange.list_rollouts():
             raise SiteError(f"{batch.failure}; the last {self._failed_in_a_row} groups failed here, others did not")
         raise UserError(f"{batch.failure}; it failed on all of the first {self._failed_in_a_row} groups")
 

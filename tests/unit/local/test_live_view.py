@@ -26,6 +26,7 @@ UP = ProcessState("up")
 def exchange(tmp_path: Path) -> Exchange:
     exchange = exchange_at(tmp_path / "demo", run_of("demo", learner={"steps": 100}))
     exchange.metrics_dir.mkdir()
+    exchange.mark_prepared()
     return exchange
 
 

@@ -13,7 +13,9 @@ from builders import Clock, exchange_at, publish, run_of
 from heterorl.exchange.crash_budget import Attempts
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation, LearnerHeartbeat, SlotStatus
-from heterorl.monitoring.run_metrics import PoolProgress, RunObserver, RunProgress, parse_progress, to_text
+from heterorl.monitoring.progress import ProgressReader
+from heterorl.monitoring.run_metrics import PoolProgress, RunProgress, parse_progress, run_progress, to_text
+from heterorl.monitoring.snapshot import SnapshotReader
 from heterorl.names import Slot, Version
 
 SPEC = {
@@ -99,16 +101,16 @@ def test_foreign_text_is_refused(text):
 # ── from the volume ──────────────────────────────────────────────────────────────────────────────────────────────────
 def test_an_empty_volume_has_nothing_and_a_prepared_one_has_pools(exchange):
     nothing = RunProgress(steps=40, attempts={"clean": 0, "signalled": 0, "crashed": 0})
-    assert RunObserver(exchange).observe() == nothing
+    assert run_progress(SnapshotReader(exchange).read()) == nothing
     exchange.mark_prepared()
     pools = {"near": PoolProgress(), "far": PoolProgress()}
-    assert RunObserver(exchange).observe() == replace(nothing, prepared=True, pools=pools)
+    assert run_progress(SnapshotReader(exchange).read()) == replace(nothing, prepared=True, pools=pools)
 
 
 def test_what_is_there_before_the_preparation_is_another_runs_and_not_told(exchange):
     exchange.write_learner(LearnerHeartbeat(step=40, finished=True, reward=0.5))
     publish(exchange, Version(40, 1))
-    progress = RunObserver(exchange).observe()
+    progress = run_progress(SnapshotReader(exchange).read())
     assert (progress.prepared, progress.finished, progress.step, progress.weights_version) == (False, False, None, None)
 
 
@@ -119,14 +121,14 @@ def test_the_learners_heartbeat_evaluations_and_versions_are_told(exchange, cloc
         publish(exchange, Version(step, 1))
     exchange.write_eval(Version(0, 1), Evaluation(average=0.5))
     clock.now += 7.5
-    progress = RunObserver(exchange).observe(training_since=900.0)
+    progress = run_progress(SnapshotReader(exchange).read(), training_since=900.0)
     assert (progress.step, progress.steps, progress.checkpoint_step) == (12, 40, 10)
     assert (progress.reward, progress.lag, progress.stalled_s) == (0.25, 3.5, 7.5)
     assert (progress.prepared, progress.finished, progress.weights_version) == (True, False, "v00000012-i0001")
     assert (progress.evaluation_best, progress.evaluation_last) == (0.5, 0.5)
     assert progress.evaluations_due == (Version(10, 1),)
     exchange.write_eval(Version(10, 1), Evaluation(average=0.25))
-    progress = RunObserver(exchange).observe()
+    progress = run_progress(SnapshotReader(exchange).read())
     assert (progress.evaluation_best, progress.evaluation_last, progress.evaluations_due) == (0.5, 0.25, ())
 
 
@@ -134,11 +136,13 @@ def test_a_run_is_stalled_only_while_its_ranks_run(exchange, clock):
     exchange.mark_prepared()
     exchange.write_learner(LearnerHeartbeat(step=12, finished=False))
     clock.now += 100
-    observer = RunObserver(exchange)
-    assert observer.observe().stalled_s is None
-    assert observer.observe(training_since=1060.0).stalled_s == 40.0  # ranks that just came back have their time
+    reader = SnapshotReader(exchange)
+    assert run_progress(reader.read()).stalled_s is None
+    assert (
+        run_progress(reader.read(), training_since=1060.0).stalled_s == 40.0
+    )  # ranks that just came back have their time
     exchange.write_learner(LearnerHeartbeat(step=40, finished=True))
-    assert observer.observe(training_since=1060.0).stalled_s is None
+    assert run_progress(reader.read(), training_since=1060.0).stalled_s is None
 
 
 def test_the_last_version_is_due_once_the_run_is_trained(exchange):
@@ -148,9 +152,9 @@ def test_the_last_version_is_due_once_the_run_is_trained(exchange):
     exchange.write_eval(Version(0, 1), Evaluation(average=0.5))
     exchange.write_eval(Version(30, 1), Evaluation(average=0.5))
     exchange.write_learner(LearnerHeartbeat(step=38, finished=False))
-    assert RunObserver(exchange).observe().evaluations_due == ()
+    assert run_progress(SnapshotReader(exchange).read()).evaluations_due == ()
     exchange.write_learner(LearnerHeartbeat(step=40, finished=True))
-    progress = RunObserver(exchange).observe()
+    progress = run_progress(SnapshotReader(exchange).read())
     assert progress.finished
     assert progress.evaluations_due == (Version(38, 1),)
 
@@ -160,15 +164,30 @@ def test_a_pool_sums_its_slots_and_shows_the_oldest_live_version(exchange, clock
     leases = [exchange.acquire_slot(lambda index=index: [Slot("far", index)]) for index in range(3)]
     for lease, step in zip(leases, (7, 5, 9), strict=True):
         exchange.beat(lease, SlotStatus(rollouts=10, rejected=1, version=str(Version(step, 1))))
-    observer = RunObserver(exchange)
-    assert observer.observe().pools["far"] == PoolProgress(30, 3, 3, "v00000005-i0001")
+    reader = SnapshotReader(exchange)
+    assert run_progress(reader.read()).pools["far"] == PoolProgress(30, 3, 3, "v00000005-i0001")
     exchange.beat(leases[1], SlotStatus(rollouts=12, rejected=1, version=str(Version(6, 1))), released=True)
-    assert observer.observe().pools["far"] == PoolProgress(32, 3, 2, "v00000007-i0001")
+    assert run_progress(reader.read()).pools["far"] == PoolProgress(32, 3, 2, "v00000007-i0001")
     clock.now += 9
     exchange.beat(leases[2], SlotStatus(rollouts=10, rejected=1, version=str(Version(9, 1))))
-    assert observer.observe().pools["far"].alive == 2
+    assert run_progress(reader.read()).pools["far"].alive == 2
     clock.now += 2  # 11 s since the first slot moved, 2 s since the third one did
-    assert observer.observe().pools["far"] == PoolProgress(32, 3, 1, "v00000009-i0001", ("far-0",))
+    assert run_progress(reader.read()).pools["far"] == PoolProgress(32, 3, 1, "v00000009-i0001", ("far-0",))
+
+
+def test_a_silent_sampler_has_no_say_in_whether_weights_are_refused(exchange, clock):
+    exchange.mark_prepared()
+    version = publish(exchange, Version(12, 1))
+    refusing, serving = (exchange.acquire_slot(lambda index=index: [Slot("far", index)]) for index in range(2))
+    refusal = SlotStatus(state="waiting: weights", refused={str(version): "the canary differs by 0.4"})
+    exchange.beat(refusing, refusal)
+    exchange.beat(serving, SlotStatus(state="generating", version=str(version)))
+    reader, live = SnapshotReader(exchange), ProgressReader(exchange)
+    assert (run_progress(reader.read()).weights_refused, live.read().weights_refused) == (None, None)
+    clock.now += 11  # more than leaseSeconds
+    exchange.beat(refusing, refusal)
+    said = "no sampler accepts weights v00000012-i0001: the canary differs by 0.4"
+    assert (run_progress(reader.read()).weights_refused, live.read().weights_refused) == (said, said)
 
 
 def test_why_the_learner_gave_up_is_told(exchange):
@@ -176,7 +195,7 @@ def test_why_the_learner_gave_up_is_told(exchange):
     for message in ("RuntimeError: first", "RuntimeError: second"):
         attempts.begin()
         attempts.end("crashed", 1, message)
-    progress = parse_progress(to_text(RunObserver(exchange).observe(), "demo").decode())
+    progress = parse_progress(to_text(run_progress(SnapshotReader(exchange).read()), "demo").decode())
     assert progress.attempts == {"clean": 0, "signalled": 0, "crashed": 2}
     assert progress.gave_up == (
         "LearnerCrashed",
@@ -191,11 +210,11 @@ def test_another_runs_preparation_and_attempts_do_not_count(tmp_path):
         run = run_of("demo", metadata={"uid": uid}, **SPEC)
         file.write_text(json.dumps(run.resolved()))
         exchange = Exchange(tmp_path / "run", spec_file=file)
-        seen = RunObserver(exchange).observe()
+        seen = run_progress(SnapshotReader(exchange).read())
         assert (seen.prepared, seen.attempts["crashed"]) == (False, 0)
         exchange.root.mkdir(exist_ok=True)
         exchange.mark_prepared()
         Attempts(exchange, 0, "pod-a").begin()
         Attempts(exchange, 0, "pod-a").end("crashed", 1, "")
-        seen = RunObserver(exchange).observe()
+        seen = run_progress(SnapshotReader(exchange).read())
         assert (seen.prepared, seen.attempts["crashed"]) == (True, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from builders import FAR, Clock, exchange_at, run_of, spec_of
 from heterorl.exchange.records import LearnerHeartbeat, SlotHeartbeat, SlotStatus
 from heterorl.monitoring.progress import ProgressReader
+from heterorl.monitoring.snapshot import ObservedSlot
 from heterorl.monitoring.stall import waiting_for
 from heterorl.names import Slot
 
@@ -23,8 +24,10 @@ def test_each_slot_is_named_with_its_weights_and_since_when_it_is_silent():
         Slot("far", 2): beat("waiting: weights", refused={"v00000008-i0001": "too far off"}),
         Slot("far", 3): beat("stopped", released=True),
     }
-    heard_at = {**dict.fromkeys(beats, NOON), Slot("far", 1): NOON - 600}
-    said = waiting_for(spec, beats, heard_at, NOON).split(", far-")
+    seen = {slot: ObservedSlot(beat, NOON, alive=True) for slot, beat in beats.items()}
+    seen[Slot("far", 1)] = ObservedSlot(beats[Slot("far", 1)], NOON - 600, alive=False)
+    seen[Slot("far", 3)] = ObservedSlot(beats[Slot("far", 3)], NOON, alive=False)
+    said = waiting_for(spec.slots, seen).split(", far-")
     assert said[0] == "far-0 is generating (serves v00000008-i0001)"
     assert said[1] == "1 has been silent since 11:50 UTC (serves v00000006-i0001)"
     assert said[2] == "2 is waiting: weights (serves no weights, refused v00000008-i0001)"
@@ -34,12 +37,13 @@ def test_each_slot_is_named_with_its_weights_and_since_when_it_is_silent():
 
 def test_many_slots_are_counted():
     spec = spec_of(samplers=[{"name": "far", "replicas": 12}])
-    assert waiting_for(spec, {}, {}, NOON).endswith("far-7 has not started, and 4 more")
+    assert waiting_for(spec.slots, {}).endswith("far-7 has not started, and 4 more")
 
 
 def test_within_a_minute_without_a_step_it_is_told_what_the_learner_waits_for(tmp_path):
     clock = Clock(NOON)
     exchange = exchange_at(tmp_path, run_of(), clock=clock)
+    exchange.mark_prepared()
     reader = ProgressReader(exchange)
     exchange.begin_incarnation()
     exchange.write_learner(LearnerHeartbeat(step=3, steps=9))

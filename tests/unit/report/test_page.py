@@ -25,7 +25,7 @@ def make_run(root: Path, name: str = "quickstart", *, seed: int = 0, **spec) -> 
         {"name": "far", "engine": "transformers", "delay": {"distribution": "lognormal", "lower": 60, "upper": 1920}},
     ]
     run = run_of(name, **{"seed": seed, "timeScale": 0.01, "samplers": samplers, "learner": {"steps": 40}, **spec})
-    exchange_at(root, run)
+    exchange_at(root, run).mark_prepared()
     (root / "metrics").mkdir()
     return root
 

@@ -22,6 +22,7 @@ SLOT = Slot("far", 0)
 def exchange(tmp_path: Path) -> Exchange:
     exchange = exchange_at(tmp_path / "demo", run_of("demo", learner={"steps": 20}))
     exchange.metrics_dir.mkdir()
+    exchange.mark_prepared()
     return exchange
 
 

@@ -64,9 +64,8 @@ class Attempts:
     def _end(
         self, last: Attempt, outcome: AttemptOutcome, code: int | None, message: str, *, found_later: bool = False
     ) -> None:
-        learner = self._exchange.learner
         ended = {"ended": self._exchange.now(), "outcome": outcome, "code": code, "message": message}
-        ended |= {"step": learner.step if learner else 0, "found_later": found_later}
+        ended |= {"step": self._exchange.step, "found_later": found_later}
         self._write(last.model_copy(update=ended))
 
     def _last(self) -> Attempt | None:

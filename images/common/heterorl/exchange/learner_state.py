@@ -177,6 +177,11 @@ class LearnerState(RunFolder):
         return self._records.read(self.root / "learner.json", LearnerHeartbeat)
 
     @property
+    def step(self) -> int:
+        """Steps trained; 0 before the learner's first heartbeat."""
+        return learner.step if (learner := self.learner) else 0
+
+    @property
     def trained(self) -> bool:
         """Whether the last step that is asked for now is trained, and the output written."""
         learner = self.learner

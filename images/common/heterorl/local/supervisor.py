@@ -256,10 +256,8 @@ class Runner:
         def start() -> ManagedProcess:
             return ManagedProcess(command, env, log_file, ranks=ranks, keep_open=(self._lock,))
 
-        def step() -> int:
-            return learner.step if (learner := self.exchange.learner) else 0
-
-        return ProcessRole(name, role, start, log_file, self.spec.failure_policy, step, grace_s=GRACE_S)
+        policy = self.spec.failure_policy
+        return ProcessRole(name, role, start, log_file, policy, lambda: self.exchange.step, grace_s=GRACE_S)
 
 
 def cores() -> int:

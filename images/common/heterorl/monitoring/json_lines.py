@@ -1,7 +1,7 @@
 """Growing files of JSON lines, the record of what a process measured: one writer, any number of readers.
 
 A learner that resumed from step c writes c + 1 again, so a line with a step supersedes every earlier line of its own or
-a later step (`read_metrics` applies that).
+a later step (`supersede` applies that).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +74,19 @@ def read_metrics(path: Path) -> list[Record]:
     except FileNotFoundError:
         return []
     records: list[Record] = []
-    last_step = -1
-    for record in _records(content):
+    supersede(records, _records(content))
+    return records
+
+
+def supersede(records: list[Record], added: Iterable[Record]) -> None:
+    """Append records; one with a step takes the place of every earlier one of its own or a later step."""
+    last_step = next((record["step"] for record in reversed(records) if record.get("step") is not None), -1)
+    for record in added:
         if (step := record.get("step")) is not None:
             if step <= last_step:
-                records = [earlier for earlier in records if earlier.get("step", -1) < step]
+                records[:] = [earlier for earlier in records if earlier.get("step", -1) < step]
             last_step = step
         records.append(record)
-    return records
 
 
 def _records(content: bytes) -> list[Record]:

@@ -1,6 +1,6 @@
-"""A run's progress as its learner's first pod tells it to the operator: read from the volume, sent as metrics.
+"""A run's progress as its learner's first pod tells it to the operator: a snapshot of the volume, sent as metrics.
 
-    Exchange ──observe──▶ Progress ──to_text──▶ /metrics ──parse_progress──▶ Progress
+    Snapshot ──run_progress──▶ RunProgress ──to_text──▶ /metrics ──parse_progress──▶ RunProgress
 
 Both sides are here, because the launcher writes what the operator reads. All metrics are gauges named `heterorl_run_*`
 with the label `run`; what is not known is absent. `docs/kubernetes.md` lists them.
@@ -16,12 +16,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from heterorl.exchange.crash_budget import attempts_of, gave_up, outcomes
-from heterorl.exchange.evaluations import due_now
-from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.records import SlotHeartbeat
-from heterorl.exchange.refusals import refused_by_all
-from heterorl.names import Slot, Version
+from heterorl.exchange.crash_budget import gave_up, outcomes
+from heterorl.monitoring.snapshot import Snapshot
+from heterorl.names import Version
 
 _PREFIX = "heterorl_run_"
 _NUMBERS = {
@@ -88,73 +85,50 @@ class RunProgress:
     """Versions without a result, oldest first."""
 
 
-# ── from the volume ──────────────────────────────────────────────────────────────────────────────────────────────────
-class RunObserver:
-    """Looks at one run's volume. It remembers heartbeats, as only one that is seen to move shows a live sampler."""
+# ── from a snapshot ──────────────────────────────────────────────────────────────────────────────────────────────────
+def run_progress(snapshot: Snapshot, *, training_since: float | None = None) -> RunProgress:
+    """What the operator is told. `training_since`: when this pod's ranks were started; None while none run."""
+    known = RunProgress(
+        steps=snapshot.steps,
+        attempts=outcomes(snapshot.attempts),
+        gave_up=gave_up(snapshot.attempts, snapshot.spec.failure_policy, snapshot.successor),
+    )
+    if not snapshot.prepared:
+        return known
+    learner = snapshot.learner
+    averages = [result.average for result in snapshot.evaluations.values()]
+    return replace(
+        known,
+        step=learner.step if learner else None,
+        checkpoint_step=learner.checkpoint_step if learner else None,
+        reward=learner.reward if learner else None,
+        lag=learner.lag if learner else None,
+        prepared=True,
+        finished=snapshot.finished,
+        stalled_s=None
+        if training_since is None or snapshot.finished
+        else max(0.0, snapshot.time - snapshot.last_step_at(training_since)),
+        weights_version=str(snapshot.newest) if snapshot.newest else None,
+        weights_refused=snapshot.weights_refused,
+        pools={pool.name: _pool(pool.name, snapshot) for pool in snapshot.spec.samplers},
+        evaluation_best=max(averages, default=None),
+        evaluation_last=averages[-1] if averages else None,
+        evaluations_due=tuple(snapshot.evaluations_due),
+    )
 
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-        self._moved: dict[Slot, tuple[tuple[int, int], float]] = {}
 
-    def observe(self, *, training_since: float | None = None) -> RunProgress:
-        """The run now. `training_since`: when this pod's ranks were started; None while none run."""
-        exchange, spec = self._exchange, self._exchange.spec
-        attempts = attempts_of(exchange)
-        known = RunProgress(
-            steps=spec.learner.steps,
-            attempts=outcomes(attempts),
-            gave_up=gave_up(attempts, spec.failure_policy, exchange.successor),
-        )
-        if exchange.prepared is None:
-            return known  # whatever else is there may be another run's
-        learner, versions, evals = exchange.learner, exchange.list_versions(), exchange.read_evals()
-        finished = exchange.trained
-        averages = [result.average for result in evals.values()]
-        return replace(
-            known,
-            step=learner.step if learner else None,
-            checkpoint_step=learner.checkpoint_step if learner else None,
-            reward=learner.reward if learner else None,
-            lag=learner.lag if learner else None,
-            prepared=True,
-            finished=finished,
-            stalled_s=None
-            if training_since is None or finished
-            else max(0.0, exchange.now() - max(training_since, learner.time if learner else 0.0)),
-            weights_version=str(versions[-1]) if versions else None,
-            weights_refused=refused_by_all(versions, self._live(exchange.heartbeats())),
-            pools=self._pools(),
-            evaluation_best=max(averages, default=None),
-            evaluation_last=averages[-1] if averages else None,
-            evaluations_due=tuple(due_now(exchange, finished=finished)),
-        )
-
-    def _live(self, beats: Mapping[Slot, SlotHeartbeat]) -> list[SlotHeartbeat]:
-        return [beat for slot, beat in beats.items() if self._is_alive(slot, beat)]
-
-    def _pools(self) -> dict[str, PoolProgress]:
-        beats: dict[str, dict[Slot, SlotHeartbeat]] = {pool.name: {} for pool in self._exchange.spec.samplers}
-        for slot, beat in self._exchange.heartbeats().items():
-            beats.get(slot.pool, {})[slot] = beat
-        return {name: self._pool(of_pool) for name, of_pool in beats.items()}
-
-    def _pool(self, beats: Mapping[Slot, SlotHeartbeat]) -> PoolProgress:
-        alive = self._live(beats)
-        held = [(slot, beat) for slot, beat in sorted(beats.items()) if not beat.released]
-        silent = [str(slot) for slot, beat in held if not self._is_alive(slot, beat)]
-        return PoolProgress(
-            rollouts=sum(beat.rollouts for beat in beats.values()),
-            rejected=sum(beat.rejected for beat in beats.values()),
-            alive=len(alive),
-            weights_version=min((beat.version for beat in alive if beat.version is not None), default=None),
-            silent=tuple(silent[:_NAMED_SLOTS]),
-        )
-
-    def _is_alive(self, slot: Slot, beat: SlotHeartbeat) -> bool:
-        mark, now = (beat.epoch, beat.beats), self._exchange.now()
-        if self._moved.get(slot, (None, 0.0))[0] != mark:
-            self._moved[slot] = (mark, now)
-        return not beat.released and now - self._moved[slot][1] < self._exchange.spec.exchange.lease_seconds
+def _pool(name: str, snapshot: Snapshot) -> PoolProgress:
+    seen = {slot: observed for slot, observed in sorted(snapshot.slots.items()) if slot.pool == name}
+    beats = [observed.heartbeat for observed in seen.values()]
+    alive = [observed.heartbeat for observed in seen.values() if observed.alive]
+    silent = [str(slot) for slot, observed in seen.items() if not (observed.alive or observed.heartbeat.released)]
+    return PoolProgress(
+        rollouts=sum(beat.rollouts for beat in beats),
+        rejected=sum(beat.rejected for beat in beats),
+        alive=len(alive),
+        weights_version=min((beat.version for beat in alive if beat.version is not None), default=None),
+        silent=tuple(silent[:_NAMED_SLOTS]),
+    )
 
 
 # ── to and from metrics ──────────────────────────────────────────────────────────────────────────────────────────────

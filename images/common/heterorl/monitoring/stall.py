@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
-from heterorl.exchange.records import SlotHeartbeat
+from heterorl.monitoring.snapshot import ObservedSlot
 from heterorl.names import Slot
-from heterorl.spec.run import RunSpec
 
 _NAMED = 8
 """Number of slots that are named; the others are only counted."""
 
 
-def waiting_for(spec: RunSpec, beats: Mapping[Slot, SlotHeartbeat], heard_at: Mapping[Slot, float], now: float) -> str:
-    """The slots of the run in a line. `heard_at`: when each heartbeat was last seen to move, by the clock of `now`.
+def waiting_for(slots: Sequence[Slot], seen: Mapping[Slot, ObservedSlot]) -> str:
+    """The slots of the run in a line; `seen`: those that had a heartbeat.
 
     Moments are given to the minute and not as durations, so that the line stays the same while nothing changes.
     """
-    slots = spec.slots
-    parts = [_slot(slot, beats.get(slot), heard_at.get(slot, now), now, spec) for slot in slots[:_NAMED]]
+    parts = [_slot(slot, seen.get(slot)) for slot in slots[:_NAMED]]
     if len(slots) > _NAMED:
         parts.append(f"and {len(slots) - _NAMED} more")
     return ", ".join(parts)
 
 
-def _slot(slot: Slot, beat: SlotHeartbeat | None, heard_at: float, now: float, spec: RunSpec) -> str:
-    if beat is None:
+def _slot(slot: Slot, seen: ObservedSlot | None) -> str:
+    if seen is None:
         return f"{slot} has not started"
+    beat = seen.heartbeat
     serves = f"serves {beat.version}" if beat.version else "serves no weights"
     if beat.refused:
         serves += f", refused {', '.join(sorted(beat.refused)[-3:])}"
     if beat.released:
         return f"{slot} has stopped ({serves})"
-    if now - heard_at >= spec.exchange.lease_seconds:
-        return f"{slot} has been silent since {datetime.fromtimestamp(heard_at, UTC):%H:%M} UTC ({serves})"
+    if not seen.alive:
+        return f"{slot} has been silent since {datetime.fromtimestamp(seen.heard_at, UTC):%H:%M} UTC ({serves})"
     return f"{slot} is {beat.state or 'starting'} ({serves})"

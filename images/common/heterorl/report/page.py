@@ -14,7 +14,8 @@ from typing import Any
 
 from heterorl.errors import RunFolderError
 from heterorl.exchange.exchange import Exchange
-from heterorl.monitoring.json_lines import read_metrics
+from heterorl.monitoring.run_records import read_samplers, read_steps
+from heterorl.monitoring.snapshot import Snapshot, SnapshotReader
 from heterorl.report.figures import draw
 from heterorl.report.series import RunSeries
 from heterorl.report.summary import summarise
@@ -78,20 +79,19 @@ def _read_run(root: Path) -> tuple[RunSeries, Facts]:
     facts = summarise(root)
     samplers = f"{len(spec.slots)} sampler{'s' if len(spec.slots) > 1 else ''}"
     steps = f"{facts['steps']} of {facts['steps_wanted']} steps"
-    files = sorted(exchange.metrics_dir.glob("sampler-*.jsonl"))
     run = RunSeries(
         name=exchange.run.metadata.name,
         about=f"{spec.algorithm.loss.type} · {_model(spec)} · {steps} · {samplers}",
-        learner=[r for r in read_metrics(exchange.metrics_dir / "learner.jsonl") if r.get("step") is not None],
-        samplers={path.stem.removeprefix("sampler-"): read_metrics(path) for path in files},
-        evals=_evals(exchange),
+        learner=read_steps(exchange.metrics_dir),
+        samplers={str(slot): records for slot, records in read_samplers(exchange.metrics_dir).items()},
+        evals=_evals(SnapshotReader(exchange).read()),
     )
     return run, {**facts, "spec": spec}
 
 
-def _evals(exchange: Exchange) -> dict[str, list[tuple[int, float]]]:
+def _evals(snapshot: Snapshot) -> dict[str, list[tuple[int, float]]]:
     found: dict[str, list[tuple[int, float]]] = {}
-    for version, result in exchange.read_evals().items():
+    for version, result in snapshot.evaluations.items():
         for label, scores in result.sets.items():
             if scores.get("mean") is not None:
                 found.setdefault(label, []).append((version.step, scores["mean"]))

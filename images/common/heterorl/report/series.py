@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from heterorl.monitoring.json_lines import Record
+from heterorl.monitoring.run_records import is_batch, learner_wait_share, sampler_wait_share
 
 Floats = npt.NDArray[np.float64]
 Series = tuple[Floats, Floats]
@@ -84,29 +85,18 @@ def waiting_shares(run: RunSeries) -> dict[str, Series]:
 
     The learner waits for rollouts; a sampler for room in the queue, for its turn, or for weights.
     """
-    shares = {"learner": _share_by(run.learner, "step", _learner_share)}
+    shares = {"learner": _share_by(run.learner, "step", lambda record: learner_wait_share([record]))}
     times, steps = series(run.learner, "time", "step")
     for pool in sorted({pool_of(slot) for slot in run.samplers}):
         records = [r for slot, found in run.samplers.items() if pool_of(slot) == pool for r in found]
-        at, share = _share_by(sorted(records, key=_time), "time", _sampler_share)
+        at, share = _share_by(sorted(records, key=_time), "time", sampler_wait_share)
         if len(times):
             shares[pool] = (np.interp(at, times, steps), share)
     return shares
 
 
 def _share_by(records: Iterable[Record], x: str, share: Callable[[Record], float | None]) -> Series:
-    return series(({x: r.get(x), "share": share(r)} for r in records if "event" not in r), x, "share")
-
-
-def _learner_share(record: Record) -> float | None:
-    wait, whole = record.get("perf/rollout_wait_s"), record.get("step_time")
-    return min(wait / whole, 1.0) if wait is not None and whole else None
-
-
-def _sampler_share(record: Record) -> float | None:
-    wait = (record.get("rollout/backpressure_s") or 0.0) + (record.get("rollout/weights_wait_s") or 0.0)
-    work = (record.get("rollout/generate_s") or 0.0) + (record.get("rollout/score_s") or 0.0)
-    return wait / (wait + work) if wait + work > 0 else None
+    return series(({x: r.get(x), "share": share(r)} for r in records if is_batch(r)), x, "share")
 
 
 def pool_of(slot: str) -> str:

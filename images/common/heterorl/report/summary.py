@@ -11,16 +11,17 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.records import RunnerState
-from heterorl.monitoring.json_lines import Record, read_metrics
-from heterorl.names import Slot
+from heterorl.exchange.records import Evaluation, RunnerState
+from heterorl.monitoring.json_lines import Record
+from heterorl.monitoring.run_records import column, is_swap, mean, read_samplers, read_steps
+from heterorl.monitoring.snapshot import SnapshotReader
+from heterorl.names import Slot, Version
 
 
 @dataclass(frozen=True)
@@ -63,24 +64,24 @@ def summarise(root: Path) -> dict[str, Any]:
     """The summary of a run's folder, at any moment of the run."""
     exchange = Exchange(root)
     runner = exchange.runner or RunnerState(status="unknown")
-    learner = [r for r in read_metrics(exchange.metrics_dir / "learner.jsonl") if "event" not in r and "step" in r]
-    samplers = {slot: read_metrics(path) for slot, path in _sampler_files(exchange.metrics_dir)}
-    swaps = {slot: [r for r in records if r.get("event") == "swap"] for slot, records in samplers.items()}
+    snapshot = SnapshotReader(exchange).read()
+    learner, samplers = read_steps(exchange.metrics_dir), read_samplers(exchange.metrics_dir)
+    swaps = {slot: [record for record in records if is_swap(record)] for slot, records in samplers.items()}
     ledger = read_ledger(exchange, samplers)
-    rewards = _column(learner, "reward")
-    tenth = math.ceil(len(rewards) / 10)
+    rewarded = [record for record in learner if record.get("reward") is not None]
+    tenth = math.ceil(len(rewarded) / 10)
     return {
         "name": exchange.run.metadata.name,
         "status": runner.status,
         "reason": runner.reason,
-        "steps": heartbeat.step if (heartbeat := exchange.learner) else 0,
-        "steps_wanted": exchange.spec.learner.steps,
+        "steps": snapshot.step,
+        "steps_wanted": snapshot.steps,
         "wall_s": round(runner.prepare_s + runner.elapsed_s, 1),
         "prepare_s": round(runner.prepare_s, 1),
-        "reward_first_tenth": _mean(rewards[:tenth]),
-        "reward_last_tenth": _mean(rewards[-tenth:]),
-        "lag_mean": _mean(_column(learner, "lag/mean")),
-        "lag_max": max(_column(learner, "lag/max"), default=None),
+        "reward_first_tenth": mean(rewarded[:tenth], "reward"),
+        "reward_last_tenth": mean(rewarded[-tenth:], "reward"),
+        "lag_mean": mean(learner, "lag/mean"),
+        "lag_max": max(column(learner, "lag/max"), default=None),
         "rollouts": {str(slot): _published(records) for slot, records in samplers.items()},
         "rollouts_published": len(ledger.published),
         "rollouts_trained": len(ledger.trained),
@@ -91,10 +92,10 @@ def summarise(root: Path) -> dict[str, Any]:
         "rollouts_lost": len(ledger.lost),
         "swaps": {str(slot): len(events) for slot, events in swaps.items()},
         "canary_mean_abs_diff": max(
-            (value for events in swaps.values() for value in _column(events, "canary/mean_abs_diff")), default=None
+            (value for events in swaps.values() for value in column(events, "canary/mean_abs_diff")), default=None
         ),
         "restarts": runner.restarts,
-        "evaluations": _evaluations(exchange),
+        "evaluations": _evaluations(snapshot.evaluations),
     }
 
 
@@ -118,10 +119,10 @@ def in_words(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _evaluations(exchange: Exchange) -> dict[str, dict[str, float]]:
+def _evaluations(results: Mapping[Version, Evaluation]) -> dict[str, dict[str, float]]:
     """Best, last and gap of each evaluation set's mean@k, and of their average, as in the paper's table."""
     scores: dict[str, list[float]] = {}
-    for result in exchange.read_evals().values():
+    for result in results.values():
         for label, values in result.sets.items():
             scores.setdefault(label, []).append(values["mean"])
         if len(result.sets) > 1:
@@ -131,17 +132,5 @@ def _evaluations(exchange: Exchange) -> dict[str, dict[str, float]]:
     }
 
 
-def _sampler_files(folder: Path) -> list[tuple[Slot, Path]]:
-    return [(Slot.parse(path.stem.removeprefix("sampler-")), path) for path in sorted(folder.glob("sampler-*.jsonl"))]
-
-
 def _published(records: Iterable[Record]) -> int:
     return sum(len(record.get("names", [])) for record in records)
-
-
-def _column(records: Iterable[Record], key: str) -> list[float]:
-    return [record[key] for record in records if record.get(key) is not None]
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return fmean(values) if values else None
