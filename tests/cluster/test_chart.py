@@ -694,7 +694,7 @@ def test_the_helm_test_passes_with_the_rights_of_the_chart_and_says_what_it_did(
     assert done.returncode == 0, done.stderr
     assert f"namespace {NAMESPACE}: a tiny run was taken; as a dry run, so nothing is kept of it" in done.stdout
     assert "its defaults are those that this operator has" in done.stdout
-    assert "samplers have 0 replicas in all" in done.stdout
+    assert "samplers have 0 replicas in total" in done.stdout
     assert cluster.kubectl("get", "hrl", "-A") == ""
 
 

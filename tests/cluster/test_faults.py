@@ -62,7 +62,11 @@ def test_an_object_that_is_refused_for_good_is_told_and_not_tried_until_it_chang
         tries = proxy.injected[422]
         proxy.codes = ()
         apply(cluster, namespace, run_manifest(ttlSecondsAfterFinished=1000))  # the status can be written by now
-        wait_for(lambda: condition(cluster, namespace, "Ready").get("reason") == "InvalidPodTemplate", "the condition")
+        wait_for(
+            lambda: condition(cluster, namespace, "StorageReady").get("reason") == "Refused",
+            "the condition of the claim",
+        )
+        assert condition(cluster, namespace, "LearnerReady")["reason"] == "InvalidPodTemplate"
         assert tries < 40
         process.kill()
         process.start()
