@@ -21,7 +21,8 @@ from heterorl.exchange.exchange import Exchange
 from heterorl.names import Version
 from heterorl_sampler.engines.base import Completion, Sampling
 from heterorl_sampler.engines.transformers import TransformersEngine
-from heterorl_sampler.evaluate import Measure, evaluate, evaluate_version, main, pass_at_k
+from heterorl_sampler.eval_command import command
+from heterorl_sampler.evaluate import Measure, evaluate, evaluate_version, pass_at_k
 
 GREEDY = Sampling(max_tokens=6, temperature=0)
 PROMPTS = ["1+1=", "2*3=", "9-4=", "10/5=", "7", "(3+3)="]
@@ -183,11 +184,18 @@ def files(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "sums.jsonl"), str(tmp_path / "long.jsonl")]
 
 
+def exit_code_of(arguments: list[str]) -> object:
+    with pytest.raises(SystemExit) as ended:
+        command(arguments)
+    return ended.value.code
+
+
 def test_a_model_folder_is_evaluated_on_files(folder: Path, files: list[str], tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    law = ["--samples", "2", "--pass-k", "1", "2", "--max-tokens", "6", "--limit", "2"]
+    options = ["--samples", "2", "--pass-k", "1", "--pass-k", "2", "--max-tokens", "6", "--limit", "2"]
     out = tmp_path / "result.json"
-    assert main([str(folder), "--engine", "transformers", *law, "--data", *files, "--out", str(out)]) == 0
+    data = ["--data", files[0], "--data", files[1]]
+    assert exit_code_of([str(folder), "--engine", "transformers", *options, *data, "--out", str(out)]) == 0
     table = capsys.readouterr().out
     for text in ("sums", "pass@2", "1 (+1 too long)", "average"):
         assert text in table
@@ -205,18 +213,16 @@ def test_a_model_folder_is_evaluated_on_files(folder: Path, files: list[str], tm
     ],
 )
 def test_what_is_wrong_is_said_and_the_exit_code_is_two(folder, files, change, message, caplog) -> None:
-    assert main(change([str(folder), "--engine", "transformers", "--max-tokens", "6", "--data", files[0]])) == 2
+    assert exit_code_of(change([str(folder), "--engine", "transformers", "--max-tokens", "6", "--data", files[0]])) == 2
     assert message in caplog.text
 
 
 def test_a_model_without_a_tokenizer_is_refused(tiny_model_dir, files, caplog) -> None:
-    assert main([str(tiny_model_dir()), "--engine", "transformers", "--data", *files]) == 2
+    assert exit_code_of([str(tiny_model_dir()), "--engine", "transformers", "--data", files[0]]) == 2
     assert "has no tokenizer (tokenizer.json)" in caplog.text
 
 
 @pytest.mark.parametrize("arguments", [[], ["model"], ["model", "--data", "x", "--pass-k", "2"]])
 def test_arguments_that_do_not_fit_together_are_refused(arguments: list[str], capsys) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    assert "error: " in capsys.readouterr().err
+    assert exit_code_of(arguments) == 2
+    assert "Error: " in capsys.readouterr().err

@@ -126,10 +126,10 @@ def docs(check: bool) -> None:
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
     add_help_option=False,
 )
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="MODEL --data FILE...")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="MODEL --data FILE")
 def evaluate(arguments: tuple[str, ...]) -> None:
     """Evaluate a model on datasets."""
-    sys.exit(subprocess.call([sys.executable, "-m", "heterorl_sampler.evaluate", *arguments]))
+    sys.exit(subprocess.call([sys.executable, "-m", "heterorl_sampler.eval_command", *arguments]))
 
 
 @cli.command()

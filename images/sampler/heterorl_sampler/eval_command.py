@@ -1,0 +1,202 @@
+"""`heterorl eval`: a model folder on data files, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+import click
+
+from heterorl.data.answers import AnswerChecker
+from heterorl.data.datasets import prepare_rows
+from heterorl.data.tokenizer import load_tokenizer
+from heterorl.entry import Stop, exit_code, leave
+from heterorl.errors import ModelError, UserError
+from heterorl.logs import setup_logging
+from heterorl.spec.run import ColumnsSpec, DatasetSpec
+from heterorl_sampler.engines.base import Dtype, Sampling, context_length
+from heterorl_sampler.engines.build import build_engine
+from heterorl_sampler.evaluate import EvalResult, Measure, evaluate
+
+_PATH = click.Path(path_type=Path)
+_POSITIVE = click.IntRange(min=1)
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """The command line; `command` describes each option."""
+
+    model: Path
+    data: Sequence[Path]
+    template: Literal["think", "noThink", "raw"]
+    samples: int
+    pass_k: Sequence[int]
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    limit: int | None
+    seed: int
+    engine: Literal["vllm", "transformers"]
+    gpus: int
+    prompt_column: str
+    answer_column: str
+    answer_pattern: str | None
+    strip_suffix: str | None
+    out: Path | None
+    json: bool
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.argument("model", type=_PATH)
+@click.option(
+    "--data",
+    type=_PATH,
+    multiple=True,
+    required=True,
+    metavar="FILE",
+    help="A .jsonl or .parquet file; can be repeated.",
+)
+@click.option("--template", type=click.Choice(["think", "noThink", "raw"]), default="raw", help="Prompt template.")
+@click.option("--samples", type=_POSITIVE, default=1, metavar="N", help="Completions per problem.")
+@click.option(
+    "--pass-k", type=_POSITIVE, multiple=True, default=[1], metavar="K", help="A k for pass@k; can be repeated."
+)
+@click.option("--temperature", default=0.6, metavar="T", help="Sampling temperature; 0 is greedy decoding.")
+@click.option("--top-p", default=0.95, metavar="P", help="Top-p (nucleus) sampling; 1 disables.")
+@click.option("--top-k", default=0, metavar="N", help="Top-k sampling; 0 disables.")
+@click.option("--max-tokens", type=_POSITIVE, default=1024, metavar="N", help="Maximum length of a completion.")
+@click.option("--limit", type=_POSITIVE, metavar="N", help="Use only the first N problems of each file.")
+@click.option("--seed", default=0, metavar="N", help="Seed of sampling.")
+@click.option("--engine", type=click.Choice(["vllm", "transformers"]), default="vllm", help="Inference engine.")
+@click.option("--gpus", default=0, metavar="N", help="Number of GPUs; 0 uses the CPU.")
+@click.option(
+    "--prompt-column",
+    default="problem",
+    show_default="problem, or question",
+    metavar="NAME",
+    help="Column with the problem.",
+)
+@click.option(
+    "--answer-column",
+    default="answer",
+    show_default="answer, or solution",
+    metavar="NAME",
+    help="Column with the reference answer.",
+)
+@click.option(
+    "--answer-pattern",
+    metavar="REGEX",
+    help="Regular expression whose first group is the answer, such as '#### (.+)' for GSM8K.",
+)
+@click.option("--strip-suffix", metavar="TEXT", help="Text to remove from the end of each problem.")
+@click.option("--out", type=_PATH, metavar="FILE", help="Also write the results to this file, as JSON.")
+@click.option("--json", is_flag=True, help="Print JSON instead of a table.")
+def command(**given: Any) -> None:
+    """Evaluate MODEL, a Hugging Face folder such as output/ of a run, on datasets with reference answers."""
+    options = EvalOptions(**given)
+    if max(options.pass_k) > options.samples:
+        raise click.UsageError(f"--pass-k {max(options.pass_k)} needs as many --samples; it is {options.samples}")
+    sys.exit(exit_code(lambda: _report(options), options.model))
+
+
+def _report(options: EvalOptions) -> None:
+    results = evaluate_folder(options)
+    text = json.dumps(results, indent=2)
+    if options.out:
+        options.out.write_text(text + "\n")
+    if options.json:
+        click.echo(text)
+    else:
+        _print_table(results)
+
+
+def evaluate_folder(options: EvalOptions) -> dict[str, EvalResult]:
+    """Evaluate a model folder on files; results by the file's path."""
+    model_dir = options.model
+    if not model_dir.is_dir():
+        raise ModelError(f"{model_dir}: no such folder; give a Hugging Face model folder")
+    tokenizer = load_tokenizer(model_dir)
+    room = context_length(model_dir) - options.max_tokens
+    if room < 1:
+        raise UserError(f"--max-tokens {options.max_tokens} leaves no room for a prompt in the context of {model_dir}")
+    columns = ColumnsSpec(
+        prompt=options.prompt_column,
+        answer=options.answer_column,
+        answer_pattern=options.answer_pattern,
+        strip_suffix=options.strip_suffix,
+    )
+    prepared = {
+        str(path): prepare_rows(
+            DatasetSpec(source="file", path=str(path), columns=columns, limit=options.limit),
+            Path(),
+            tokenizer,
+            options.template,
+            room,
+            need_gold_parse=True,
+        )
+        for path in options.data
+    }
+    measure = Measure(
+        Sampling(
+            max_tokens=options.max_tokens, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k
+        ),
+        samples=options.samples,
+        pass_k=options.pass_k,
+        seed=options.seed,
+    )
+    longest = max(len(row["prompt_ids"]) for data in prepared.values() for row in data.rows)
+    engine = build_engine(
+        options.engine,
+        model_dir,
+        dtype=_own_dtype(model_dir),
+        max_model_len=longest + options.max_tokens,
+        gpus=options.gpus,
+        tensor_parallel=max(1, options.gpus),
+    )
+    results = {}
+    with closing(engine), AnswerChecker(boxed_only=options.template != "raw") as checker:
+        for name, data in prepared.items():
+            results[name] = evaluate(engine, tokenizer, data.rows, checker, measure) | {"skipped": data.skipped}
+    return results
+
+
+def _own_dtype(model_dir: Path) -> Dtype:
+    """The data type the model was saved in; bfloat16 for all that is not float32."""
+    config = json.loads((model_dir / "config.json").read_text())
+    return "float32" if "float32" in (config.get("dtype"), config.get("torch_dtype")) else "bfloat16"
+
+
+def _print_table(results: dict[str, EvalResult]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    first = next(iter(results.values()))
+    shares = ["mean", *(key for key in first if key.startswith("pass@"))]
+    table = Table("data", "problems", *shares, "length", "longest", "truncated", box=None, header_style="dim")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for path, values in results.items():
+        table.add_row(
+            Path(path).stem,
+            f"{values['problems']:.0f}" + (f" (+{values['skipped']:.0f} too long)" if values["skipped"] else ""),
+            *(f"{values[key]:.3f}" for key in shares),
+            f"{values['completions/mean_length']:.1f}",
+            f"{values['completions/max_length']:.0f}",
+            f"{values['completions/clipped_ratio']:.1%}",
+        )
+    if len(results) > 1:
+        table.add_row("average", "", *(f"{fmean(values[key] for values in results.values()):.3f}" for key in shares))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    Stop().listen()
+    setup_logging("evaluate")
+    leave(lambda: command(prog_name="heterorl eval"))
