@@ -103,6 +103,8 @@ def build_pod(
     spec = {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
+        # The kernel drops a signal to a process 1 that has no handler for it yet: SIGTERM while Python starts.
+        "shareProcessNamespace": True,
         "imagePullSecrets": [{"name": secret} for secret in pull_secrets],
         "affinity": {} if "ReadWriteMany" in run.spec.exchange.volume.access_modes else _one_node(run.metadata.name),
         "securityContext": _POD_SECURITY,
