@@ -104,7 +104,7 @@ def test_two_learner_pods_find_each_other(site, tmp_path):
 @pytest.mark.usefixtures("run_images")
 def test_the_operators_image_has_its_packages_and_neither_compiler_nor_installer(cluster, namespace):
     cluster.kubectl("label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted")
-    imports = 'python -c "import heterorl.manifests, heterorl_operator, kopf, kubernetes"'
+    imports = 'python -c "import heterorl.kubernetes.manifests, heterorl_operator, kopf, kubernetes"'
     script = f"{imports} && ! command -v gcc cc pip uv && id -un"
     security = {
         "allowPrivilegeEscalation": False,
