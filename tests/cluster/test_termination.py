@@ -14,6 +14,7 @@ import pytest
 from cluster import images
 from cluster.operators import get, wait_for
 from cluster.test_images import tiny_run
+from heterorl.exchange.exchange import Exchange
 from heterorl.kubernetes.manifests import Images, desired_state, evaluation_job
 from heterorl.names import Version
 from heterorl.spec.run import HeteroRLRun
@@ -103,3 +104,21 @@ def test_a_process_leaves_at_once_while_python_itself_still_starts(pods):
     pods.start(*ROLES, cpu="20m")  # so slow is a busy node: it takes seconds until a line of ours is run
     gone = pods.delete(*ROLES)
     assert within_the_limit(gone), gone
+
+
+def test_a_process_leaves_within_ten_seconds_while_it_loads_and_at_work(pods):
+    def after_a_while(*roles):
+        pods.start(*roles)
+        time.sleep(3)
+        return pods.delete(*roles)
+
+    gone = [after_a_while("prepare")]
+    pods.start("prepare")
+    wait_for(lambda: "terminated" in pods.state("prepare"), "the preparation", 120)
+    gone.append(after_a_while("learner", "sampler"))
+    pods.start("learner", "sampler")
+    wait_for(lambda: "step 2/" in pods.log("learner"), "a step", 120)
+    pods.evaluate(Exchange(pods.volume).list_versions()[0])
+    gone.append(after_a_while("evaluation"))
+    gone.append(pods.delete("learner", "sampler"))
+    assert all(map(within_the_limit, gone)), gone
