@@ -231,3 +231,14 @@ def test_a_learner_that_crashes_too_often_fails_the_run(site, installed):
     assert told["learner"]["restarts"] == 2
     assert condition(cluster, site.namespace, "Failed", "crash")["reason"] == "LearnerCrashed"
     assert "failurePolicy.learnerRestarts is 1" in condition(cluster, site.namespace, "Failed", "crash")["message"]
+
+
+def test_a_pod_that_is_killed_for_its_memory_is_named_with_the_way_out(site, installed):
+    manifest = run_of("hungry", [("near", "transformers")], steps=100_000)
+    template = {"resources": {"limits": {"memory": "64Mi"}}}  # Python and torch need more
+    manifest["spec"]["samplers"][0]["podTemplate"] = template
+    start(site, manifest)
+    found = wait_for_reason(site.cluster, site.namespace, "SamplersAvailable", "OOMKilled", "hungry", 120)
+    assert "raise resources.limits.memory in its podTemplate" in found["message"]
+    assert "hungry-sampler-near" in found["message"]
+    assert "OOMKilled" in reasons(site.cluster, site.namespace, "hungry")
