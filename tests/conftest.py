@@ -13,6 +13,19 @@ import pytest
 from models import convert_smollm2, save_character_tokenizer, save_tiny_qwen3
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where Python is told to keep nothing compiled, the processes that tests start share a folder for it.
+
+    Compiling torch and transformers anew takes each of them longer than anything that it does afterwards.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("PYTHONDONTWRITEBYTECODE"):
+            patch.delenv("PYTHONDONTWRITEBYTECODE")
+            patch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path_factory.mktemp("compiled")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of the real datasets; where it is absent the test skips, under HETERORL_REQUIRE=all it fails.

@@ -1,4 +1,4 @@
-"""How a learner of two ranks ends: with exit code 0 on each of them, every time.
+"""How a learner of two ranks ends: each of them with exit code 0, every time; with 143 when it was superseded.
 
 A short version is a test. As a script it runs many endings and writes the report: `make exits`, or
 `PYTHONPATH=tests python tests/process/test_exits.py 200 --report FILE`. Every ending is a real learner of two
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,8 +26,8 @@ import pytest
 
 from builders import exchange_at, put, rollout_name, rollout_of, run_of
 from heterorl.exchange.exchange import Exchange
-from heterorl.exit_codes import describe_exit
-from heterorl.local.processes import ManagedProcess, tail
+from heterorl.exit_codes import TOLD_TO_GO, describe_exit
+from heterorl.local.processes import ManagedProcess, Rendezvous, tail
 from heterorl.spec.run import HeteroRLRun
 
 STRATEGIES = ("torch", "zero1", "zero2", "zero3")
@@ -62,18 +63,23 @@ def make_run(root: Path, strategy: str) -> Exchange:
 
 
 def new_run(prepared: Exchange, root: Path, strategy: str) -> Exchange:
-    """A copy of the prepared run with that strategy, and rollouts."""
+    """A copy of the prepared run with that strategy."""
     exchange = exchange_at(root, two_ranks(strategy))
     for name in ("model", "data"):
         (root / name).symlink_to(prepared.root / name)
     exchange.mark_prepared()
-    put(exchange, {rollout_name(seq): rollout_of() for seq in range(2)})
     return exchange
+
+
+def put_batch(exchange: Exchange) -> None:
+    """The rollouts of the one step."""
+    put(exchange, {rollout_name(seq): rollout_of() for seq in range(2)})
 
 
 @pytest.mark.parametrize("strategy", ["torch", "zero3"])
 def test_two_ranks_that_finished_leave_with_exit_code_0(tmp_path: Path, strategy: str) -> None:
     exchange = new_run(make_run(tmp_path / "prepared", strategy), tmp_path / "run", strategy)
+    put_batch(exchange)
     command = [sys.executable, "-m", "heterorl_learner", "--root", str(exchange.root)]
     ranks = ManagedProcess(command, {**os.environ, "OMP_NUM_THREADS": "1"}, exchange.logs_dir / "learner.log", ranks=2)
     give_up = time.monotonic() + TIMEOUT_S
@@ -86,10 +92,46 @@ def test_two_ranks_that_finished_leave_with_exit_code_0(tmp_path: Path, strategy
     assert "goodbye" not in said
 
 
+def test_all_ranks_of_a_superseded_learner_leave_uncharged(tmp_path: Path) -> None:
+    """Each rank is a pod of its own, so that none is killed by the end of the other."""
+    exchange = new_run(make_run(tmp_path / "prepared", "torch"), tmp_path / "run", "torch")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "heterorl_learner", "--root", str(exchange.root)]
+    logs = [exchange.logs_dir / f"learner-{node}.log" for node in range(2)]
+    ranks = [
+        ManagedProcess(command, dict(os.environ), log, rendezvous=Rendezvous("127.0.0.1", port, node, 2))
+        for node, log in enumerate(logs)
+    ]
+    try:
+        wait_until(lambda: exchange.learner is not None, ranks)  # it waits for rollouts
+        Exchange(exchange.root).begin_incarnation()
+        put_batch(exchange)
+        wait_until(lambda: None not in [rank.poll() for rank in ranks])
+    finally:
+        for rank in ranks:
+            rank.signal(signal.SIGKILL)
+    said = "\n".join(map(tail, logs))
+    assert [rank.poll() for rank in ranks] == [TOLD_TO_GO, TOLD_TO_GO], said
+    assert all("another learner has begun" in tail(log) for log in logs), said
+    assert exchange.read_journal() == []
+
+
+def wait_until(condition: Callable[[], bool], meanwhile: Sequence[ManagedProcess] = ()) -> None:
+    """Wait for something to become true while processes go on."""
+    give_up = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert [rank.poll() for rank in meanwhile] == [None] * len(meanwhile)
+        assert time.monotonic() < give_up
+        time.sleep(0.1)
+
+
 # ── many endings ─────────────────────────────────────────────────────────────────────────────────────────────────────
 def ending(prepared: Exchange, root: Path, strategy: str) -> list[int]:
     """Train a copy of the prepared run in two forks of this process, which has imported what takes long; exit codes."""
     exchange = new_run(prepared, root, strategy)
+    put_batch(exchange)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -303,8 +303,9 @@ def test_ranks_that_wait_for_a_pod_that_is_gone_are_killed_when_its_grace_is_ove
     run = exchange(replicas=2, podTemplate={"terminationGracePeriodSeconds": 1})
     _, thread, codes = served(run, deaf, threading.Event())
     wait_until(lambda: (run.logs_dir / "learner.log").exists() and (run.logs_dir / "learner.log").read_text())
-    Attempts(run, 1, "pod-1").begin()
-    Attempts(run, 1, "pod-1").end("signalled")
+    other = Attempts(run, 1, "pod-1")
+    other.begin()
+    other.end("signalled")
     thread.join()
     assert codes == [137]
     assert ends(run) == [("signalled", None)]

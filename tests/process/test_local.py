@@ -230,6 +230,15 @@ def test_ranks_of_a_learner_find_each_other_and_die_together(tmp_path):
     assert not psutil.pid_exists(process.pid)
 
 
+def test_ranks_of_which_one_was_told_to_go_are_not_charged_for_the_others_that_broke_with_it(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text("import os, sys\nsys.exit(143 if os.environ['RANK'] == '1' else 1)")
+    process = ManagedProcess((sys.executable, str(script)), dict(os.environ), tmp_path / "learner.log", ranks=2)
+    for rank in process._ranks:
+        rank.wait()
+    assert process.poll() == 143
+
+
 # ── interrupts and resume ────────────────────────────────────────────────────────────────────────────────────────────
 def interrupt_when(path: Path, times: int = 1) -> None:
     def wait_and_signal() -> None:

@@ -32,11 +32,16 @@ def train(process: Process) -> None:
         metrics = Metrics.open(
             exchange.metrics_dir, "learner", spec.monitoring, run=exchange.run.metadata.name, to_wandb=True
         )
-    with metrics:
-        trainer = Trainer(exchange, engine, metrics, process.stop.is_set)
-        # From here on there is something to save: the step is finished and checkpointed, for as long as its pod has.
-        with process.stop.finishing(within_s=math.inf):
-            trainer.train()
+    try:
+        with metrics:
+            trainer = Trainer(exchange, engine, metrics, process.stop.is_set)
+            # From here on there is something to save: the step is finished and checkpointed, as long as its pod has.
+            with process.stop.finishing(within_s=math.inf):
+                trainer.train()
+    except Exception:
+        # Only rank 0 writes, and leaves when it is superseded; then the collectives of the others break.
+        exchange.require_incarnation()
+        raise
     ranks.part()
 
 

@@ -63,10 +63,25 @@ def test_a_container_killed_under_its_pod_crashed_and_a_pod_that_is_gone_was_tak
     assert counted(exchange) == expected
 
 
+@pytest.mark.parametrize("uid", ["pod-a", "pod-b"], ids=["of the same pod", "of a new pod"])
+def test_a_launcher_that_ends_after_its_successor_began_leaves_the_successors_attempt_as_it_is(exchange, clock, uid):
+    old, new = Attempts(exchange, 0, "pod-a"), Attempts(exchange, 0, uid)
+    old.begin()
+    clock.now += 5
+    new.settle()
+    new.begin()
+    before = attempts_of(exchange)
+    old.end("crashed", 1, "too late")
+    assert attempts_of(exchange) == before
+    new.end("clean", 0)
+    assert [attempt.outcome for attempt in attempts_of(exchange)[0]] == [before[0][0].outcome, "clean"]
+
+
 def test_only_the_first_pod_is_counted(exchange):
     for node in (0, 1, 2):
-        Attempts(exchange, node, f"pod-{node}").begin()
-        Attempts(exchange, node, f"pod-{node}").end("crashed", 1)
+        pod = Attempts(exchange, node, f"pod-{node}")
+        pod.begin()
+        pod.end("crashed", 1)
     assert counted(exchange) == (0, 0, 1)
 
 
@@ -126,8 +141,9 @@ def test_a_crash_is_charged_at_the_step_the_learner_had_reached(exchange):
 
 def test_a_failure_of_the_node_of_another_pod_is_charged_to_that_pod_and_its_echo_to_none(exchange):
     for node, code in ((0, 1), (1, 3)):
-        Attempts(exchange, node, f"pod-{node}").begin()
-        Attempts(exchange, node, f"pod-{node}").end("crashed", code, "no CUDA device")
+        pod = Attempts(exchange, node, f"pod-{node}")
+        pod.begin()
+        pod.end("crashed", code, "no CUDA device")
     assert counted(exchange) == (0, 1, 0)
     assert gave_up(attempts_of(exchange), FailurePolicySpec(learner_restarts=0)) is None
     reason, message = gave_up(attempts_of(exchange), FailurePolicySpec(site_restarts=0))
@@ -149,8 +165,9 @@ def test_an_error_for_the_user_is_given_up_at_once_by_whichever_pod_met_it(excha
 
 
 def test_attempts_of_another_run_on_the_volume_stay_and_are_not_counted(exchange):
-    Attempts(exchange, 0, "pod-a").begin()
-    Attempts(exchange, 0, "pod-a").end("crashed", 1)
+    pod = Attempts(exchange, 0, "pod-a")
+    pod.begin()
+    pod.end("crashed", 1)
     other = Exchange(exchange.root, clock=exchange.now)
     other.create(run_of("other"))
     assert counted(other) == (0, 0, 0)
@@ -165,10 +182,11 @@ def test_an_end_is_noted_of_the_runs_own_attempt_though_another_run_began_meanwh
     old.begin()
     other = Exchange(exchange.root, clock=exchange.now)
     other.create(run_of("other"))
-    Attempts(other, 0, "pod-b").begin()
+    new = Attempts(other, 0, "pod-b")
+    new.begin()
     exchange.create(run_of("demo"))
     old.end("crashed", 1)
     assert counted(exchange) == (0, 0, 1)
     other.create(run_of("other"))
-    Attempts(other, 0, "pod-b").end("clean", 0)
+    new.end("clean", 0)
     assert counted(other) == (1, 0, 0)

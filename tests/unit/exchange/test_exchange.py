@@ -12,7 +12,7 @@ import pytest
 
 from builders import CANARY, FAR, Clock, exchange_at, publish, put, rollout_name, rollout_of, run_of
 from heterorl.errors import CorruptFile, ExchangeError, RunFolderError, Superseded
-from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.exchange import Exchange, surviving_versions
 from heterorl.exchange.records import JournalEntry, ModelOrigin, Prepared, SlotState, SlotStatus
 from heterorl.exchange.rollout import Rollout
 from heterorl.exchange.storage import Files
@@ -85,6 +85,24 @@ def test_a_version_of_a_resumed_learner_stands_beside_its_predecessors(exchange:
     publish(exchange, Version(3, 1))
     publish(exchange, Version(3, 2))
     assert exchange.list_versions() == [Version(3, 1), Version(3, 2)]
+
+
+@pytest.mark.parametrize(
+    ("published", "surviving"),
+    [
+        (["5-1", "6-1", "7-1", "5-2"], ["5-1", "5-2"]),  # the second learner resumed from step 5
+        (["5-1", "5-2", "6-2", "9-1"], ["5-1", "5-2", "6-2"]),  # the first one woke up and published step 9
+        (["4-1", "9-1", "7-2", "8-2", "6-3"], ["4-1", "6-3"]),  # two were superseded
+        (["9-1", "7-3", "8-3", "8-2"], ["7-3", "8-3"]),
+    ],
+)
+def test_later_steps_than_a_later_incarnation_resumed_from_are_of_a_lost_future(
+    published: list[str], surviving: list[str]
+) -> None:
+    def versions(names: list[str]) -> list[Version]:
+        return [Version(*map(int, name.split("-"))) for name in names]
+
+    assert surviving_versions(versions(published)) == versions(surviving)
 
 
 @pytest.mark.parametrize(

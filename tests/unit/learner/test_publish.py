@@ -82,3 +82,19 @@ def test_a_superseded_learner_learns_it_when_it_publishes(exchange: Exchange, pu
     with pytest.raises(Superseded):
         publisher.wait()
     assert exchange.list_versions() == []
+
+
+def test_a_version_that_a_superseded_learner_published_after_all_is_passed_over_and_retired(
+    exchange: Exchange, publisher: Publisher
+) -> None:
+    for step in range(5, 8):
+        publish(exchange, Version(step, 0))  # of the learner before; this one resumes from step 6
+    publisher.publish(6)
+    publisher.wait()
+    assert exchange.list_versions() == [Version(6, 0), Version(6, 1)]
+    publish(exchange, late := Version(9, 0))
+    assert exchange.list_versions() == [Version(6, 0), Version(6, 1)]
+    publisher.publish(7)
+    publisher.wait()
+    assert exchange.list_versions() == [Version(6, 1), Version(7, 1)]
+    assert not (exchange.root / "weights" / str(late)).exists()

@@ -51,9 +51,13 @@ def follower(exchange: Exchange, engine: OneNumberEngine, tmp_path: Path) -> Wei
     return WeightSync(exchange, engine, Slot("far", 0), tmp_path / "scratch")
 
 
-def publish(exchange: Exchange, step: int, weight: float, *, canary: float | None = None) -> Version:
+def publish(
+    exchange: Exchange, step: int, weight: float, *, canary: float | None = None, incarnation: int = 1
+) -> Version:
     expected = weight if canary is None else canary
-    return builders.publish(exchange, Version(step, 1), str(weight).encode(), Canary(TEXTS, [[expected], [expected]]))
+    return builders.publish(
+        exchange, Version(step, incarnation), str(weight).encode(), Canary(TEXTS, [[expected], [expected]])
+    )
 
 
 def settle(follower: WeightSync) -> list[Swap]:
@@ -75,6 +79,17 @@ def test_the_first_weights_are_served_and_then_the_newest(
     newest = publish(exchange, 2, -3.0)
     assert [swap.version for swap in settle(follower)] == [newest]
     assert (engine.weight, follower.version) == (-3.0, newest)
+
+
+def test_weights_that_a_superseded_learner_published_last_are_not_served(
+    exchange: Exchange, engine: OneNumberEngine, follower: WeightSync
+) -> None:
+    publish(exchange, 4, -1.0)
+    settle(follower)
+    resumed = publish(exchange, 3, -2.0, incarnation=2)
+    publish(exchange, 5, -3.0)
+    assert [swap.version for swap in settle(follower)] == [resumed]
+    assert (engine.weight, follower.version) == (-2.0, resumed)
 
 
 def test_a_damaged_version_is_refused_once_and_the_old_one_stays(

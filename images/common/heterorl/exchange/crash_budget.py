@@ -33,6 +33,7 @@ class Attempts:
 
     def __init__(self, exchange: Exchange, node: int, pod: str) -> None:
         self._exchange, self._node, self._pod = exchange, node, pod
+        self._begun: Attempt | None = None
 
     def settle(self) -> None:
         """Give an end to the last attempt if it has none."""
@@ -44,17 +45,15 @@ class Attempts:
 
     def begin(self) -> None:
         """Note that the ranks are about to start."""
-        resumes = self._exchange.spec.failure_policy.resumes
-        self._write(
-            Attempt(run=self._exchange.run_id, pod=self._pod, started=self._exchange.now(), resumes=resumes),
-            add=True,
-        )
+        exchange = self._exchange
+        resumes = exchange.spec.failure_policy.resumes
+        self._begun = Attempt(run=exchange.run_id, pod=self._pod, started=exchange.now(), resumes=resumes)
+        exchange.save_attempts(self._node, [*self._attempts(), self._begun])
 
     def end(self, outcome: AttemptOutcome, code: int | None = None, message: str = "") -> None:
-        """Note how the last attempt ended; what was noted before stands."""
-        last = self._last()
-        if last is not None and last.outcome is None:
-            self._end(last, outcome, code, message)
+        """Note how the attempt that was begun here ended; what was noted before, here or by a successor, stands."""
+        if self._begun is not None:
+            self._end(self._begun, outcome, code, message)
 
     def asked_for_its_user(self) -> bool:
         """Whether this very pod ended with an error that a restart cannot fix; a new pod tries again."""
@@ -62,21 +61,21 @@ class Attempts:
         return last is not None and last.pod == self._pod and last.code == USER_ERROR
 
     def _end(
-        self, last: Attempt, outcome: AttemptOutcome, code: int | None, message: str, *, found_later: bool = False
+        self, begun: Attempt, outcome: AttemptOutcome, code: int | None, message: str, *, found_later: bool = False
     ) -> None:
         ended = {"ended": self._exchange.now(), "outcome": outcome, "code": code, "message": message}
         ended |= {"step": self._exchange.step, "found_later": found_later}
-        self._write(last.model_copy(update=ended))
+        attempts = self._attempts()
+        if begun in attempts:  # as it was begun: without an end
+            attempts[attempts.index(begun)] = begun.model_copy(update=ended)
+            self._exchange.save_attempts(self._node, attempts)
 
     def _last(self) -> Attempt | None:
         return next(reversed(attempts_of(self._exchange).get(self._node, [])), None)
 
-    def _write(self, attempt: Attempt, *, add: bool = False) -> None:
-        lines = self._exchange.load_attempts().get(self._node, [])
-        ours = [at for at, line in enumerate(lines) if line.run == attempt.run]
-        at = slice(len(lines), None) if add else slice(ours[-1], ours[-1] + 1)  # the last may be another run's
-        lines[at] = [attempt]
-        self._exchange.save_attempts(self._node, lines)
+    def _attempts(self) -> list[Attempt]:
+        """Of this pod's number, other runs' included."""
+        return self._exchange.load_attempts().get(self._node, [])
 
 
 def outcome_of(code: int) -> AttemptOutcome:

@@ -45,7 +45,8 @@ Rules
      that deletes weights and rollouts.
   9. The learner is the process whose incarnation has the highest claim; it asks before each write, last of all before
      a name is given, and leaves (Superseded) if there is a higher one. In the journal a line that follows one of a
-     later incarnation does not count.
+     later incarnation does not count. An incarnation first publishes the weights that it resumed from; a version of an
+     earlier incarnation with a later step than that is of a lost future: readers pass over it, the learner deletes it.
  10. A slot is leased: the creator of lease-EPOCH.json with the highest epoch holds it, and asks before each write. A
      lease is free when it was released, when its holder was a process on this machine that is gone, or when its
      heartbeat has stood still for leaseSeconds by the observer's own clock; clocks of different machines are never
@@ -60,15 +61,15 @@ the file server's clock. A process whose staged file was swept is one that was f
 
 What the checks before a write cannot close is the instant between them and the write, and, on a network file system,
 the seconds for which a client may go on seeing a folder as it was (NFS: acdirmax). What is written then does no harm:
-a slot's state has a file for each epoch, a rollout is refused by its epoch, a journal line or checkpoint by its
-incarnation (a checkpoint, when the journal shows that a later incarnation trained an earlier step anew), a heartbeat
-lasts until the next one.
+a slot's state has a file for each epoch, a rollout is refused by its epoch, a version, journal line or checkpoint by
+its incarnation (a checkpoint, when the journal shows that a later incarnation trained an earlier step anew), a
+heartbeat lasts until the next one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -119,8 +120,8 @@ class Exchange(LearnerState):
             published_folder.publish(self.files, staged, self._version(version), manifest, self.require_incarnation)
 
     def list_versions(self) -> list[Version]:
-        """Published versions, oldest first."""
-        return sorted(self._records.names(self.root / "weights", Version.parse))
+        """Published versions, oldest first, without those of a lost future."""
+        return surviving_versions(self._published())
 
     def published_at(self, version: Version) -> float:
         """When the learner published it, in seconds by the learner's clock.
@@ -153,7 +154,7 @@ class Exchange(LearnerState):
         """Delete every version that is neither to be kept nor pinned; returns the deleted ones."""
         with self._as_learner():
             kept = {*keep, *self.list_pinned()}
-            retired = [version for version in self.list_versions() if version not in kept]
+            retired = [version for version in sorted(self._published()) if version not in kept]
             return [version for version in retired if self._delete(self._version(version), WeightsManifest)]
 
     def quarantine_weights(self, version: Version, reason: str) -> None:
@@ -176,6 +177,9 @@ class Exchange(LearnerState):
 
     def _version(self, version: Version) -> Path:
         return self.root / "weights" / str(version)
+
+    def _published(self) -> list[Version]:
+        return self._records.names(self.root / "weights", Version.parse)
 
     # ── rollouts ─────────────────────────────────────────────────────────────────────────────────────────────────────
     def put_rollouts(self, lease: Lease, rollouts: Mapping[RolloutName, Rollout]) -> None:
@@ -307,3 +311,19 @@ class Exchange(LearnerState):
 
     def _eval(self, version: Version) -> Path:
         return self.root / "evals" / f"{version}.json"
+
+
+def surviving_versions(published: Collection[Version]) -> list[Version]:
+    """The versions on the way to the newest incarnation's weights, oldest first.
+
+    An incarnation publishes no step before the one that it resumed from. So later steps of its predecessors, published
+    by one that was superseded and did not know it yet, are of a lost future and would pass for the newest.
+    """
+    first: dict[int, int] = {}
+    for version in published:
+        first[version.incarnation] = min(version.step, first.get(version.incarnation, version.step))
+    return sorted(
+        version
+        for version in published
+        if all(version.step <= step for incarnation, step in first.items() if incarnation > version.incarnation)
+    )

@@ -19,7 +19,7 @@ from enum import Enum
 from pathlib import Path
 from typing import IO
 
-from heterorl.exit_codes import SITE_ERROR, USER_ERROR, describe_exit, failure_kind
+from heterorl.exit_codes import SITE_ERROR, TOLD_TO_GO, USER_ERROR, describe_exit, failure_kind
 from heterorl.failure_policy import Failure, GivenUp, Role, given_up
 from heterorl.local.tee import Tee
 from heterorl.spec.run import FailurePolicySpec
@@ -76,15 +76,18 @@ class ManagedProcess:
         """With `echo`, once they are gone: the last line of the rank that failed, or of the first."""
 
     def poll(self) -> int | None:
-        """Exit code once all ranks are gone; the first failed rank takes the others with it."""
+        """Exit code once all ranks are gone; the first failed rank takes the others with it.
+
+        Of several ends the one counts that explains the others: when a rank leaves, collectives of the others break,
+        and they may be gone before it is.
+        """
         codes = [rank.poll() for rank in self._ranks]
         failed = [code for code in codes if code]
         if None in codes and not failed:
             return None
         self.signal(signal.SIGKILL)  # the others would wait for it in a collective for ever; and what ranks started
-        for rank in self._ranks:
-            rank.wait()
-        worst = next((code for code in (USER_ERROR, SITE_ERROR) if code in failed), next(iter(failed), 0))
+        codes = [rank.wait() for rank in self._ranks]
+        worst = next((code for code in (USER_ERROR, SITE_ERROR, TOLD_TO_GO) if code in codes), next(iter(failed), 0))
         for tee in self._tees:
             tee.join()
         self.last_line = self._tees[codes.index(worst)].last_line if self._tees else ""
