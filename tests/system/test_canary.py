@@ -115,6 +115,11 @@ def a_small_step(published: Callable[..., Any]) -> tuple[Weights, Weights, Canar
     return published(1e-6)
 
 
+@pytest.fixture(scope="module")
+def a_large_step(published: Callable[..., Any]) -> tuple[Weights, Weights, Canary]:
+    return published(1e-3)
+
+
 @pytest.fixture(
     scope="module",
     params=["transformers", pytest.param("vllm", marks=pytest.mark.skipif(NO_VLLM, reason="vLLM is not installed"))],
@@ -149,9 +154,8 @@ def test_a_mixture_of_versions_one_step_of_1e_6_apart_is_beyond_sight(site: Site
 
 @pytest.mark.parametrize("fault", [half_applied, stale_version])
 def test_a_mixture_of_versions_far_apart_is_refused(
-    site: Site, published: Callable[..., Any], fault: Fault, tmp_path: Path
+    site: Site, a_large_step: tuple[Weights, Weights, Canary], fault: Fault, tmp_path: Path
 ) -> None:
-    old, new, canary = published(1e-3)
-    far = Site(site._engine, old, new, canary, tmp_path)
+    far = Site(site._engine, *a_large_step, tmp_path)
     with pytest.raises(CanaryMismatch):
         far.load(fault)
