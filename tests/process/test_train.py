@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from builders import exchange_at, put, rollout_name, rollout_of, run_of, spec_of
 from heterorl.errors import RunFolderError, TrainingError
+from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.rollout import Rollout
 from heterorl.monitoring.metrics import Metrics
@@ -223,10 +224,21 @@ def test_a_resumed_learner_goes_on_with_the_weights_of_its_checkpoint(damaged: E
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_versions_of_a_future_that_was_lost_are_retired_pinned_or_not(damaged: Exchange) -> None:
+def test_versions_of_a_future_that_was_lost_are_retired_before_any_is_published_pinned_or_not(
+    damaged: Exchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
     damaged.pin(Version(3, 1))
     assert [version.step for version in damaged.list_versions()] == [0, 1, 2, 3, 4]
+    before: list[list[str]] = []
+    commit = Exchange.commit_weights
+
+    def looking(exchange: Exchange, version: Version, canary: Canary) -> None:
+        before.append(exchange.files.list(exchange.root / "weights"))
+        commit(exchange, version, canary)
+
+    monkeypatch.setattr(Exchange, "commit_weights", looking)
     records_of(damaged, stop=lambda: True)
+    assert before == [[str(Version(step, 1)) for step in (0, 1, 2)]]
     assert damaged.list_versions() == [Version(0, 1), Version(1, 1), Version(2, 1), Version(2, 2)]
 
 
