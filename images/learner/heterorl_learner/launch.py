@@ -77,7 +77,7 @@ class LearnerPod:
         while not self._stop.is_set():
             if (reason := self._reason_to_idle()) is None:
                 code = self._run_ranks()
-                if self._stop.is_set() or self._reason_to_idle() is None:
+                if not self._is_taken_over() and (self._stop.is_set() or self._reason_to_idle() is None):
                     return code if code >= 0 else 128 - code
                 continue
             if reason != said:
