@@ -120,12 +120,13 @@ class RolloutFeed:
         if step in self._replay and (replayed := self._replayed(step)):
             return replayed
         since, stall_s = self._exchange.now(), self._spec.learner.stall_seconds
-        alive_at = time.monotonic()
+        alive_at = looked_at = time.monotonic()
         warn_at = alive_at + stall_s
         while not self._stop():
             if found := self._select(step):
                 return found
-            alive_at = self._last_hope(step, alive_at)
+            if time.monotonic() - looked_at >= DEAD_END_S / 10:  # it reads the heartbeat of every slot
+                alive_at, looked_at = self._last_hope(step, alive_at), time.monotonic()
             self._exchange.sleep(self._spec.exchange.poll_seconds)
             if time.monotonic() >= warn_at:
                 usable = [name for name in self._candidates() if lag(name, step) <= self._spec.max_lag]
