@@ -214,7 +214,8 @@ def test_an_image_that_cannot_be_had_is_said_within_half_a_minute(site, installe
 def test_a_learner_that_crashes_too_often_fails_the_run(site, installed):
     cluster, where = site.cluster, ("-n", site.namespace)
     manifest = run_of("crash", [("near", "transformers")], steps=100_000)
-    manifest["spec"]["failurePolicy"] = {"learnerRestarts": 1}
+    # Nothing refills: a tiny model makes the default fifty steps between two crashes.
+    manifest["spec"]["failurePolicy"] = {"learnerRestarts": 1, "refillSteps": 0}
     start(site, manifest)
     for crash in (1, 2):
         wait_for(
