@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from heterorl.exchange.rollout import Version
 from heterorl.kubernetes.manifests import ReplicaCounts
-from heterorl.names import Version
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ from cluster.operators import (
     wait_for_reason,
     wait_for_state,
 )
+from heterorl.exchange.rollout import Version
 from heterorl.monitoring.run_metrics import PoolProgress
-from heterorl.names import Version
 
 CLUSTER = {"level": "kwok"}
 CRD = Path(__file__).parents[2] / "crds" / "heterorlrun.yaml"

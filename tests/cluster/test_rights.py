@@ -33,8 +33,8 @@ from cluster.operators import (
     wait_for_reason,
     wait_for_state,
 )
+from heterorl.exchange.rollout import Version
 from heterorl.kubernetes.manifests import Images, desired_state
-from heterorl.names import Version
 from heterorl.spec.run import HeteroRLRun
 from heterorl_operator.apply import Applier
 from heterorl_operator.cache import ObjectCache

@@ -15,8 +15,8 @@ from cluster import images
 from cluster.operators import get, wait_for
 from cluster.test_images import tiny_run
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.rollout import Version
 from heterorl.kubernetes.manifests import Images, desired_state, evaluation_job
-from heterorl.names import Version
 from heterorl.spec.run import HeteroRLRun
 
 CLUSTER = {"level": "node"}

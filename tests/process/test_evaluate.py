@@ -18,7 +18,7 @@ from heterorl.data.tokenizer import load_tokenizer
 from heterorl.errors import CanaryMismatch, ExchangeError
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
-from heterorl.names import Version
+from heterorl.exchange.rollout import Version
 from heterorl_sampler.engines.base import Completion, Sampling
 from heterorl_sampler.engines.transformers import TransformersEngine
 from heterorl_sampler.eval_command import command

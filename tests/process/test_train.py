@@ -17,9 +17,8 @@ from builders import exchange_at, put, rollout_name, rollout_of, run_of, spec_of
 from heterorl.errors import RunFolderError, TrainingError
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.rollout import Rollout
+from heterorl.exchange.rollout import Rollout, Version
 from heterorl.monitoring.metrics import Metrics
-from heterorl.names import Version
 from heterorl.spec.run import HeteroRLRun
 from heterorl_learner.engines.base import TrainingEngine
 from heterorl_learner.engines.build import build_engine

@@ -71,6 +71,12 @@ class UnknownProtocol(ExchangeError):
 
     exit_code = USER_ERROR
 
+    def __init__(self, what: str, found: str, known: str) -> None:
+        super().__init__(
+            f"{what} has {found}; this version of HeteroRL knows {known}. Nothing was changed: continue with the"
+            " version that wrote it, or move it out of the run's folder to continue without it"
+        )
+
 
 class CanaryMismatch(ExchangeError):
     """The engine's log-probabilities of the canary differ from the learner's beyond tolerance."""

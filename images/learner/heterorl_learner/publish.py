@@ -20,8 +20,8 @@ from heterorl.data.tokenizer import load_tokenizer
 from heterorl.errors import CorruptFile, UnknownProtocol
 from heterorl.exchange.canary import CANARY_TOKENS, Canary, canary_texts
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.rollout import Version
 from heterorl.heterogeneity.delay import horizon
-from heterorl.names import Version
 from heterorl.spec.run import RunSpec
 from heterorl_learner.batching import MicroBatch, Sequence, micro_batch
 from heterorl_learner.engines.base import TrainingEngine

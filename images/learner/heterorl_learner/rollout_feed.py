@@ -20,8 +20,8 @@ from heterorl.errors import CorruptFile, TrainingError, UnknownProtocol, UserErr
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import JournalEntry, SlotHeartbeat
 from heterorl.exchange.refusals import dead_end
-from heterorl.exchange.rollout import Rollout
-from heterorl.names import RolloutName, Slot
+from heterorl.exchange.rollout import Rollout, RolloutName
+from heterorl.spec.run import Slot
 from heterorl_learner import ranks
 
 log = logging.getLogger(__name__)

@@ -42,7 +42,7 @@ def evaluate(process: Process) -> None:
 def serve(exchange: Exchange, pool_name: str, index: int | None, stop: Stop) -> None:
     """Lease a slot and sample in it until `stop`."""
     from heterorl.exchange.records import SlotStatus
-    from heterorl.names import Slot
+    from heterorl.spec.run import Slot
 
     def slots() -> list[Slot]:
         # The spec's file may lag behind the object that started this pod: a new pool or replica may not be in it yet.
@@ -162,7 +162,7 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluation(parser: argparse.ArgumentParser) -> None:
-    from heterorl.names import Version
+    from heterorl.exchange.rollout import Version
 
     parser.add_argument("--version", type=Version.parse, required=True, help="published version to evaluate")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from heterorl.exchange.records import LearnerHeartbeat
-from heterorl.names import RolloutName, Slot, Version
-from heterorl.spec.run import RunSpec
+from heterorl.exchange.rollout import RolloutName, Version
+from heterorl.spec.run import RunSpec, Slot
 
 
 @dataclass(frozen=True)

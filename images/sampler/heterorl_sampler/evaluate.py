@@ -24,8 +24,8 @@ from heterorl.data.tokenizer import load_tokenizer
 from heterorl.errors import ExchangeError, UserError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation
+from heterorl.exchange.rollout import Version
 from heterorl.monitoring.metrics import Metrics
-from heterorl.names import Version
 from heterorl.seeds import derive_seed
 from heterorl_sampler.engines.base import Completion, InferenceEngine, Sampling
 from heterorl_sampler.engines.build import build_engine

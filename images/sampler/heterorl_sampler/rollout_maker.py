@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from heterorl.exchange.rollout import Provenance, Rollout, SamplingDistribution
+from heterorl.exchange.rollout import Provenance, Rollout, RolloutName, SamplingDistribution, Version
 from heterorl.exchange.slots import Lease
-from heterorl.names import RolloutName, Version
 from heterorl.seeds import derive_seed
 from heterorl.spec.run import RunSpec
 from heterorl_sampler.engines.base import Completion, InferenceEngine, Sampling

@@ -20,9 +20,9 @@ import numpy as np
 from heterorl.errors import SiteError, UserError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import LearnerHeartbeat, SlotState
+from heterorl.exchange.rollout import Version
 from heterorl.exchange.slots import Lease
 from heterorl.monitoring.metrics import Metrics
-from heterorl.names import Version
 from heterorl_sampler.activity import Activity
 from heterorl_sampler.backpressure import Queue, batch_size, pending, reason_to_wait
 from heterorl_sampler.rollout_maker import Batch, RolloutMaker

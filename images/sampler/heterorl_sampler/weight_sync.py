@@ -18,8 +18,9 @@ from typing import Any
 
 from heterorl.errors import CanaryMismatch, CorruptFile, UnknownProtocol
 from heterorl.exchange.exchange import Exchange, Fetched
+from heterorl.exchange.rollout import Version
 from heterorl.heterogeneity.delay import Adoption
-from heterorl.names import Slot, Version
+from heterorl.spec.run import Slot
 from heterorl_sampler.engines.base import InferenceEngine
 
 log = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from builders import CANARY, FAR, Clock, exchange_at, publish, put, rollout_name
 from heterorl.errors import CorruptFile, ExchangeError, RunFolderError, Superseded
 from heterorl.exchange.exchange import Exchange, surviving_versions
 from heterorl.exchange.records import JournalEntry, ModelOrigin, Prepared, SlotState, SlotStatus
-from heterorl.exchange.rollout import Rollout
+from heterorl.exchange.rollout import Rollout, RolloutName, Version
 from heterorl.exchange.storage import Files
-from heterorl.names import RolloutName, Slot, Version
+from heterorl.spec.run import Slot
 
 V3 = Version(3, 1)
 MADE = ModelOrigin(source="tiny", digest="0")

@@ -24,7 +24,8 @@ from heterorl.exchange.records import (
     SlotState,
     SlotStatus,
 )
-from heterorl.names import Slot, Version
+from heterorl.exchange.rollout import Version
+from heterorl.spec.run import Slot
 
 GARBAGE: dict[str, bytes] = {
     "empty": b"",

@@ -7,7 +7,8 @@ import pytest
 from builders import spec_of
 from heterorl.exchange.records import SlotStatus
 from heterorl.exchange.refusals import dead_end, refused_by_all
-from heterorl.names import Slot, Version
+from heterorl.exchange.rollout import Version
+from heterorl.spec.run import Slot
 
 V3, V4 = Version(3, 1), Version(4, 1)
 A, B = Slot("far", 0), Slot("near", 0)

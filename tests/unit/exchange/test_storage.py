@@ -18,8 +18,8 @@ from heterorl.exchange import storage
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.mount import check_mount
 from heterorl.exchange.records import Evaluation, JournalEntry, LearnerHeartbeat
+from heterorl.exchange.rollout import Version
 from heterorl.exchange.storage import TRANSIENT, Files
-from heterorl.names import Version
 
 NOT_OFFERED = [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS]
 DATA = b'{"line": 1}\n'

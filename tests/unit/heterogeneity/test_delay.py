@@ -9,9 +9,10 @@ import pytest
 from scipy import stats
 
 from heterorl.errors import DataError
-from heterorl.heterogeneity.delay import Adoption, draw, draws, fitted, horizon, inline_trace
-from heterorl.names import Version
+from heterorl.exchange.rollout import Version
+from heterorl.heterogeneity.delay import Adoption, draw, draws, fitted, horizon
 from heterorl.seeds import uniform
+from heterorl.spec.load import inline_trace
 from heterorl.spec.run import DelaySpec
 
 PAPER = {"lower": 60.0, "upper": 1920.0, "confidence": 0.995}

@@ -12,7 +12,7 @@ import torch
 from builders import exchange_at, publish, run_of
 from heterorl.errors import Superseded
 from heterorl.exchange.exchange import Exchange
-from heterorl.names import Version
+from heterorl.exchange.rollout import Version
 from heterorl_learner.batching import MicroBatch
 from heterorl_learner.publish import Publisher
 

@@ -13,7 +13,7 @@ from builders import FAR, exchange_at, rollout_name, rollout_of, run_of
 from heterorl.errors import TrainingError, UserError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import SlotStatus
-from heterorl.names import RolloutName, Version
+from heterorl.exchange.rollout import RolloutName, Version
 from heterorl_learner.rollout_feed import RolloutFeed
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from builders import spec_of
 from heterorl.exchange.records import LearnerHeartbeat
-from heterorl.names import RolloutName, Slot, Version
-from heterorl.spec.run import RunSpec
+from heterorl.exchange.rollout import RolloutName, Version
+from heterorl.spec.run import RunSpec, Slot
 from heterorl_learner.publish import versions_to_keep
 from heterorl_learner.rollout_feed import select_rollouts
 from heterorl_sampler.backpressure import Queue, batch_size, pending, reason_to_wait

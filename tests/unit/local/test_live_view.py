@@ -13,10 +13,11 @@ from rich.console import Console
 from builders import CANARY, exchange_at, run_of
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import LearnerHeartbeat, SlotStatus
+from heterorl.exchange.rollout import Version
 from heterorl.local.live_view import PlainView, ProcessState, RunView, describe, duration, open_view, render, sparkline
 from heterorl.monitoring.json_lines import Tail
 from heterorl.monitoring.progress import LiveProgress, ProgressReader, SlotProgress
-from heterorl.names import Slot, Version
+from heterorl.spec.run import Slot
 
 FAR = Slot("far", 0)
 UP = ProcessState("up")

@@ -13,10 +13,11 @@ from builders import Clock, exchange_at, publish, run_of
 from heterorl.exchange.crash_budget import Attempts
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation, LearnerHeartbeat, SlotStatus
+from heterorl.exchange.rollout import Version
 from heterorl.monitoring.progress import ProgressReader
 from heterorl.monitoring.run_metrics import PoolProgress, RunProgress, parse_progress, run_progress, to_text
 from heterorl.monitoring.snapshot import SnapshotReader
-from heterorl.names import Slot, Version
+from heterorl.spec.run import Slot
 
 SPEC = {
     "learner": {"steps": 40},

@@ -7,7 +7,7 @@ from heterorl.exchange.records import LearnerHeartbeat, SlotHeartbeat, SlotStatu
 from heterorl.monitoring.progress import ProgressReader
 from heterorl.monitoring.snapshot import ObservedSlot
 from heterorl.monitoring.stall import waiting_for
-from heterorl.names import Slot
+from heterorl.spec.run import Slot
 
 NOON = 1767268800.0  # 2026-01-01 12:00 UTC
 

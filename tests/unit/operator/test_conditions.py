@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from heterorl.exchange.rollout import Version
 from heterorl.kubernetes.names import prepare_name
 from heterorl.monitoring.run_metrics import PoolProgress, RunProgress
-from heterorl.names import Version
 from heterorl.spec.status import RunStatus
 from heterorl_operator.events import transitions
 from heterorl_operator.lifecycle import decide

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from heterorl.exchange.rollout import Version
 from heterorl.kubernetes.names import prepare_name
 from heterorl.monitoring.run_metrics import RunProgress
-from heterorl.names import Version
 from heterorl_operator.lifecycle import decide, preparation_problem
 from heterorl_operator.timestamps import moment, seconds
 from unit.operator.operator_world import (

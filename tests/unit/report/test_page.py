@@ -13,7 +13,7 @@ from builders import exchange_at, run_of
 from heterorl.errors import RunFolderError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation, LearnerHeartbeat
-from heterorl.names import Version
+from heterorl.exchange.rollout import Version
 from heterorl.report.page import read_runs, render_page, write_report
 from heterorl.report.series import RunSeries, active_clock, lives, mean_of, series, smooth, waiting_shares
 

@@ -14,10 +14,10 @@ from builders import exchange_at, run_of
 from heterorl.exchange import storage
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.rollout import Version
 from heterorl.exchange.storage import Files
 from heterorl.heterogeneity.delay import Adoption
-from heterorl.names import Slot, Version
-from heterorl.spec.run import DelaySpec
+from heterorl.spec.run import DelaySpec, Slot
 from heterorl_sampler.weight_sync import Swap, WeightSync
 
 TEXTS = [[1, 2], [3, 4]]

@@ -5,8 +5,7 @@ import yaml
 from pydantic import ValidationError
 
 from builders import manifest
-from heterorl.names import Slot
-from heterorl.spec.run import HeteroRLRun
+from heterorl.spec.run import HeteroRLRun, Slot
 from heterorl.spec.validation import check
 
 # Shared with tests/cluster, which shows them to a real API server.

@@ -7,3 +7,6 @@ Read first: `exchange` (the protocol, and what passes between learner and sample
 publishes), `records` (every JSON file), `storage` (the durable file operations). `Exchange` is built on `LearnerState`
 (what the learner keeps for itself, its right to write), and that on `RunFolder` (places, manifest, whose folder it is).
 """
+
+PROTOCOL = 1
+"""Of every file that learner and samplers exchange."""

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, FiniteFloat, model_validator
 from pydantic.dataclasses import dataclass
 
 from heterorl.errors import CanaryMismatch
-from heterorl.names import Version
+from heterorl.exchange.rollout import Version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -79,9 +79,9 @@ from heterorl.exchange import published_folder
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.learner_state import LearnerState
 from heterorl.exchange.records import Evaluation, SlotHeartbeat, SlotState, SlotStatus, WeightsManifest, parse_canary
-from heterorl.exchange.rollout import Rollout
+from heterorl.exchange.rollout import Rollout, RolloutName, Version
 from heterorl.exchange.slots import Lease, Slots
-from heterorl.names import RolloutName, Slot, Version
+from heterorl.spec.run import Slot
 
 _SAFETENSORS = ".safetensors"
 _MODEL, _CANARY = "model.safetensors", "canary.json"

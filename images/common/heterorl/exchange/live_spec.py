@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from heterorl.errors import HeteroRLError, RunFolderError
 from heterorl.exchange.storage import Files
-from heterorl.heterogeneity.delay import inline_traces
+from heterorl.spec.load import inline_traces
 from heterorl.spec.mutability import changes, is_refused_live, take_over
 from heterorl.spec.run import HeteroRLRun
 

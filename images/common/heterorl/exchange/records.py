@@ -1,7 +1,7 @@
 """The JSON files of the exchange as models: everything that is read from the volume passes through one of them.
 
 Readers ignore fields that they do not know, so a later version may add some. A later version that changes what a field
-means raises `PROTOCOL`; a record with a higher one is refused as such and never taken for damage.
+means raises `heterorl.exchange.PROTOCOL`; a record with a higher one is refused as such and never taken for damage.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ from pydantic import (
 from pydantic_core import from_json
 
 from heterorl.errors import CorruptFile, UnknownProtocol
+from heterorl.exchange import PROTOCOL
 from heterorl.exchange.canary import Canary
-from heterorl.names import RolloutName, Version
-
-PROTOCOL = 1
-"""Of every file that learner and samplers exchange."""
+from heterorl.exchange.rollout import RolloutName, Version
 
 
 def _parsed_by(kind: type[Any]) -> PlainValidator:
@@ -303,9 +301,9 @@ def parse_record(model: type[_R], data: bytes, what: str) -> _R:
     found = _json_object(data, what)
     protocol, kind = found.get("protocol"), found.get("kind")
     if isinstance(protocol, int) and protocol > PROTOCOL:
-        raise unknown_protocol(what, f"protocol {protocol}", f"protocol {PROTOCOL}")
+        raise UnknownProtocol(what, f"protocol {protocol}", f"protocol {PROTOCOL}")
     if issubclass(model, Manifest) and protocol == PROTOCOL and isinstance(kind, str) and kind not in _KINDS:
-        raise unknown_protocol(what, f"kind {kind!r}", " and ".join(_KINDS))
+        raise UnknownProtocol(what, f"kind {kind!r}", " and ".join(_KINDS))
     try:
         record = model.model_validate_json(data)
     except ValidationError as error:
@@ -321,14 +319,6 @@ def parse_canary(data: bytes, what: str) -> Canary:
         return _CANARY.validate_json(data)
     except ValidationError as error:
         raise CorruptFile(f"{what}: {_first_of(error)}") from error
-
-
-def unknown_protocol(what: str, found: str, known: str) -> UnknownProtocol:
-    """The error for a file that another version of HeteroRL may have written, with the way out."""
-    return UnknownProtocol(
-        f"{what} has {found}; this version of HeteroRL knows {known}. Nothing was changed: continue with the version"
-        " that wrote it, or move it out of the run's folder to continue without it"
-    )
 
 
 _CANARY = TypeAdapter(Canary)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from heterorl.exchange.records import SlotStatus
-from heterorl.names import Slot, Version
-from heterorl.spec.run import RunSpec
+from heterorl.exchange.rollout import Version
+from heterorl.spec.run import RunSpec, Slot
 
 
 def refused_by_all(versions: Iterable[Version], samplers: Iterable[SlotStatus]) -> str | None:

@@ -1,7 +1,8 @@
-"""The contents of a rollout file: one prompt, its group of completions, flat from end to end.
+"""A rollout: its name, and the contents of its file: one prompt, its group of completions, flat from end to end.
 
-The file is safetensors with a JSON header; no pickle, no padding. A digest over names, types, shapes and bytes of all
-arrays and over the header is part of the header, because a file on a far volume may be cut or changed.
+Names carry what selection needs, so that choosing opens no file. The file is safetensors with a JSON header; no pickle,
+no padding. A digest over names, types, shapes and bytes of all arrays and over the header is part of the header,
+because a file on a far volume may be cut or changed.
 
 The header also says how the rollout was made (`Provenance`), so that a run whose rewards, prompts or sampling were
 edited meanwhile never mixes it in unnoticed.
@@ -11,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
+from functools import total_ordering
 from typing import Any, Self
 
 import numpy as np
@@ -22,9 +25,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from heterorl.errors import CorruptFile
-from heterorl.exchange.records import PROTOCOL, unknown_protocol
-from heterorl.spec.run import GenerationSpec, RunSpec
+from heterorl.errors import CorruptFile, UnknownProtocol
+from heterorl.exchange import PROTOCOL
+from heterorl.spec.run import GenerationSpec, RunSpec, Slot
 
 _TERM = "reward/"
 _DTYPES = {
@@ -36,8 +39,59 @@ _DTYPES = {
     "rewards": np.float32,
     "truncated": np.bool_,
 }
+_VERSION = re.compile(r"v([0-9]{8})-i([0-9]{4,})")
+_ROLLOUT = re.compile(r"(v[0-9]{8}-i[0-9]{4,})--(.+)--s([0-9]{10})")
 
 
+# ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True, order=True)
+class Version:
+    """Published weights: the learner's step, and which incarnation of the learner made them.
+
+    A learner that resumes from step k publishes k+1 again; the incarnation keeps the two apart.
+    """
+
+    step: int
+    incarnation: int
+
+    def __str__(self) -> str:
+        return f"v{self.step:08d}-i{self.incarnation:04d}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The version with that name; ValueError if it is none."""
+        if not (match := _VERSION.fullmatch(text)):
+            raise ValueError(f"{text!r} is not a weights version; expected a name such as v00000012-i0001")
+        return cls(int(match[1]), int(match[2]))
+
+
+@total_ordering
+@dataclass(frozen=True)
+class RolloutName:
+    """One prompt's group of completions: the oldest weights that made a token of it, its slot, its sequence number.
+
+    A slot's sequence numbers only grow and are never used twice, so a name stands for one rollout for ever.
+    """
+
+    version: Version
+    slot: Slot
+    seq: int
+
+    def __str__(self) -> str:
+        return f"{self.version}--{self.slot}--s{self.seq:010d}"
+
+    def __lt__(self, other: Self) -> bool:
+        return (self.version, self.slot, self.seq) < (other.version, other.slot, other.seq)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The rollout with that name; ValueError if it is none."""
+        if not (match := _ROLLOUT.fullmatch(text)):
+            raise ValueError(f"{text!r} is not a rollout; expected a name such as v00000012-i0001--far-0--s0000000042")
+        return cls(Version.parse(match[1]), Slot.parse(match[2]), int(match[3]))
+
+
+# ── contents ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 class SamplingDistribution(BaseModel):
     """The distribution that completions were sampled from; fields as in `spec.generation`."""
 
@@ -133,7 +187,7 @@ class Rollout:
             header = from_json(data[8 : 8 + header_size])["__metadata__"]
             protocol = int(header["protocol"])
             if protocol > PROTOCOL:
-                raise unknown_protocol("the rollout", f"protocol {protocol}", f"protocol {PROTOCOL}")
+                raise UnknownProtocol("the rollout", f"protocol {protocol}", f"protocol {PROTOCOL}")
             arrays = load_safetensors(data)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CorruptFile(f"not a rollout file: {error}") from error

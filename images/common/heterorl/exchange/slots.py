@@ -19,8 +19,9 @@ from pathlib import Path
 from heterorl.errors import CorruptFile, Superseded
 from heterorl.exchange.record_store import RecordStore
 from heterorl.exchange.records import LeaseFile, SlotHeartbeat, SlotState, SlotStatus
+from heterorl.exchange.rollout import RolloutName
 from heterorl.exchange.storage import Files
-from heterorl.names import RolloutName, Slot
+from heterorl.spec.run import Slot
 
 _FILE = re.compile(r"(lease|state)-([0-9]{8,})\.json|(heartbeat)\.json")
 _KEPT_LEASES = 100

@@ -7,21 +7,16 @@ to choose and what each setting does.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Protocol
 
-from heterorl.errors import DataError
-from heterorl.names import Version
+from heterorl.exchange.rollout import Version
 from heterorl.seeds import uniform
-from heterorl.spec.run import DelaySpec, DelayTraceSpec, HeteroRLRun
-
-MAX_TRACE_VALUES = 4096
+from heterorl.spec.run import DelaySpec
 
 
 # ── distributions ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -119,50 +114,6 @@ def draw(delay: DelaySpec, n: int, *, seed: int, slot: str) -> float:
 def draws(delay: DelaySpec, *, seed: int, slot: str, start: int = 0) -> Iterator[float]:
     """The slot's endless sequence of delays, from the `start`-th on."""
     return (draw(delay, n, seed=seed, slot=slot) for n in itertools.count(start))
-
-
-def inline_trace(delay: DelaySpec, folder: Path) -> DelaySpec:
-    """The same delay with a trace's CSV column written out as values, so that the spec stands on its own.
-
-    `folder` is where the manifest lies. Raises DataError when file, column or numbers are not what the spec says.
-    """
-    if delay.distribution != "trace" or delay.trace.path is None:
-        return delay
-    values = _read_column(folder / delay.trace.path, str(delay.trace.column))
-    return delay.model_copy(update={"trace": DelayTraceSpec(values=values)})
-
-
-def inline_traces(run: HeteroRLRun, folder: Path) -> HeteroRLRun:
-    """The same run with the traces of all its sampler pools written out; raises as `inline_trace`."""
-    samplers = [pool.model_copy(update={"delay": inline_trace(pool.delay, folder)}) for pool in run.spec.samplers]
-    return run.model_copy(update={"spec": run.spec.model_copy(update={"samplers": samplers})})
-
-
-def _read_column(path: Path, column: str) -> list[float]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            columns = rows.fieldnames or []
-            if column not in columns:
-                raise DataError(f"{path}: no column {column!r}; set delay.trace.column to one of: {', '.join(columns)}")
-            cells = [(rows.line_num, row[column]) for row in rows]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot read the delay trace ({error}); set delay.trace.path to a CSV file") from error
-    # Logs of several runs leave cells empty where a run had ended or wrote nothing.
-    values = [_delay_value(path, line, cell) for line, cell in cells if cell and cell.strip()]
-    if not 1 <= len(values) <= MAX_TRACE_VALUES:
-        raise DataError(f"{path}: column {column!r} holds {len(values)} numbers; a trace has 1 to {MAX_TRACE_VALUES}")
-    return values
-
-
-def _delay_value(path: Path, line: int, cell: str) -> float:
-    try:
-        value = float(cell)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise DataError(f"{path}, line {line}: {cell!r} is not a valid delay; expected a number of at least 0")
-    return value
 
 
 def horizon(delay: DelaySpec, time_scale: float = 1.0) -> float:

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Self
 
+from heterorl.exchange.rollout import Version
 from heterorl.exit_codes import USER_ERROR
 from heterorl.kubernetes.merge import Object, merge_into_metadata
 from heterorl.kubernetes.names import (
@@ -35,7 +36,6 @@ from heterorl.kubernetes.names import (
     selector,
 )
 from heterorl.kubernetes.pods import SERVING, SPEC_FILE, VOLUME, build_pod, metrics_port, secret_env, without_devices
-from heterorl.names import Version
 from heterorl.spec.pod_template import PodTemplateSpec
 from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun, RunSpec
 

@@ -18,9 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.rollout import Version
 from heterorl.local.processes import shown
 from heterorl.monitoring.progress import LiveProgress, ProgressReader, SlotProgress
-from heterorl.names import Slot, Version
+from heterorl.spec.run import Slot
 
 _REFRESH_S = 0.5
 _LINE_EVERY_S = 10.0

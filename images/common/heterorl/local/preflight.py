@@ -18,8 +18,8 @@ from pathlib import Path
 from heterorl.blame import explained
 from heterorl.errors import DataError, RunFolderError, UserError
 from heterorl.exchange.exchange import Exchange
-from heterorl.heterogeneity.delay import inline_traces
 from heterorl.monitoring.boards import check_wandb
+from heterorl.spec.load import inline_traces
 from heterorl.spec.mutability import LIVE, changes, is_refused_live, within
 from heterorl.spec.run import HeteroRLRun, RunSpec
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import RunnerState
+from heterorl.exchange.rollout import Version
 from heterorl.exit_codes import CODE_OF, INTERRUPTED, SITE_ERROR, USER_ERROR, describe_exit
 from heterorl.failure_policy import Role, run_failure
 from heterorl.heterogeneity.availability import next_change, replicas_at
@@ -25,7 +26,7 @@ from heterorl.local.evaluations import Evaluations
 from heterorl.local.live_view import ProcessState, RunDisplay, RunView
 from heterorl.local.preflight import assign_gpus, gpu_devices
 from heterorl.local.processes import ManagedProcess, ProcessRole, RoleOutcome, shown, tail
-from heterorl.names import Slot, Version
+from heterorl.spec.run import Slot
 
 TICK_S = 0.2
 GRACE_S = 120.0

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation
+from heterorl.exchange.rollout import Version
 from heterorl.monitoring.json_lines import Record, Tail, supersede
 from heterorl.monitoring.run_records import (
     column,
@@ -24,7 +25,7 @@ from heterorl.monitoring.run_records import (
 )
 from heterorl.monitoring.snapshot import Snapshot, SnapshotReader
 from heterorl.monitoring.stall import waiting_for
-from heterorl.names import Slot, Version
+from heterorl.spec.run import Slot
 
 _QUIET_S = 40.0
 """After this long without a step, the view shows what is waited for; plain lines come every ten seconds."""

@@ -17,8 +17,8 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from heterorl.exchange.crash_budget import gave_up, outcomes
+from heterorl.exchange.rollout import Version
 from heterorl.monitoring.snapshot import Snapshot
-from heterorl.names import Version
 
 _PREFIX = "heterorl_run_"
 _NUMBERS = {

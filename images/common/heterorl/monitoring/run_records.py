@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from heterorl.monitoring.json_lines import Record, read_metrics
-from heterorl.names import Slot
+from heterorl.spec.run import Slot
 
 
 def learner_file(folder: Path) -> Path:

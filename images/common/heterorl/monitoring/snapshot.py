@@ -17,8 +17,8 @@ from heterorl.exchange.evaluations import due_now
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Attempt, Evaluation, LearnerHeartbeat, SlotHeartbeat
 from heterorl.exchange.refusals import refused_by_all
-from heterorl.names import Slot, Version
-from heterorl.spec.run import RunSpec
+from heterorl.exchange.rollout import Version
+from heterorl.spec.run import RunSpec, Slot
 
 
 @dataclass(frozen=True)

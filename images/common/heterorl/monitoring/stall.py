@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from heterorl.monitoring.snapshot import ObservedSlot
-from heterorl.names import Slot
+from heterorl.spec.run import Slot
 
 _NAMED = 8
 """Number of slots that are named; the others are only counted."""

@@ -7,12 +7,13 @@ under a field is its documentation. Rules that span fields are `broken_rules`; t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
-from heterorl.names import Slot
 from heterorl.spec.base import (
     Block,
     BrokenRule,
@@ -31,6 +32,8 @@ from heterorl.spec.pod_template import PodTemplateSpec
 
 API_VERSION = "heterorl.dev/v1alpha1"
 KIND = "HeteroRLRun"
+
+_SLOT = re.compile(r"([a-z0-9]([-a-z0-9]*[a-z0-9])?)-(0|[1-9][0-9]*)")
 
 LossType = Literal[
     "grpo",
@@ -622,6 +625,24 @@ class AvailabilitySpec(Block):
         times = [point.at_seconds for point in self.trace]
         if times != sorted(set(times)):
             yield "trace", "is out of order; atSeconds must increase from point to point"
+
+
+@dataclass(frozen=True, order=True)
+class Slot:
+    """A sampler's place: its pool and index. Identity, seed, prompt cursor and delays belong to the slot."""
+
+    pool: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.pool}-{self.index}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The slot with that name; ValueError if it is none."""
+        if not (match := _SLOT.fullmatch(text)):
+            raise ValueError(f"{text!r} is not a slot; expected a name such as far-0")
+        return cls(match[1], int(match[3]))
 
 
 class SamplerPoolSpec(Block):
