@@ -117,14 +117,14 @@ def test_a_gold_parses_unless_its_latex_is_broken(checker: AnswerChecker) -> Non
 
 
 def test_integers_and_identical_texts_start_no_worker() -> None:
-    workers = children_of(os.getpid(), "heterorl.data.answers")
+    workers = children_of(os.getpid(), "heterorl.data.answers.compare")
     with AnswerChecker() as checker:
         started = time.perf_counter()
         for number in range(1000):
             assert checker.check("500", rf"\boxed{{{number}}}") == (number == 500)
         assert checker.check(r"\sqrt{2}", r"\boxed{ \sqrt{2} }")
         assert time.perf_counter() - started < 1
-        assert children_of(os.getpid(), "heterorl.data.answers") == workers
+        assert children_of(os.getpid(), "heterorl.data.answers.compare") == workers
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_threads_may_share_a_checker(checker: AnswerChecker) -> None:
 
 def test_a_killed_worker_is_replaced(checker: AnswerChecker) -> None:
     assert checker.equal(r"\frac{1}{8}", "0.125")
-    for worker in children_of(os.getpid(), "heterorl.data.answers"):
+    for worker in children_of(os.getpid(), "heterorl.data.answers.compare"):
         worker.kill()
     assert checker.equal(r"\frac{3}{8}", "0.375")
 

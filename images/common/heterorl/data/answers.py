@@ -1,37 +1,22 @@
 r"""Does a completion's answer equal the reference? Boxes are found here, mathematics is compared by math-verify.
 
 math-verify guards its time with `signal`, which fails outside the main thread, and hostile LaTeX (`9^{9^{9^9}}`) holds
-the interpreter inside C code where no Python time limit reaches. So comparisons run elsewhere:
-
-    AnswerChecker (any thread, any process)  --JSON lines-->  worker: `python -m heterorl.data.answers`
-                                                              keeps one forked child, which answers
-
-The kernel ends a child that drags on (SIGALRM at its default action) or grabs memory, whatever it is doing, and the
-worker, which has math-verify imported and does nothing else, forks the next within milliseconds. Both leave when their
-standard input ends, that is, with the parent. The worker is a fresh interpreter: it holds neither torch nor threads.
+the interpreter inside C code where no Python time limit reaches. So comparisons run in a `heterorl.worker`.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import logging
-import os
 import re
-import resource
-import signal
-import subprocess
-import sys
-import threading
-from typing import Self, TextIO
+from typing import Self
 
-from heterorl.errors import HeteroRLError, UserError
+from heterorl.errors import UserError
+from heterorl.worker import CallFailed, Worker
 
 MAX_ANSWER_CHARS = 1000
 """A longer answer is wrong without being parsed: the longest reference in MATH-500 has 53 characters."""
-CHILD_BYTES = 4 << 30
-"""Address space of a child, so that a hostile answer cannot take the machine's memory."""
 CACHED_VERDICTS = 65_536
 
 _BRACES = re.compile(r"(\\boxed\s*\{)|\\.|\{|\}", re.DOTALL)
@@ -87,8 +72,7 @@ class AnswerChecker:
         self.boxed_only = boxed_only
         self.cut_off = 0
         self._time_limit_s = time_limit_s
-        self._lock = threading.Lock()
-        self._worker: subprocess.Popen[str] | None = None
+        self._worker = Worker("heterorl.data.answers.compare", warm_up=[r"\frac{x^2+1}{3}", "x=0.25"])
         self._ask = functools.lru_cache(CACHED_VERDICTS)(self._ask_worker)
 
     def check(self, gold: str, completion: str) -> bool:
@@ -122,8 +106,7 @@ class AnswerChecker:
 
     def close(self) -> None:
         """End the worker."""
-        with self._lock:
-            self._stop_worker()
+        self._worker.close()
 
     def __enter__(self) -> Self:
         return self
@@ -132,56 +115,18 @@ class AnswerChecker:
         self.close()
 
     def _ask_worker(self, gold: str, answer: str | None) -> bool:
-        question = json.dumps([gold, answer]) + "\n"
-        with self._lock:
-            # A worker that is gone was killed from outside (memory, an operator) or crashed: a fresh one tries again.
-            reply = self._put(question) or self._put(question) or "null"
-        verdict = json.loads(reply)
-        self.cut_off += verdict is None
-        return bool(verdict)
-
-    def _put(self, question: str) -> str:
-        """The worker's reply, or nothing when it is gone."""
-        worker = self._worker = self._worker or self._start_worker()
-        assert worker.stdin
-        assert worker.stdout
         try:
-            worker.stdin.write(question)
-            worker.stdin.flush()
-            reply = worker.stdout.readline()
-        except BrokenPipeError:
-            reply = ""
-        if not reply:
-            self._stop_worker()
-        return reply
-
-    def _start_worker(self) -> subprocess.Popen[str]:
-        worker = self._worker = subprocess.Popen(
-            [sys.executable, "-P", "-m", "heterorl.data.answers", str(self._time_limit_s)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # Ctrl-C and group signals are for the parent, which then closes the pipe
-        )
-        assert worker.stdout
-        if worker.stdout.readline() != "ready\n":
-            self._stop_worker()
-            raise HeteroRLError(
-                "the worker that compares answers did not start; `python -m heterorl.data.answers` says why"
-            )
-        return worker
-
-    def _stop_worker(self) -> None:
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.kill()
-            worker.communicate()
+            return bool(self._worker.call(gold, answer, time_limit_s=self._time_limit_s))
+        except CallFailed as failure:  # recursion, memory, a crash: nothing that a right answer would need
+            self.cut_off += failure.reason == "time"
+            return False
 
 
-# ── the worker, a process of its own ─────────────────────────────────────────────────────────────────────────────────
 def compare(gold: str, answer: str | None) -> bool:
     """math-verify's verdict on two bare answers; without an answer, whether the gold parses. No time limit here."""
     from math_verify import LatexExtractionConfig, parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL + 1)  # it warns that its own time limit is off
 
     def expression(text: str) -> list[object]:
         found: list[object] = parse(
@@ -191,44 +136,3 @@ def compare(gold: str, answer: str | None) -> bool:
 
     parsed = expression(gold)
     return bool(parsed) and (answer is None or bool(verify(parsed, expression(answer), timeout_seconds=None)))
-
-
-def _answer_questions(replies: TextIO, time_limit_s: float) -> None:
-    """Answer the questions on standard input, a JSON line each; the alarm ends this process when one drags on."""
-    resource.setrlimit(resource.RLIMIT_AS, (CHILD_BYTES, CHILD_BYTES))
-    for question in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, time_limit_s)
-        try:
-            verdict = compare(*json.loads(question))
-        except Exception:
-            verdict = False  # recursion, memory: nothing that a right answer would need
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        replies.write(json.dumps(verdict) + "\n")
-        replies.flush()
-
-
-def _serve(time_limit_s: float) -> None:
-    """Keep a child that answers questions; where the alarm ends one, reply null for it and fork the next."""
-    logging.disable(logging.CRITICAL)  # math-verify warns that its own time limit is off
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # both may have been inherited otherwise
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not stand among the replies
-    compare(r"\frac{x^2+1}{3}", "x=0.25")  # imports, and fills caches that every child inherits
-    replies.write("ready\n")
-    replies.flush()
-    while True:
-        child = os.fork()
-        if child == 0:
-            try:
-                _answer_questions(replies, time_limit_s)
-            finally:
-                os._exit(0)
-        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != -signal.SIGALRM:
-            return
-        replies.write("null\n")
-        replies.flush()
-
-
-if __name__ == "__main__":
-    _serve(float(sys.argv[1]) if len(sys.argv) > 1 else 2.0)
