@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from builders import spec_of
-from heterorl_learner.batching import MicroBatch, Sequence, micro_batch
 from heterorl_learner.engines.build import build_engine
+from heterorl_learner.engines.torch_ddp import MicroBatch, Sequence, micro_batch
 
 Weights = dict[str, Tensor]
 Fault = Callable[[Weights, Weights], Weights]

@@ -11,10 +11,9 @@ from transformers import AutoModelForCausalLM
 from builders import spec_of
 from heterorl.errors import ModelError, NotFinite, UserError
 from heterorl.spec.run import LearnerSpec, RunSpec
-from heterorl_learner.batching import MicroBatch, Sequence, micro_batch, plan
-from heterorl_learner.engines.base import TrainingEngine, token_logps
 from heterorl_learner.engines.build import build_engine, load_policy
-from heterorl_learner.train_step import learning_rate
+from heterorl_learner.engines.torch_ddp import MicroBatch, Sequence, TrainingEngine, micro_batch, token_logps
+from heterorl_learner.train_step import learning_rate, plan
 
 VOCABULARY = 24
 

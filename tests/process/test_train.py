@@ -20,8 +20,8 @@ from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.rollout import Rollout, Version
 from heterorl.monitoring.metrics import Metrics
 from heterorl.spec.run import HeteroRLRun
-from heterorl_learner.engines.base import TrainingEngine
 from heterorl_learner.engines.build import build_engine
+from heterorl_learner.engines.torch_ddp import TrainingEngine
 from heterorl_learner.rollout_feed import StepBatch
 from heterorl_learner.train import Trainer
 from heterorl_learner.train_step import train_on

@@ -21,9 +21,9 @@ from heterorl.entry import leave
 from heterorl.errors import NotFinite, UserError
 from heterorl.spec.run import RunSpec
 from heterorl_learner import ranks
-from heterorl_learner.batching import MicroBatch, Sequence, micro_batch, plan
-from heterorl_learner.engines.base import LossFunction, TrainingEngine
 from heterorl_learner.engines.build import build_engine
+from heterorl_learner.engines.torch_ddp import LossFunction, MicroBatch, Sequence, TrainingEngine, micro_batch
+from heterorl_learner.train_step import plan
 
 STEPS, STOP = 10, 5
 TOKEN_BUDGET = 64

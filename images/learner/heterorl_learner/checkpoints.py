@@ -9,7 +9,7 @@ from typing import Any
 
 from heterorl.exchange.exchange import Exchange
 from heterorl_learner import ranks
-from heterorl_learner.engines.base import TrainingEngine
+from heterorl_learner.engines.torch_ddp import TrainingEngine
 from heterorl_learner.hf_export import save_model
 
 log = logging.getLogger(__name__)

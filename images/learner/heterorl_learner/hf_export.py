@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.published_folder import replaced
-from heterorl_learner.engines.base import TrainingEngine
+from heterorl_learner.engines.torch_ddp import TrainingEngine
 
 
 def save_model(exchange: Exchange, engine: TrainingEngine, folder: Path) -> None:

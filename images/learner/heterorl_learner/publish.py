@@ -23,8 +23,7 @@ from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.rollout import Version
 from heterorl.heterogeneity.delay import horizon
 from heterorl.spec.run import RunSpec
-from heterorl_learner.batching import MicroBatch, Sequence, micro_batch
-from heterorl_learner.engines.base import TrainingEngine
+from heterorl_learner.engines.torch_ddp import MicroBatch, Sequence, TrainingEngine, micro_batch
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from heterorl.spec.run import LearnerSpec
 from heterorl_learner import ranks
 from heterorl_learner.checkpoints import Checkpoints
 from heterorl_learner.completion_log import CompletionLog
-from heterorl_learner.engines.base import TrainingEngine
+from heterorl_learner.engines.torch_ddp import TrainingEngine
 from heterorl_learner.hf_export import write_output
 from heterorl_learner.publish import Publisher
 from heterorl_learner.rollout_feed import RolloutFeed, StepBatch

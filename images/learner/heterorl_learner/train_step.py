@@ -19,8 +19,7 @@ from heterorl.errors import UserError
 from heterorl.exchange.rollout import Rollout, SamplingDistribution
 from heterorl.spec.run import LearnerSpec, LossType, RunSpec
 from heterorl_learner import ranks
-from heterorl_learner.batching import MicroBatch, Sequence, plan
-from heterorl_learner.engines.base import TrainingEngine
+from heterorl_learner.engines.torch_ddp import MicroBatch, Sequence, TrainingEngine, micro_batch
 from heterorl_learner.losses import LossInputs, LossMetrics, Totals, combine, log_expected_q, policy_loss, summarise
 from heterorl_learner.rollout_feed import StepBatch
 
@@ -127,6 +126,62 @@ def loss_inputs(micro: MicroBatch, logp: Tensor) -> LossInputs:
         advantages=micro.advantages,
         log_expected_q=micro.log_expected_q,
     )
+
+
+# ── micro-batches: pure functions, by which every rank plans the whole step and makes its own share ───────────────────
+def plan(
+    sequences: SequenceOf[Sequence],
+    token_budget: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    whole_groups: bool = False,
+) -> list[MicroBatch]:
+    """The micro-batches of one rank, as many as those of every other.
+
+    No pack exceeds `token_budget` input tokens, unless a single item does, which then goes alone. An item is a
+    sequence, or with `whole_groups` a prompt group (eqp's denominator needs the learner's view of all of it).
+    """
+    items: dict[int, list[Sequence]] = {}
+    for number, sequence in enumerate(sequences):
+        items.setdefault(sequence.group if whole_groups else number, []).append(sequence)
+    packs = [pack(share, token_budget) for share in balance(list(items.values()), world_size)]
+    most = max(1, *(len(of_rank) for of_rank in packs))
+    return [micro_batch(p) for p in packs[rank] + [[]] * (most - len(packs[rank]))]
+
+
+def balance(items: SequenceOf[list[Sequence]], world_size: int) -> list[list[list[Sequence]]]:
+    """Distributes items over ranks evenly by tokens: longest first, to the rank with the fewest tokens."""
+    shares: list[list[list[Sequence]]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for item in _longest_first(items):
+        rank = loads.index(min(loads))
+        shares[rank].append(item)
+        loads[rank] += _num_tokens(item)
+    return shares
+
+
+def pack(items: SequenceOf[list[Sequence]], token_budget: int) -> list[list[Sequence]]:
+    """Fills packs up to the budget: longest item first, each into the first pack that still has room."""
+    packs: list[list[Sequence]] = []
+    room: list[int] = []
+    for item in _longest_first(items):
+        size = _num_tokens(item)
+        place = next((i for i, left in enumerate(room) if left >= size), len(packs))
+        if place == len(packs):
+            packs.append([])
+            room.append(token_budget)
+        packs[place].extend(item)
+        room[place] -= size
+    return packs
+
+
+def _num_tokens(item: list[Sequence]) -> int:
+    return sum(sequence.num_tokens for sequence in item)
+
+
+def _longest_first(items: SequenceOf[list[Sequence]]) -> list[list[Sequence]]:
+    return sorted(items, key=_num_tokens, reverse=True)  # stable: ties keep their order
 
 
 # ── advantages ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,7 +13,7 @@ from builders import exchange_at, publish, run_of
 from heterorl.errors import Superseded
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.rollout import Version
-from heterorl_learner.batching import MicroBatch
+from heterorl_learner.engines.torch_ddp import MicroBatch
 from heterorl_learner.publish import Publisher
 
 

@@ -2,5 +2,5 @@
 
 Owns everything that differs between plain PyTorch, DDP and DeepSpeed ZeRO; nothing outside asks which engine it has.
 
-Read first: `base` (the interface), `build` (the factory), `torch_ddp` (the simplest engine).
+Read first: `torch_ddp` (the interface and the plain engine), then `build` (the factory).
 """

@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from heterorl.errors import ModelError, UserError
 from heterorl.spec.run import LearnerSpec, RunSpec
 from heterorl_learner import ranks
-from heterorl_learner.engines.base import DTYPES, Policy, TrainingEngine
+from heterorl_learner.engines.torch_ddp import DTYPES, Policy, TrainingEngine
 
 
 def build_engine(folder: Path, spec: RunSpec) -> TrainingEngine:

@@ -15,7 +15,7 @@ from torch import Tensor
 from heterorl.errors import UserError
 from heterorl.spec.run import RunSpec
 from heterorl_learner import ranks
-from heterorl_learner.engines.base import Policy, TrainingEngine, build_optimizer, unique_tensors
+from heterorl_learner.engines.torch_ddp import Policy, TrainingEngine, build_optimizer, unique_tensors
 
 CHECKPOINT_TAG = "deepspeed"
 BUCKET_ELEMENTS = 200_000_000

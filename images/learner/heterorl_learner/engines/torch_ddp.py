@@ -1,23 +1,276 @@
-"""Plain PyTorch: one process, or DDP over several."""
+"""What a training engine is given and does, and the plain one: PyTorch, one process or DDP over several.
+
+Shapes: N input tokens of a pack, T completion tokens, S sequences.
+
+A pack is one row of whole sequences without padding; positions start again at 0 with each sequence, which is how the
+model tells them apart. The last token of a completion is predicted but predicts nothing, so it is not an input: a
+sequence of P prompt and L completion tokens takes P + L - 1.
+
+The trainer calls, on every rank alike: `forward_backward` with that rank's micro-batches of the step (as many on each
+rank), then `step`. The loss function's values are shares: their sum over micro-batches and ranks is the step's loss,
+whatever the engine does underneath (DDP and ZeRO average over ranks, so the share is scaled first).
+"""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers import PreTrainedModel
 
-from heterorl.spec.run import RunSpec
+from heterorl.errors import NotFinite
+from heterorl.spec.run import LearnerSpec, RunSpec
 from heterorl_learner import ranks
-from heterorl_learner.batching import MicroBatch
-from heterorl_learner.engines.base import Policy, TrainingEngine, build_optimizer, unique_tensors
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STATE_FILE = "engine.pt"
 
 
+# ── micro-batches ─────────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True)
+class Sequence:
+    """One completion with its prompt and what the loss needs to know of it."""
+
+    prompt_ids: NDArray[np.int32]
+    """[P], at least one token."""
+    completion_ids: NDArray[np.int32]
+    """[L], at least one token."""
+    sampler_logp: NDArray[np.float32]
+    """[L], the behaviour policy's log-probabilities."""
+    group: int
+    """Which prompt group of the step it belongs to."""
+    advantage: float
+    temperature: float = 1.0
+    """At which it was sampled, and at which its log-probabilities are taken."""
+    log_expected_q: float = 0.0
+    """log(sum q^2 / sum q) over the whole prompt group (GEPO's denominator)."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Input tokens it takes in a pack."""
+        return len(self.prompt_ids) + len(self.completion_ids) - 1
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences packed into one row, with the tensors the loss takes beside the model's log-probabilities.
+
+    A micro-batch without sequences (T = S = 0) holds one token that no loss looks at: it keeps a rank that has run out
+    of work in step with the others.
+    """
+
+    input_ids: Tensor
+    """long [1, N]."""
+    position_ids: Tensor
+    """long [1, N], from 0 in each sequence."""
+    logit_index: Tensor
+    """long [T]: the input position whose logits predict each completion token."""
+    target_ids: Tensor
+    """long [T]: the completion tokens."""
+    temperature: Tensor
+    """float32 [T]: of each token's sequence; a micro-batch may mix them."""
+    sampler_logp: Tensor
+    """float32 [T]."""
+    seq_ids: Tensor
+    """long [T], 0 to S - 1."""
+    group_ids: Tensor
+    """long [S], numbered from 0 within the micro-batch."""
+    lengths: Tensor
+    """float32 [S], completion tokens."""
+    advantages: Tensor
+    """float32 [S]."""
+    log_expected_q: Tensor
+    """float32 [S]."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Input tokens of the pack."""
+        return self.input_ids.shape[1]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device."""
+        return MicroBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+def micro_batch(sequences: SequenceOf[Sequence]) -> MicroBatch:
+    """Packs the sequences, in the given order, into one row."""
+    groups = {group: i for i, group in enumerate(dict.fromkeys(s.group for s in sequences))}
+    sizes = [s.num_tokens for s in sequences]
+    starts = np.cumsum([0, *sizes])
+    inputs = [np.concatenate([s.prompt_ids, s.completion_ids[:-1]]) for s in sequences] or [np.zeros(1, np.int64)]
+    lengths = torch.tensor([len(s.completion_ids) for s in sequences], dtype=torch.long)
+    # The logits that predict completion token j of a prompt of P tokens stand at input position P - 1 + j.
+    index = [np.arange(start + len(s.prompt_ids) - 1, start + size) for s, start, size in zip(sequences, starts, sizes)]
+    return MicroBatch(
+        input_ids=_long(inputs)[None],
+        position_ids=_long([np.arange(len(row)) for row in inputs])[None],
+        logit_index=_long(index),
+        target_ids=_long([s.completion_ids for s in sequences]),
+        temperature=torch.repeat_interleave(torch.tensor([s.temperature for s in sequences]), lengths),
+        sampler_logp=torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *(s.sampler_logp for s in sequences)])),
+        seq_ids=torch.repeat_interleave(torch.arange(len(sequences)), lengths),
+        group_ids=torch.tensor([groups[s.group] for s in sequences], dtype=torch.long),
+        lengths=lengths.float(),
+        advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float32),
+        log_expected_q=torch.tensor([s.log_expected_q for s in sequences], dtype=torch.float32),
+    )
+
+
+def _long(arrays: SequenceOf[NDArray[np.integer]]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *arrays]).astype(np.int64))
+
+
+# ── the policy ────────────────────────────────────────────────────────────────────────────────────────────────────────
+class Policy(nn.Module):
+    """Wraps the language model, so that what DDP and DeepSpeed call as `forward` yields log-probabilities."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, logit_index: Tensor, target_ids: Tensor, temperature: Tensor
+    ) -> Tensor:
+        """Log-probability of every target token at its temperature; the tensors are those of a `MicroBatch`.
+
+        Without attention_mask and cache, transformers reads the sequences' borders from the positions (block-diagonal
+        mask, or varlen attention with flash_attention_2); with either given, sequences silently see each other.
+        """
+        logits = self.model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=logit_index
+        ).logits[0]
+        logits = logits.float() / temperature[:, None]  # [T, vocabulary]: never made for prompt tokens
+        logp: Tensor = logits.gather(1, target_ids[:, None])[:, 0] - logits.logsumexp(1)
+        return logp
+
+
+def token_logps(policy: nn.Module, batch: MicroBatch) -> Tensor:
+    """Log-probability of every completion token at its sequence's temperature: float32 [T], in the batch's order.
+
+    `policy` is a `Policy`, bare or wrapped by DDP or DeepSpeed.
+    """
+    logp: Tensor = policy(batch.input_ids, batch.position_ids, batch.logit_index, batch.target_ids, batch.temperature)
+    return logp
+
+
+# ── the interface ─────────────────────────────────────────────────────────────────────────────────────────────────────
+LossFunction = Callable[[MicroBatch, Tensor], Tensor]
+"""(micro-batch, log-probabilities [T]) -> its share of the step's loss, a scalar."""
+
+
+class TrainingEngine(ABC):
+    """What the trainer sees; one subclass for plain torch, one for DeepSpeed."""
+
+    policy: nn.Module
+    """A `Policy` as wrapped by the engine; called, never looked into."""
+
+    def __init__(self, spec: RunSpec, device: torch.device) -> None:
+        self.rank, self.world_size = ranks.rank(), ranks.size()
+        self.device = device
+        self.dtype = DTYPES[spec.model.dtype]
+        self._loss = 0.0
+
+    # ── a step ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    def forward_backward(self, batches: SequenceOf[MicroBatch], loss_function: LossFunction) -> float:
+        """Adds the gradient of this rank's share of the step's loss, and returns the share.
+
+        Once a step, with equally many micro-batches on every rank; those without sequences never reach the loss.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for number, batch in enumerate(batch.to(self.device) for batch in batches):
+            is_last = number == len(batches) - 1
+            with self._accumulating(is_last):
+                logp = self._logps(batch)
+                loss = loss_function(batch, logp) if len(logp) else logp.sum()
+                # Times 1, or NaN where the loss is not finite: then no gradient is, on any rank, and `step` refuses it.
+                self._backward(loss * (loss.detach() * 0 + 1))
+            total += loss.detach()
+        self._loss = total.item()  # once: each look at a number waits for the device
+        return self._loss
+
+    def score(self, batch: MicroBatch) -> Tensor:
+        """Log-probabilities of the completion tokens without a gradient: float32 [T]. Every rank calls it."""
+        with torch.no_grad():
+            return self._logps(batch.to(self.device))
+
+    def step(self, learning_rate: float) -> float:
+        """Clips, updates, clears the gradient; returns its norm over all parameters and ranks, before clipping.
+
+        Raises NotFinite on every rank when a rank's loss or the gradient is not finite; then the gradient is cleared
+        and nothing else has changed.
+        """
+        norm = self._step(learning_rate)
+        if not math.isfinite(norm):
+            losses = ", ".join(f"{loss:g} on rank {rank}" for rank, loss in enumerate(ranks.gather(self._loss)))
+            raise NotFinite(
+                f"loss and gradient must be finite; found a gradient norm of {norm:g} and a loss of {losses}"
+            )
+        return norm
+
+    # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    @abstractmethod
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The model's tensors by their Hugging Face names, on the CPU in the spec's dtype; tied ones once.
+
+        Every rank calls it, rank 0 gets the tensors (copies), the others an empty dict.
+        """
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes weights and optimizer state into an existing folder. Every rank calls it; on return all is written."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Goes on from what `save` wrote with the same strategy and number of ranks. Every rank calls it."""
+
+    # ── for the subclasses ───────────────────────────────────────────────────────────────────────────────────────────
+    def _logps(self, batch: MicroBatch) -> Tensor:
+        return token_logps(self.policy, batch)
+
+    def _accumulating(self, is_last: bool) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    @abstractmethod
+    def _backward(self, loss: Tensor) -> None: ...
+
+    @abstractmethod
+    def _step(self, learning_rate: float) -> float:
+        """As `step`; where the norm, the same on every rank, is not finite it only clears the gradient."""
+
+
+def build_optimizer(policy: nn.Module, learner: LearnerSpec) -> torch.optim.AdamW:
+    """AdamW; weight decay acts on matrices only, not on norms and biases."""
+    options = learner.optimizer
+    matrices = [p for p in policy.parameters() if p.ndim >= 2]
+    vectors = [p for p in policy.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    beta1, beta2 = options.betas
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(beta1, beta2), eps=options.eps)
+
+
+def unique_tensors(policy: nn.Module) -> dict[str, Tensor]:
+    """The wrapped model's tensors by their Hugging Face names; of tied ones only the first name."""
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in policy.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name.removeprefix("model.")] = tensor
+    return tensors
+
+
+# ── plain PyTorch ─────────────────────────────────────────────────────────────────────────────────────────────────────
 class TorchEngine(TrainingEngine):
     """float32 weights throughout; with dtype bfloat16 they are the master weights of a bfloat16 autocast.
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from heterorl_learner.batching import MicroBatch, Sequence, balance, micro_batch, pack, plan
+from heterorl_learner.engines.torch_ddp import MicroBatch, Sequence, micro_batch
+from heterorl_learner.train_step import balance, pack, plan
 
 
 def sequence(prompt: int, completion: int, group: int = 0, first: int = 0) -> Sequence:
