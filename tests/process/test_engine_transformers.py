@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from heterorl.errors import CorruptFile, ModelError, SiteError, UserError
-from heterorl_sampler.engines.base import Sampling, end_token_ids
+from heterorl.exchange.rollout import Sampling
 from heterorl_sampler.engines.build import build_engine
+from heterorl_sampler.engines.model_files import end_token_ids
 from heterorl_sampler.engines.transformers import TransformersEngine
 
 PROMPTS = [[5, 9, 2], [7, 3, 3, 12, 20, 4, 8], [11]]
@@ -77,11 +78,11 @@ def sampling_distribution(logits: np.ndarray, seen: list[int], sampling: Samplin
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(10, temperature=0.6, top_p=0.8),
-        Sampling(10, top_k=3),
-        Sampling(10, temperature=1.3, min_p=0.2),
-        Sampling(10, repetition_penalty=1.5),
-        Sampling(10, temperature=0.9, top_p=0.7, top_k=6, min_p=0.05, repetition_penalty=1.2),
+        Sampling(max_tokens=10, temperature=0.6, top_p=0.8),
+        Sampling(max_tokens=10, top_k=3),
+        Sampling(max_tokens=10, temperature=1.3, min_p=0.2),
+        Sampling(max_tokens=10, repetition_penalty=1.5),
+        Sampling(max_tokens=10, temperature=0.9, top_p=0.7, top_k=6, min_p=0.05, repetition_penalty=1.2),
     ],
 )
 def test_behaviour_log_probs_are_those_of_the_sampling_distribution(tiny_model_dir, sampling):
@@ -135,7 +136,7 @@ def test_a_seed_repeats_completions_and_another_does_not(tiny_model_dir):
 def test_temperature_zero_takes_the_most_likely_token(tiny_model_dir):
     folder = tiny_model_dir()
     for prompt, (completion,) in zip(
-        PROMPTS, engine_on(folder).generate(PROMPTS, 1, Sampling(6, temperature=0), seed=0)
+        PROMPTS, engine_on(folder).generate(PROMPTS, 1, Sampling(max_tokens=6, temperature=0), seed=0)
     ):
         likeliest = logits_of(folder, prompt + completion.token_ids).argmax(-1)
         assert completion.token_ids == likeliest[len(prompt) - 1 : -1].tolist()

@@ -18,8 +18,7 @@ from heterorl.data.tokenizer import load_tokenizer
 from heterorl.errors import CanaryMismatch, ExchangeError
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.rollout import Version
-from heterorl_sampler.engines.base import Completion, Sampling
+from heterorl.exchange.rollout import Completion, Sampling, Version
 from heterorl_sampler.engines.transformers import TransformersEngine
 from heterorl_sampler.eval_command import command
 from heterorl_sampler.evaluate import Measure, evaluate, evaluate_version, pass_at_k
@@ -98,7 +97,7 @@ def test_means_lengths_and_truncation_are_counted_over_all_problems(folder: Path
     }
     rows = [{"prompt_ids": [2], "answer": "5"}, {"prompt_ids": [3], "answer": "9"}, {"prompt_ids": [4], "answer": "8"}]
     engine = Scripted(script)
-    result = evaluate(engine, tokenizer, rows, checker, Measure(Sampling(4), 4, (1, 2, 4), batch_prompts=2))
+    result = evaluate(engine, tokenizer, rows, checker, Measure(Sampling(max_tokens=4), 4, (1, 2, 4), batch_prompts=2))
     assert result["mean"] == pytest.approx((0.5 + 0 + 1) / 3)
     assert result["pass@1"] == pytest.approx(result["mean"])
     assert result["pass@2"] == pytest.approx((5 / 6 + 0 + 1) / 3)  # of the 6 pairs of problem 1 one has none right

@@ -18,13 +18,12 @@ from heterorl.errors import SiteError, UserError
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import SlotStatus
-from heterorl.exchange.rollout import Rollout, RolloutName, Version
+from heterorl.exchange.rollout import Completion, Rollout, RolloutName, Version
 from heterorl.exchange.slots import Lease
 from heterorl.monitoring.metrics import Metrics
 from heterorl.spec.run import HeteroRLRun, Slot
 from heterorl_sampler.__main__ import Heartbeat, serve
 from heterorl_sampler.activity import Activity
-from heterorl_sampler.engines.base import Completion
 from heterorl_sampler.engines.build import build_engine
 from heterorl_sampler.engines.transformers import TransformersEngine
 from heterorl_sampler.rewards import build_rewards

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from heterorl.errors import CorruptFile, HeteroRLError, UserError
-from heterorl_sampler.engines.base import Completion, InferenceEngine, Sampling
-from heterorl_sampler.engines.build import build_engine
+from heterorl.exchange.rollout import Completion, Sampling
+from heterorl_sampler.engines.build import InferenceEngine, build_engine
 
 pytestmark = [
     pytest.mark.slow,

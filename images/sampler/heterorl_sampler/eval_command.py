@@ -18,10 +18,11 @@ from heterorl.data.datasets import prepare_rows
 from heterorl.data.tokenizer import load_tokenizer
 from heterorl.entry import Stop, exit_code, leave
 from heterorl.errors import ModelError, UserError
+from heterorl.exchange.rollout import Sampling
 from heterorl.logs import setup_logging
 from heterorl.spec.run import ColumnsSpec, DatasetSpec
-from heterorl_sampler.engines.base import Dtype, Sampling, context_length
 from heterorl_sampler.engines.build import build_engine
+from heterorl_sampler.engines.model_files import Dtype, context_length
 from heterorl_sampler.evaluate import EvalResult, Measure, evaluate
 
 _PATH = click.Path(path_type=Path)

@@ -24,11 +24,10 @@ from heterorl.data.tokenizer import load_tokenizer
 from heterorl.errors import ExchangeError, UserError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.rollout import Completion, Sampling, Version
 from heterorl.monitoring.metrics import Metrics
 from heterorl.seeds import derive_seed
-from heterorl_sampler.engines.base import Completion, InferenceEngine, Sampling
-from heterorl_sampler.engines.build import build_engine
+from heterorl_sampler.engines.build import InferenceEngine, build_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

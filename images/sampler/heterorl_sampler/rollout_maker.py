@@ -11,11 +11,19 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from heterorl.exchange.rollout import Provenance, Rollout, RolloutName, SamplingDistribution, Version
+from heterorl.exchange.rollout import (
+    Completion,
+    Provenance,
+    Rollout,
+    RolloutName,
+    Sampling,
+    SamplingDistribution,
+    Version,
+)
 from heterorl.exchange.slots import Lease
 from heterorl.seeds import derive_seed
 from heterorl.spec.run import RunSpec
-from heterorl_sampler.engines.base import Completion, InferenceEngine, Sampling
+from heterorl_sampler.engines.build import InferenceEngine
 from heterorl_sampler.prompt_order import PromptOrder
 from heterorl_sampler.rewards import RewardFailed, Rewards
 

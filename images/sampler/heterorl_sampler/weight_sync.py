@@ -21,7 +21,7 @@ from heterorl.exchange.exchange import Exchange, Fetched
 from heterorl.exchange.rollout import Version
 from heterorl.heterogeneity.delay import Adoption
 from heterorl.spec.run import Slot
-from heterorl_sampler.engines.base import InferenceEngine
+from heterorl_sampler.engines.build import InferenceEngine
 
 log = logging.getLogger(__name__)
 

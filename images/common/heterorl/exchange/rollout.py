@@ -93,20 +93,50 @@ class RolloutName:
 
 # ── contents ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 class SamplingDistribution(BaseModel):
-    """The distribution that completions were sampled from; fields as in `spec.generation`."""
+    """The distribution that completions are sampled from; fields as in `spec.generation`."""
 
     model_config = ConfigDict(frozen=True, from_attributes=True)
 
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
+    temperature: float = 1.0
+    """Sampling temperature; 0 is greedy decoding, with log-probabilities at temperature 1."""
+    top_p: float = 1.0
+    """Top-p (nucleus) sampling; 1 disables."""
+    top_k: int = 0
+    """Top-k sampling; 0 disables."""
+    min_p: float = 0.0
+    """Min-p sampling: minimum probability relative to the most likely token; 0 disables."""
+    repetition_penalty: float = 1.0
+    """Repetition penalty on tokens seen so far, including those of the prompt; 1 disables."""
 
     @classmethod
-    def of(cls, generation: GenerationSpec) -> Self:
+    def of(cls, generation: GenerationSpec) -> SamplingDistribution:
         """That of a spec."""
-        return cls.model_validate(generation)
+        return SamplingDistribution.model_validate(generation)
+
+
+class Sampling(SamplingDistribution):
+    """What an engine is asked for: the distribution, and where a completion is cut."""
+
+    max_tokens: int
+    """Maximum number of tokens, including the end-of-sequence token."""
+
+    @classmethod
+    def of(cls, generation: GenerationSpec) -> Sampling:
+        """That of a run's rollouts."""
+        distribution = SamplingDistribution.of(generation)
+        return cls(max_tokens=generation.max_completion_tokens, **distribution.model_dump())
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion; the token that ended it is its last."""
+
+    token_ids: list[int]
+    """Generated tokens."""
+    logp: list[float]
+    """Log-probability of each token under the sampling distribution."""
+    truncated: bool
+    """Whether the length limit ended it, rather than an end-of-sequence token."""
 
 
 class Provenance(BaseModel):

@@ -2,5 +2,5 @@
 
 Owns everything that differs between vLLM and the plain transformers loop; nothing outside asks which engine it has.
 
-Read first: `base` (the interface), `build` (the factory), `vllm`.
+Read first: `build` (the interface and the factory), then `vllm`.
 """

@@ -1,14 +1,49 @@
-"""The factory of inference engines."""
+"""What an inference engine does, and the factory of engines: vLLM, and transformers for tiny models.
+
+Tokens in, tokens and behaviour log-probabilities out. Log-probabilities are those of the sampling distribution:
+repetition penalty, temperature, min-p, top-k and top-p applied in that order and renormalized, as vLLM's
+`processed_logprobs`. They come with the token, never from a second forward pass.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from heterorl.errors import ModelError, UserError
-from heterorl_sampler.engines.base import Dtype, InferenceEngine, context_length
+from heterorl.exchange.rollout import Completion, Sampling
+from heterorl_sampler.engines.model_files import Dtype, context_length
 
 EngineName = Literal["vllm", "transformers"]
+
+
+class InferenceEngine(Protocol):
+    """A model on this machine that generates and scores; not for use from several threads."""
+
+    def generate(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, stop: Callable[[], bool] = ...
+    ) -> list[list[Completion] | None]:
+        """`n` completions of each prompt, in the order of the prompts; the same seed and weights repeat them.
+
+        `stop` is asked after every token; once it says yes, groups that are not complete come back as None.
+        """
+        ...
+
+    def load_weights(self, folder: Path) -> None:
+        """Serve the weights in `folder` (safetensors in Hugging Face names) and forget every cached prefix.
+
+        Raises CorruptFile, with the old weights still served, when names or shapes are not this model's.
+        """
+        ...
+
+    def score(self, token_ids: list[list[int]]) -> list[list[float]]:
+        """Log-probabilities, at temperature 1, of each text's second and later tokens given those before."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory and temporary files."""
+        ...
 
 
 def build_engine(

@@ -22,16 +22,8 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from heterorl.errors import SiteError
-from heterorl_sampler.engines.base import (
-    Completion,
-    Dtype,
-    Sampling,
-    end_token_ids,
-    never,
-    require_same_tensors,
-    tensor_shapes,
-    weight_files,
-)
+from heterorl.exchange.rollout import Completion, Sampling
+from heterorl_sampler.engines.model_files import Dtype, end_token_ids, require_same_tensors, tensor_shapes, weight_files
 
 # Shapes: R rows = prompts x n, S tokens so far, V vocabulary.
 
@@ -51,7 +43,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, stop: Callable[[], bool] = never
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, stop: Callable[[], bool] = lambda: False
     ) -> list[list[Completion] | None]:
         """`n` completions of each prompt; rows are generated together, each prompt is read once."""
         if not prompts:

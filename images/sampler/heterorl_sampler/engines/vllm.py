@@ -36,13 +36,11 @@ from vllm.sampling_params import RequestOutputKind
 
 from heterorl.errors import HeteroRLError, SiteError, UserError
 from heterorl.exchange.canary import CANARY_TOKENS
-from heterorl_sampler.engines.base import (
-    Completion,
+from heterorl.exchange.rollout import Completion, Sampling
+from heterorl_sampler.engines.model_files import (
     Dtype,
-    Sampling,
     context_length,
     end_token_ids,
-    never,
     require_same_tensors,
     tensor_shapes,
     weight_files,
@@ -60,10 +58,10 @@ class VLLMEngine:
         *,
         dtype: Dtype,
         max_model_len: int,
-        gpus: int = 0,
-        tensor_parallel: int = 1,
-        gpu_memory_utilization: float = 0.9,
-        kv_cache_bytes: int = 256 * 2**20,
+        gpus: int,
+        tensor_parallel: int,
+        gpu_memory_utilization: float,
+        kv_cache_bytes: int,
     ) -> None:
         _require_device(gpus)
         self._ends = end_token_ids(model_dir)
@@ -93,7 +91,7 @@ class VLLMEngine:
         self._request_numbers = itertools.count()
 
     def generate(
-        self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, stop: Callable[[], bool] = never
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, stop: Callable[[], bool] = lambda: False
     ) -> list[list[Completion] | None]:
         """`n` completions of each prompt, one request a prompt."""
         # vLLM gives completion j of a request the seed + j; spread prompts so that those never meet.
@@ -122,14 +120,14 @@ class VLLMEngine:
         """Log-probabilities at temperature 1 of tokens 1 and later; vLLM's prompt log-probabilities know no other."""
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
         scores = []
-        for text, request in zip(token_ids, self._run(token_ids, [params] * len(token_ids), never)):
+        for text, request in zip(token_ids, self._run(token_ids, [params] * len(token_ids))):
             assert request is not None
             assert request.prompt_logprobs is not None
             scores.append([_logp(entry, token) for token, entry in zip(text[1:], request.prompt_logprobs[1:])])
         return scores
 
     def _run(
-        self, prompts: list[list[int]], params: list[SamplingParams], stop: Callable[[], bool]
+        self, prompts: list[list[int]], params: list[SamplingParams], stop: Callable[[], bool] = lambda: False
     ) -> list[RequestOutput | None]:
         """Finished requests in the order of the prompts; None for those that `stop` cut short."""
         names = [str(next(self._request_numbers)) for _ in prompts]
