@@ -13,12 +13,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from heterorl.kubernetes.merge import Object
-from heterorl.kubernetes.names import HASH_ANNOTATION, with_hash
+from heterorl.kubernetes.names import HASH_ANNOTATION, Object, with_hash
 from heterorl_operator import metrics
-from heterorl_operator.cache import ObjectCache
+from heterorl_operator.cache import (
+    OPERATOR_ANNOTATION,
+    CachedChild,
+    CachedRun,
+    ObjectCache,
+    belongs_to,
+    child_of,
+    spec_version_of,
+)
 from heterorl_operator.client import Api, Conflict, Forbidden, Invalid, NotFound, Transient
-from heterorl_operator.objects import OPERATOR_ANNOTATION, CachedChild, CachedRun, belongs_to, child_of, spec_version_of
 from heterorl_operator.problems import ObjectProblem, Problem
 from heterorl_operator.resources import (
     BY_NAME,

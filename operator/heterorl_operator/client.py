@@ -23,7 +23,7 @@ import urllib3
 from kubernetes import config
 from kubernetes.client import ApiClient, Configuration
 
-from heterorl.kubernetes.merge import Object
+from heterorl.kubernetes.names import Object
 from heterorl_operator import metrics
 from heterorl_operator.resources import POD, ResourceKind
 

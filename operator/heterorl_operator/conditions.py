@@ -8,11 +8,9 @@ from typing import Literal
 
 from heterorl.kubernetes.names import learner_name, prepare_name, sampler_name
 from heterorl.monitoring.run_metrics import RunProgress
+from heterorl_operator.cache import CachedPod
 from heterorl_operator.context import RunContext
-from heterorl_operator.decision import Decision
-from heterorl_operator.ending import preparation_problem
-from heterorl_operator.lifecycle import CLAIM_PATIENCE_S
-from heterorl_operator.objects import CachedPod
+from heterorl_operator.lifecycle import CLAIM_PATIENCE_S, Decision, preparation_problem
 from heterorl_operator.podstate import create_problem, problem_of
 from heterorl_operator.problems import NEEDS_ACTION, ObjectProblem, Problem
 from heterorl_operator.resources import CLAIM, DEPLOYMENT, JOB, SERVICE, STATEFUL_SET

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from heterorl.monitoring.run_metrics import RunProgress
 from heterorl.spec.run import HeteroRLRun
 from heterorl.spec.status import RunStatus
-from heterorl_operator.objects import CachedChild, CachedPod
+from heterorl_operator.cache import CachedChild, CachedPod
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from heterorl_operator.cache import CachedChild
 from heterorl_operator.client import Api, ApiError
-from heterorl_operator.objects import CachedChild
 from heterorl_operator.resources import EVENT, RunKey
 from heterorl_operator.timestamps import seconds
 

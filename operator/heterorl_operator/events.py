@@ -9,10 +9,10 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from heterorl.kubernetes.merge import Object
+from heterorl.kubernetes.names import Object
 from heterorl.spec.status import RunStatus, keep_end
+from heterorl_operator.cache import CachedRun
 from heterorl_operator.client import Api, ApiError, NotFound
-from heterorl_operator.objects import CachedRun
 from heterorl_operator.problems import NEEDS_ACTION
 from heterorl_operator.resources import EVENT, RUN
 from heterorl_operator.timestamps import moment

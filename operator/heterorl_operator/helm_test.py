@@ -15,7 +15,7 @@ from kubernetes.client import ApiException, CustomObjectsApi
 from kubernetes.config import ConfigException
 
 from heterorl.errors import UserError
-from heterorl.kubernetes.merge import Object
+from heterorl.kubernetes.names import Object
 from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun
 from heterorl_operator.client import connect
 from heterorl_operator.resources import RUN

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from heterorl.exit_codes import SITE_ERROR
-from heterorl_operator.objects import CachedPod
+from heterorl_operator.cache import CachedPod
 from heterorl_operator.problems import Problem
 
 _PULL = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")

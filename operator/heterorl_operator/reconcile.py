@@ -9,17 +9,14 @@ from functools import lru_cache
 from pydantic import ValidationError
 
 from heterorl.kubernetes.manifests import Images, desired_state, evaluation_job
-from heterorl.kubernetes.merge import Object
-from heterorl.kubernetes.names import evaluation_name, prepare_name
+from heterorl.kubernetes.names import Object, evaluation_name, prepare_name
 from heterorl.spec.run import HeteroRLRun
 from heterorl.spec.status import RunStatus
 from heterorl_operator.apply import Applier, ManagedByAnotherOperator, forbidden
-from heterorl_operator.cache import ObjectCache
+from heterorl_operator.cache import CachedRun, ObjectCache
 from heterorl_operator.client import Forbidden
 from heterorl_operator.context import RunContext
-from heterorl_operator.decision import Decision
-from heterorl_operator.lifecycle import decide
-from heterorl_operator.objects import CachedRun
+from heterorl_operator.lifecycle import Decision, decide
 from heterorl_operator.problems import ObjectProblem, Problem
 from heterorl_operator.resources import DEPLOYMENT, JOB, ResourceKind, RunKey
 from heterorl_operator.run_reader import RunReader

@@ -10,12 +10,11 @@ from heterorl.kubernetes.names import claim_name, learner_name
 from heterorl.kubernetes.pods import metrics_port
 from heterorl.spec.run import HeteroRLRun
 from heterorl.spec.status import RunStatus
-from heterorl_operator.cache import ObjectCache
+from heterorl_operator.cache import CachedChild, CachedPod, CachedRun, ObjectCache, belongs_to, child_of
 from heterorl_operator.client import Api
 from heterorl_operator.context import RunContext
 from heterorl_operator.create_failures import CreateFailures
 from heterorl_operator.learner_poller import ProgressPoller, Target
-from heterorl_operator.objects import CachedChild, CachedPod, CachedRun, belongs_to, child_of
 from heterorl_operator.resources import CLAIM, DEPLOYMENT, JOB, STATEFUL_SET, RunKey
 
 _GIVEN_CLAIM_S = 10.0

@@ -9,7 +9,7 @@ from heterorl.kubernetes.names import sampler_name
 from heterorl.spec.status import Condition, EvaluationStatus, LearnerStatus, RunStatus, SamplerStatus, State
 from heterorl_operator.conditions import ConditionState, condition_states
 from heterorl_operator.context import RunContext
-from heterorl_operator.decision import Decision
+from heterorl_operator.lifecycle import Decision
 from heterorl_operator.problems import ObjectProblem, Problem
 from heterorl_operator.resources import DEPLOYMENT
 from heterorl_operator.timestamps import moment

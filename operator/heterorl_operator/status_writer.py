@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from heterorl.kubernetes.merge import Object
+from heterorl.kubernetes.names import Object
 from heterorl.spec.status import RunStatus
-from heterorl_operator.cache import ObjectCache, ObjectVersion, tombstone
+from heterorl_operator.cache import CachedRun, ObjectCache, ObjectVersion, tombstone
 from heterorl_operator.client import Api, NotFound
 from heterorl_operator.events import Events, transitions
-from heterorl_operator.objects import CachedRun
 from heterorl_operator.resources import RUN, RunKey
 
 

@@ -128,7 +128,7 @@ def loss_inputs(micro: MicroBatch, logp: Tensor) -> LossInputs:
     )
 
 
-# ── micro-batches: pure functions, by which every rank plans the whole step and makes its own share ───────────────────
+# ── micro-batches: pure functions, by which every rank plans the whole step and makes its own share ──────────────────
 def plan(
     sequences: SequenceOf[Sequence],
     token_budget: int,

@@ -13,10 +13,9 @@ from typing import Any
 import builders
 from heterorl.spec.run import HeteroRLRun
 from heterorl.spec.status import Condition, RunStatus
-from heterorl_operator.cache import ObjectCache
+from heterorl_operator.cache import CachedChild, CachedPod, ObjectCache, child_of
 from heterorl_operator.client import Conflict, NotFound
 from heterorl_operator.context import RunContext
-from heterorl_operator.objects import CachedChild, CachedPod, child_of
 from heterorl_operator.resources import CLAIM, RUN, ResourceKind, RunKey
 
 Object = dict[str, Any]

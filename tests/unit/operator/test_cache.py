@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from heterorl_operator.cache import ObjectCache
-from heterorl_operator.objects import child_of, key_of, spec_version_of
+from heterorl_operator.cache import ObjectCache, child_of, key_of, spec_version_of
 from heterorl_operator.resources import RunKey
 from unit.operator.operator_world import (
     CREATED,

@@ -2,5 +2,5 @@
 
 Owns names, labels, pods and workloads. The operator applies these objects, `heterorl render` prints the same ones.
 
-Read first: `manifests` (all objects of a run), `pods` (the pod of a role), `merge` (the manifest's podTemplate on top).
+Read first: `manifests` (all objects of a run), `pods` (the pod of a role, with the podTemplate merged in).
 """

@@ -23,8 +23,8 @@ from typing import Self
 
 from heterorl.exchange.rollout import Version
 from heterorl.exit_codes import USER_ERROR
-from heterorl.kubernetes.merge import Object, merge_into_metadata
 from heterorl.kubernetes.names import (
+    Object,
     PodRole,
     claim_name,
     config_name,
@@ -35,7 +35,16 @@ from heterorl.kubernetes.names import (
     sampler_name,
     selector,
 )
-from heterorl.kubernetes.pods import SERVING, SPEC_FILE, VOLUME, build_pod, metrics_port, secret_env, without_devices
+from heterorl.kubernetes.pods import (
+    SERVING,
+    SPEC_FILE,
+    VOLUME,
+    build_pod,
+    merge_into_metadata,
+    metrics_port,
+    secret_env,
+    without_devices,
+)
 from heterorl.spec.pod_template import PodTemplateSpec
 from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun, RunSpec
 

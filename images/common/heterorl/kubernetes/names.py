@@ -10,9 +10,10 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from heterorl.kubernetes.merge import Object
 from heterorl.spec.run import HeteroRLRun
 
+Object = dict[str, Any]
+"""A Kubernetes object, or a part of one, ready for YAML."""
 PodRole = Literal["run", "prepare", "learner", "sampler", "evaluation"]
 """What an object is for; `run` is what belongs to no role in particular."""
 

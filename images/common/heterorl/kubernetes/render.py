@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from heterorl.kubernetes.manifests import Images, desired_state, spec_for_pods
-from heterorl.kubernetes.merge import Object
+from heterorl.kubernetes.names import Object
 from heterorl.kubernetes.pods import VOLUME
 from heterorl.spec.load import inline_traces
 from heterorl.spec.run import HeteroRLRun

@@ -37,7 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STATE_FILE = "engine.pt"
 
 
-# ── micro-batches ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── micro-batches ────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class Sequence:
     """One completion with its prompt and what the loss needs to know of it."""
@@ -131,7 +131,7 @@ def _long(arrays: SequenceOf[NDArray[np.integer]]) -> Tensor:
     return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *arrays]).astype(np.int64))
 
 
-# ── the policy ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the policy ───────────────────────────────────────────────────────────────────────────────────────────────────────
 class Policy(nn.Module):
     """Wraps the language model, so that what DDP and DeepSpeed call as `forward` yields log-probabilities."""
 
@@ -164,7 +164,7 @@ def token_logps(policy: nn.Module, batch: MicroBatch) -> Tensor:
     return logp
 
 
-# ── the interface ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the interface ────────────────────────────────────────────────────────────────────────────────────────────────────
 LossFunction = Callable[[MicroBatch, Tensor], Tensor]
 """(micro-batch, log-probabilities [T]) -> its share of the step's loss, a scalar."""
 
@@ -270,7 +270,7 @@ def unique_tensors(policy: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-# ── plain PyTorch ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── plain PyTorch ────────────────────────────────────────────────────────────────────────────────────────────────────
 class TorchEngine(TrainingEngine):
     """float32 weights throughout; with dtype bfloat16 they are the master weights of a bfloat16 autocast.
 
