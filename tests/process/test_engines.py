@@ -13,7 +13,7 @@ from heterorl.errors import ModelError, NotFinite, UserError
 from heterorl.spec.run import LearnerSpec, RunSpec
 from heterorl_learner.engines.build import build_engine, load_policy
 from heterorl_learner.engines.torch_ddp import MicroBatch, Sequence, TrainingEngine, micro_batch, token_logps
-from heterorl_learner.train_step import learning_rate, plan
+from heterorl_learner.train_step import learning_rate, plan, step_m2_limit
 
 VOCABULARY = 24
 
@@ -122,6 +122,20 @@ def test_micro_batches_add_up_to_the_whole_batch(folders: dict[str, Path]) -> No
         results.append((loss, engine.step(3e-4)))
     assert results[1] == pytest.approx(results[0], rel=1e-5)
     assert results[2] == pytest.approx(results[0], rel=1e-5)
+
+
+def test_the_limit_of_m2po_is_that_of_all_tokens_of_the_step_however_they_are_packed(folders: dict[str, Path]) -> None:
+    sequences, engine = drawn(8), build_engine(folders["tied"], run_spec())
+    sampler = np.random.default_rng(1)
+    for s in sequences:
+        s.sampler_logp[:] = engine.score(micro_batch([s])).numpy() + 0.3 * sampler.standard_normal(len(s.sampler_logp))
+    moments = [(engine.score(micro_batch([s])).numpy() - s.sampler_logp).astype(np.float64) ** 2 for s in sequences]
+    ordered = np.sort(np.concatenate(moments))
+    kept = ordered[np.cumsum(ordered) / np.arange(1, len(ordered) + 1) <= 0.04]
+    assert 10 < len(kept) < len(ordered)
+    for budget in (1, 64, 10_000):
+        assert step_m2_limit(engine, 0.04, plan(sequences, budget)) == pytest.approx(kept[-1], rel=1e-3)
+    assert step_m2_limit(engine, None, []) is None
 
 
 def test_an_update_is_adamw_with_the_gradient_clipped(folders: dict[str, Path]) -> None:
@@ -257,3 +271,9 @@ def test_learning_rates_are_those_worked_by_hand() -> None:
     # 0.4 * (1 + cos(pi k / 8)): k = 4 halves it, k = 2 gives 0.4 * (1 + 0.70711).
     assert rates("cosine")[2:7:2] == pytest.approx([0.8, 0.682843, 0.4])
     assert rates("constant", warmup_ratio=0.0) == [0.8] * 10
+
+
+@pytest.mark.parametrize(("ratio", "steps", "warmup"), [(0.07, 100, 7), (0.07, 101, 8), (0.29, 100, 29), (1e-05, 1, 1)])
+def test_the_warm_up_is_the_ratio_as_it_is_written_times_the_steps(ratio: float, steps: int, warmup: int) -> None:
+    # in floating point 0.07 * 100 is 7.000000000000001 and 0.29 * 100 is 28.999999999999996
+    assert rates("constant", steps, ratio)[:warmup] == pytest.approx([0.8 * (k + 1) / warmup for k in range(warmup)])

@@ -221,7 +221,10 @@ def test_a_model_without_a_tokenizer_is_refused(tiny_model_dir, files, caplog) -
     assert "has no tokenizer (tokenizer.json)" in caplog.text
 
 
-@pytest.mark.parametrize("arguments", [[], ["model"], ["model", "--data", "x", "--pass-k", "2"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["model"], ["model", "--data", "x", "--pass-k", "2"], ["model", "--data", "x", "--temperature", "0.005"]],
+)
 def test_arguments_that_do_not_fit_together_are_refused(arguments: list[str], capsys) -> None:
     assert exit_code_of(arguments) == 2
     assert "Error: " in capsys.readouterr().err

@@ -14,6 +14,9 @@ A micro-batch's loss is its *share*: summed over the micro-batches and ranks of 
 because every divisor comes from `Totals`. A sequence with `lengths` 0 is out of everything (a truncated completion
 under maskTruncated, or one that only fills up a rank); its tokens may be present or left out.
 
+`corrections` may put a factor on every token's term; then the ratio may be against the learner's own policy before the
+update, "old", instead of the sampler's.
+
 Metrics are scalars whose prefix says how to put those of micro-batches and ranks together: `sum/`, `min/` or `max/`.
 Every loss returns the same keys in the same order. `combine` does it, `summarise` turns the result into metric names.
 """
@@ -22,8 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,104 +43,10 @@ from heterorl.spec.run import (
     RatioClipSpec,
     ToprSpec,
 )
-
-MAX_LOG = 20.0
-"""Log-ratios are held within ±20 before exp (5e8): further off says nothing more, and float32 stays finite."""
+from heterorl_learner.corrections import SEQUENCES, correct
+from heterorl_learner.loss_inputs import LossInputs, Totals, bounded_exp, k3
 
 LossMetrics = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class LossInputs:
-    """One micro-batch, flat; floats are float32 or wider. The properties are what the losses are written in."""
-
-    logp: Tensor
-    """[T] the learner's log-probabilities at the generation temperature; the gradient goes through these."""
-    sampler_logp: Tensor
-    """[T] the behaviour policy's log-probabilities, from the sampler's engine."""
-    seq_ids: Tensor
-    """[T] int64, 0..S-1: the sequence of each token; tokens may come in any order."""
-    group_ids: Tensor
-    """[S] int64: the prompt of each sequence; only eqp reads it."""
-    lengths: Tensor
-    """[S] float: completion tokens that count, 0 for a sequence left out."""
-    advantages: Tensor
-    """[S] float."""
-    log_expected_q: Tensor
-    """[S] float: `log_expected_q` of the sequence's whole group, also of members in other micro-batches."""
-
-    @cached_property
-    def counted(self) -> Tensor:
-        """[S] bool: sequences that take part."""
-        return self.lengths > 0
-
-    @cached_property
-    def sequence_advantages(self) -> Tensor:
-        """[S] advantages, 0 where the sequence is left out."""
-        return self.advantages.masked_fill(~self.counted, 0.0)
-
-    @cached_property
-    def token_counted(self) -> Tensor:
-        """[T] bool: tokens of sequences that take part."""
-        return self.counted[self.seq_ids]
-
-    @cached_property
-    def token_advantages(self) -> Tensor:
-        """[T] advantage of each token's sequence."""
-        return self.sequence_advantages[self.seq_ids]
-
-    @cached_property
-    def token_log_ratio(self) -> Tensor:
-        """[T] log p/q of each token, 0 where its sequence is left out."""
-        return (self.logp - self.sampler_logp).masked_fill(~self.token_counted, 0.0)
-
-    @cached_property
-    def mean_logp(self) -> Tensor:
-        """[S] log p_i, the mean over the sequence's tokens."""
-        return self.sequence_mean(self.logp)
-
-    @cached_property
-    def mean_sampler_logp(self) -> Tensor:
-        """[S] log q_i, the mean over the sequence's tokens."""
-        return self.sequence_mean(self.sampler_logp)
-
-    def sequence_sum(self, values: Tensor) -> Tensor:
-        """Sum [T] -> [S], also of sequences left out."""
-        return values.new_zeros(self.lengths.shape[0]).index_add(0, self.seq_ids, values)
-
-    def sequence_mean(self, values: Tensor) -> Tensor:
-        """Mean [T] -> [S]; of no meaning where the sequence is left out."""
-        return self.sequence_sum(values) / self.lengths.clamp(min=1)
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Divisors: sums over the whole optimizer step and all ranks, known before the first backward."""
-
-    tokens: float
-    """Tokens that count, at least 1."""
-    sequences: float
-    """Sequences, those left out by maskTruncated included (they add zero, as in TRL), at least 1."""
-    length_weight: float
-    """Sum of L^-alpha over the sequences that count (ΔL Normalization), above 0."""
-    max_length: float
-    """M: the longest completion the run allows, in tokens."""
-
-    @classmethod
-    def of(cls, lengths: Tensor, *, max_length: int, alpha: float) -> Totals:
-        """Totals of the step's sequences; `lengths` [all S of the step] holds 0 for those left out."""
-        counted = lengths[lengths > 0].double()
-        return cls(
-            tokens=max(counted.sum().item(), 1.0),
-            sequences=max(float(lengths.numel()), 1.0),
-            length_weight=counted.pow(-alpha).sum().item() or 1.0,
-            max_length=float(max_length),
-        )
-
-
-def log_expected_q(mean_logp: Tensor) -> Tensor:
-    """GEPO's denominator log(sum q² / sum q), from the [G] mean sampler log-probs of one prompt's whole group."""
-    return torch.logsumexp(2 * mean_logp, 0) - torch.logsumexp(mean_logp, 0)
 
 
 # ── the weight ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -156,10 +64,9 @@ class Terms:
     counted: Tensor
     """bool: units that take part."""
 
-
-def bounded_exp(log_ratio: Tensor) -> Tensor:
-    """Exponential that stays finite; beyond ±MAX_LOG the gradient is zero."""
-    return log_ratio.clamp(-MAX_LOG, MAX_LOG).exp()
+    def times(self, factor: Tensor) -> Terms:
+        """Under a correction's factor of each unit."""
+        return replace(self, loss=self.loss * factor, weight=self.weight * factor)
 
 
 def clipped(log_ratio: Tensor, advantages: Tensor, counted: Tensor, clip: RatioClipSpec) -> Terms:
@@ -182,23 +89,17 @@ def reinforce(weight: Tensor, high: Tensor, logp: Tensor, advantages: Tensor, co
 
 
 def _tokens(x: LossInputs, clip: RatioClipSpec) -> Terms:
-    return clipped(x.token_log_ratio, x.token_advantages, x.token_counted, clip)
+    return clipped(x.token_log_ratio, x.token_advantages, x.token_counted, clip).times(x.token_factor)
 
 
 def _sequences(x: LossInputs, log_denominator: Tensor, clip: RatioClipSpec) -> Terms:
-    return clipped(x.mean_logp - log_denominator, x.sequence_advantages, x.counted, clip)
+    return clipped(x.mean_log_p - log_denominator, x.sequence_advantages, x.counted, clip).times(x.sequence_factor)
 
 
 def _capped_tokens(x: LossInputs, cap: float) -> Terms:
     log_cap = math.log(cap)
-    weight = x.token_log_ratio.clamp(max=log_cap).exp()
-    return reinforce(weight, x.token_log_ratio > log_cap, x.logp, x.token_advantages, x.token_counted)
-
-
-def k3(log_ratio: Tensor) -> Tensor:
-    """Schulman's k3 estimate r - 1 - log r of KL(q‖p) from samples of q: never negative, unbiased."""
-    log_ratio = log_ratio.clamp(-MAX_LOG, MAX_LOG)
-    return log_ratio.exp() - 1 - log_ratio
+    weight = x.token_log_ratio.clamp(max=log_cap).exp() * x.token_factor
+    return reinforce(weight, x.token_log_ratio > log_cap, x.log_p, x.token_advantages, x.token_counted)
 
 
 # ── token ratio ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -239,7 +140,7 @@ def delta_l(x: LossInputs, params: DeltaLSpec, totals: Totals) -> tuple[Tensor, 
 # ── sequence ratio ───────────────────────────────────────────────────────────────────────────────────────────────────
 def gspo(x: LossInputs, clip: RatioClipSpec, totals: Totals) -> tuple[Tensor, LossMetrics]:
     """GSPO (arXiv 2507.18071): mean_i -min(s_i A, clip(s_i) A), s_i = p_i/q_i = exp(mean_t log r_t)."""
-    terms = _sequences(x, x.mean_sampler_logp, clip)
+    terms = _sequences(x, x.mean_log_old, clip)
     return terms.loss.sum() / totals.sequences, measure(x, terms)
 
 
@@ -253,7 +154,7 @@ def gmpo(x: LossInputs, params: GmpoSpec, totals: Totals) -> tuple[Tensor, LossM
     weight = bounded_exp(x.sequence_mean(held))
     low = x.sequence_mean(((log_ratio < -params.low) & (x.token_advantages < 0)).to(weight.dtype))
     high = x.sequence_mean(((log_ratio > params.high) & positive).to(weight.dtype))
-    terms = Terms(-weight * x.sequence_advantages, weight, low, high, x.counted)
+    terms = Terms(-weight * x.sequence_advantages, weight, low, high, x.counted).times(x.sequence_factor)
     return terms.loss.sum() / totals.sequences, measure(x, terms)
 
 
@@ -264,7 +165,7 @@ def gepo(x: LossInputs, clip: RatioClipSpec, totals: Totals) -> tuple[Tensor, Lo
     j runs over the prompt's group. At zero lag c_i is q_i/E_q, not 1: its clip fractions cannot be compared with
     GSPO's; `ratio/*` can.
     """
-    terms = _sequences(x, x.log_expected_q, clip)
+    terms = _sequences(x, x.log_expected_old, clip)
     return terms.loss.sum() / totals.sequences, measure(x, terms)
 
 
@@ -274,7 +175,7 @@ def gepo_plus(x: LossInputs, params: GepoPlusSpec, totals: Totals) -> tuple[Tens
     The KL is the mean k3 over the sequence's tokens.
     """
     near = x.sequence_mean(k3(x.token_log_ratio.detach())) < params.kl_threshold
-    terms = _sequences(x, torch.where(near, x.mean_sampler_logp, x.log_expected_q), params)
+    terms = _sequences(x, torch.where(near, x.mean_log_old, x.log_expected_old), params)
     return terms.loss.sum() / totals.sequences, measure(x, terms)
 
 
@@ -284,12 +185,8 @@ def eqp(x: LossInputs, clip: RatioClipSpec, totals: Totals) -> tuple[Tensor, Los
     The gradient goes through the denominator as well. The sums run over the group's sequences in this micro-batch,
     so groups must not be split.
     """
-    # A sequence left out is a group of its own, so that it weighs in no one's expectation.
-    groups = torch.where(x.counted, x.group_ids, -1 - torch.arange(len(x.group_ids), device=x.group_ids.device))
-    others = groups[:, None] != groups[None, :]
-    log_qp = (x.mean_sampler_logp + x.mean_logp).expand_as(others).masked_fill(others, -math.inf)
-    log_q = x.mean_sampler_logp.expand_as(others).masked_fill(others, -math.inf)
-    terms = _sequences(x, torch.logsumexp(log_qp, 1) - torch.logsumexp(log_q, 1), clip)
+    log_qp = x.group_logsumexp(x.mean_log_old + x.mean_log_p)
+    terms = _sequences(x, log_qp - x.group_logsumexp(x.mean_log_old), clip)
     return terms.loss.sum() / totals.sequences, measure(x, terms)
 
 
@@ -315,20 +212,22 @@ def topr(x: LossInputs, params: ToprSpec, totals: Totals) -> tuple[Tensor, LossM
     tapered = x.sequence_advantages < 0
     weight = torch.where(tapered, log_ratio.clamp(max=log_cap), 0.0).exp()
     high = tapered & (log_ratio > log_cap)
-    terms = reinforce(weight, high, x.sequence_sum(x.logp), x.sequence_advantages, x.counted)
+    terms = reinforce(weight, high, x.sequence_sum(x.token_factor * x.log_p), x.sequence_advantages, x.counted)
+    terms = replace(terms, weight=weight * x.sequence_factor)
     return terms.loss.sum() / totals.sequences, measure(x, terms)
 
 
 # ── penalty, metrics, front door ─────────────────────────────────────────────────────────────────────────────────────
 def kl_to_sampler(x: LossInputs, totals: Totals) -> Tensor:
     """CPPO-KL: the mean over the step's tokens of k3, an estimate of KL(q‖p) whose gradient is that of KL(q‖p)."""
-    return k3(x.token_log_ratio).sum() / totals.tokens
+    return k3(x.sampler_log_ratio).sum() / totals.tokens
 
 
 @torch.no_grad()
 def measure(x: LossInputs, terms: Terms) -> LossMetrics:
     """Sums and extremes of one micro-batch, float64 scalars; see the module's docstring."""
-    ratio = bounded_exp(x.mean_logp - x.mean_sampler_logp).double()
+    x = replace(x, logp=x.logp.detach())  # its properties would otherwise be kept, without gradient, for the loss
+    ratio = bounded_exp(x.sequence_mean(x.sampler_log_ratio)).double()
 
     def total(values: Tensor, counted: Tensor) -> Tensor:
         return values.double().masked_fill(~counted, 0.0).sum()
@@ -340,7 +239,7 @@ def measure(x: LossInputs, terms: Terms) -> LossMetrics:
         "sum/tokens": x.token_counted.double().sum(),
         "sum/sequences": x.counted.double().sum(),
         "sum/units": terms.counted.double().sum(),
-        "sum/k3": total(k3(x.token_log_ratio), x.token_counted),
+        "sum/k3": total(k3(x.sampler_log_ratio), x.token_counted),
         "sum/ratio": total(ratio, x.counted),
         "min/ratio": extreme(math.inf).amin(),
         "max/ratio": extreme(-math.inf).amax(),
@@ -368,6 +267,7 @@ def summarise(metrics: LossMetrics) -> dict[str, float]:
     units = m["sum/units"]
     if units == 0:
         return summary
+    corrected = {name.rpartition("/")[2]: total for name, total in m.items() if name.startswith("sum/correction/")}
     mean_weight = m["sum/weight"] / units
     mean_square = m["sum/weight_squared"] / units
     return summary | {
@@ -381,15 +281,26 @@ def summarise(metrics: LossMetrics) -> dict[str, float]:
         "clip_ratio/low_mean": m["sum/low"] / units,
         "clip_ratio/high_mean": m["sum/high"] / units,
         "clip_ratio/region_mean": (m["sum/low"] + m["sum/high"]) / units,
+        **{
+            f"correction/{name}": total / m["sum/sequences" if name in SEQUENCES else "sum/tokens"]
+            for name, total in corrected.items()
+        },
     }
 
 
-def policy_loss(algorithm: AlgorithmSpec, x: LossInputs, totals: Totals) -> tuple[Tensor, LossMetrics]:
-    """The run's loss of one micro-batch, penalty included, and its metrics for `combine` and `summarise`."""
+def policy_loss(
+    algorithm: AlgorithmSpec, x: LossInputs, totals: Totals, m2_limit: float | None = None
+) -> tuple[Tensor, LossMetrics]:
+    """The run's loss of one micro-batch, correction and penalty included, and its metrics.
+
+    `m2_limit` is what `corrections.second_moment_limit` found for the step, with `correction.m2poTau`.
+    """
+    x, corrected = correct(x, algorithm.correction, m2_limit)
     loss, metrics = LOSSES[algorithm.loss.type](x, getattr(algorithm.loss, algorithm.loss.type), totals)
     penalty = algorithm.kl_to_sampler.weight * kl_to_sampler(x, totals)
     loss = loss + penalty
-    return loss, metrics | {"sum/loss": loss.detach().double(), "sum/kl_to_sampler": penalty.detach().double()}
+    metrics |= {"sum/loss": loss.detach().double(), "sum/kl_to_sampler": penalty.detach().double()}
+    return loss, metrics | {f"sum/correction/{name}": value for name, value in corrected.items()}
 
 
 LOSSES: dict[LossType, Callable[[LossInputs, Any, Totals], tuple[Tensor, LossMetrics]]] = {

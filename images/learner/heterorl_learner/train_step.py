@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as SequenceOf
+from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
@@ -19,8 +20,10 @@ from heterorl.errors import UserError
 from heterorl.exchange.rollout import Rollout, SamplingDistribution
 from heterorl.spec.run import LearnerSpec, LossType, RunSpec
 from heterorl_learner import ranks
+from heterorl_learner.corrections import second_moment_limit
 from heterorl_learner.engines.torch_ddp import MicroBatch, Sequence, TrainingEngine, micro_batch
-from heterorl_learner.losses import LossInputs, LossMetrics, Totals, combine, log_expected_q, policy_loss, summarise
+from heterorl_learner.loss_inputs import LossInputs, Totals, log_expected_q
+from heterorl_learner.losses import LossMetrics, combine, policy_loss, summarise
 from heterorl_learner.rollout_feed import StepBatch
 
 Scale = Literal["none", "group", "batch", "beta"]
@@ -60,12 +63,13 @@ def train_on(engine: TrainingEngine, spec: RunSpec, batch: StepBatch) -> dict[st
         spec.learner.batch.tokens_per_micro_batch,
         rank=engine.rank,
         world_size=engine.world_size,
-        whole_groups=spec.algorithm.loss.type == "eqp",
+        whole_groups=spec.algorithm.needs_whole_groups,
     )
+    m2_limit = step_m2_limit(engine, spec.algorithm.correction.m2po_tau, micro_batches)
     parts: list[LossMetrics] = []
 
     def loss_function(micro: MicroBatch, logp: Tensor) -> Tensor:
-        loss, metrics = policy_loss(spec.algorithm, loss_inputs(micro, logp), totals)
+        loss, metrics = policy_loss(spec.algorithm, loss_inputs(micro, logp), totals, m2_limit)
         parts.append(metrics)
         return loss
 
@@ -75,6 +79,15 @@ def train_on(engine: TrainingEngine, spec: RunSpec, batch: StepBatch) -> dict[st
     if not everywhere:  # every completion was cut and is masked: a step without a gradient
         return {"loss": 0.0, "kl_to_sampler": 0.0}
     return summarise(combine(everywhere))
+
+
+def step_m2_limit(engine: TrainingEngine, tau: float | None, micro_batches: list[MicroBatch]) -> float | None:
+    """M2PO's limit over all tokens of the step, which takes a forward pass of its own; None without a tau."""
+    if tau is None:
+        return None
+    scored = [(batch.to(engine.device), engine.score(batch)) for batch in micro_batches]
+    mine = torch.cat([loss_inputs(batch, logp).sampler_log_ratio.cpu() for batch, logp in scored])
+    return second_moment_limit(torch.cat(ranks.gather(mine)), tau)
 
 
 def _on_the_cpu(metrics: LossMetrics) -> LossMetrics:
@@ -275,7 +288,7 @@ def learning_rate(learner: LearnerSpec, step: int) -> float:
     the peak rate; cosine and linear would reach 0 one update after the last.
     """
     peak, steps = learner.optimizer.learning_rate, learner.steps
-    warmup = math.ceil(learner.schedule.warmup_ratio * steps)
+    warmup = math.ceil(Fraction(str(learner.schedule.warmup_ratio)) * steps)  # of the ratio as written: 0.07 * 100 is 7
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))

@@ -20,13 +20,19 @@ from heterorl.entry import Stop, exit_code, leave
 from heterorl.errors import ModelError, UserError
 from heterorl.exchange.rollout import Sampling
 from heterorl.logs import setup_logging
-from heterorl.spec.run import ColumnsSpec, DatasetSpec
+from heterorl.spec.run import MIN_TEMPERATURE, ColumnsSpec, DatasetSpec
 from heterorl_sampler.engines.build import build_engine
 from heterorl_sampler.engines.model_files import Dtype, context_length
 from heterorl_sampler.evaluate import EvalResult, Measure, evaluate
 
 _PATH = click.Path(path_type=Path)
 _POSITIVE = click.IntRange(min=1)
+
+
+def _checked_temperature(_context: click.Context, _option: click.Parameter, value: float) -> float:
+    if value < 0 or 0 < value < MIN_TEMPERATURE:
+        raise click.BadParameter(f"{value:g} is neither 0 (greedy decoding) nor at least {MIN_TEMPERATURE:g}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,13 @@ class EvalOptions:
 @click.option(
     "--pass-k", type=_POSITIVE, multiple=True, default=[1], metavar="K", help="A k for pass@k; can be repeated."
 )
-@click.option("--temperature", default=0.6, metavar="T", help="Sampling temperature; 0 is greedy decoding.")
+@click.option(
+    "--temperature",
+    default=0.6,
+    metavar="T",
+    callback=_checked_temperature,
+    help="Sampling temperature; 0 is greedy decoding.",
+)
 @click.option("--top-p", default=0.95, metavar="P", help="Top-p (nucleus) sampling; 1 disables.")
 @click.option("--top-k", default=0, metavar="N", help="Top-k sampling; 0 disables.")
 @click.option("--max-tokens", type=_POSITIVE, default=1024, metavar="N", help="Maximum length of a completion.")

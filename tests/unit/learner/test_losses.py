@@ -2,78 +2,31 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, get_args
 
-import numpy as np
 import pytest
 import torch
 
-from heterorl.spec.run import AlgorithmSpec, KlToSamplerSpec, LossSpec, LossType
-from heterorl_learner.losses import LOSSES, LossInputs, Totals, combine, log_expected_q, policy_loss, summarise
+from heterorl.spec.run import LossType
+from heterorl_learner.loss_inputs import LossInputs, Totals, log_expected_q
+from heterorl_learner.losses import LOSSES, combine, policy_loss, summarise
+from unit.learner.loss_batches import (
+    ALPHA,
+    HAND,
+    MAX_LENGTH,
+    Completion,
+    algorithm,
+    completion,
+    flat,
+    mean,
+    plain_gradient,
+    plain_loss,
+    random_batch,
+    totals_of,
+)
 
 ALL = get_args(LossType)
-ALPHA, MAX_LENGTH = 0.75, 8
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One sequence in the plainest form: lists of probabilities' logarithms."""
-
-    group: int
-    logp: list[float]
-    sampler_logp: list[float]
-    advantage: float
-    counts: bool = True
-
-
-def completion(group: int, advantage: float, q: list[float], ratio: list[float]) -> Completion:
-    return Completion(group, [math.log(a * r) for a, r in zip(q, ratio)], [math.log(a) for a in q], advantage)
-
-
-def random_batch(seed: int, distance: float = 0.3) -> list[Completion]:
-    """Three groups of three completions of 1 to 8 tokens, the learner `distance` away from the sampler."""
-    rng = np.random.default_rng(seed)
-    batch = []
-    for group in (0, 1, 2):
-        for _ in range(3):
-            sampler_logp = -rng.exponential(0.7, size=rng.integers(1, 9))
-            logp = np.minimum(sampler_logp + distance * rng.standard_normal(sampler_logp.size), -1e-3)
-            batch.append(Completion(group, logp.tolist(), sampler_logp.tolist(), float(rng.standard_normal())))
-    return batch
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def flat(
-    batch: list[Completion], members: list[Completion] | None = None, dtype: torch.dtype = torch.float64
-) -> LossInputs:
-    """The flat form of `batch`; `members` are those of its groups, as a reader of whole groups would know them."""
-    members = batch if members is None else members
-    denominators = {
-        g: log_expected_q(torch.tensor([mean(c.sampler_logp) for c in members if c.group == g], dtype=dtype))
-        for g in {c.group for c in batch}
-    }
-    return LossInputs(
-        logp=torch.tensor([v for c in batch for v in c.logp], dtype=dtype, requires_grad=True),
-        sampler_logp=torch.tensor([v for c in batch for v in c.sampler_logp], dtype=dtype),
-        seq_ids=torch.tensor([i for i, c in enumerate(batch) for _ in c.logp], dtype=torch.int64),
-        group_ids=torch.tensor([c.group for c in batch], dtype=torch.int64),
-        lengths=torch.tensor([len(c.logp) * c.counts for c in batch], dtype=dtype),
-        advantages=torch.tensor([c.advantage for c in batch], dtype=dtype),
-        log_expected_q=torch.tensor([float(denominators[c.group]) for c in batch], dtype=dtype),
-    )
-
-
-def totals_of(batch: list[Completion]) -> Totals:
-    lengths = torch.tensor([len(c.logp) * c.counts for c in batch])
-    return Totals.of(lengths, max_length=MAX_LENGTH, alpha=ALPHA)
-
-
-def algorithm(loss: str, kl_weight: float = 0.0, **params: Any) -> AlgorithmSpec:
-    return AlgorithmSpec(loss=LossSpec(**{"type": loss, loss: params}), kl_to_sampler=KlToSamplerSpec(weight=kl_weight))
 
 
 def test_the_dict_names_exactly_the_losses_of_the_spec():
@@ -81,10 +34,6 @@ def test_the_dict_names_exactly_the_losses_of_the_spec():
 
 
 # ── by hand ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-# One group. First: q = 0.5 0.5, r = 1.1 1.5, so p = 0.55 0.75, A = +1. Second: q = 0.2, r = 0.5, so p = 0.1, A = -1.
-# 3 tokens, 2 sequences, M = 4. Geometric means: q_1 = 0.5, s_1 = sqrt(1.65) = 1.2845233, p_1 = 0.6422616;
-# q_2 = 0.2, s_2 = 0.5, p_2 = 0.1.
-HAND = [completion(0, 1.0, [0.5, 0.5], [1.1, 1.5]), completion(0, -1.0, [0.2], [0.5])]
 WIDE = {"low": 1.0, "high": 10.0}
 BY_HAND = [
     # clipped to [0.8, 1.2]: first -1.1, -1.2; second -min(-0.5, -0.8) = 0.8. ((-2.3)/2 + 0.8)/2
@@ -151,6 +100,17 @@ def test_the_penalty_is_the_mean_k3_over_tokens_and_is_part_of_the_loss():
     assert grad.tolist() == pytest.approx([0.2 / 3, 1 / 3, -1 / 3])
 
 
+@pytest.mark.parametrize("loss", ALL)
+def test_the_penalty_has_its_gradient_with_every_loss(loss: str):
+    gradients = []
+    for weight in (0.0, 2.0):
+        x = flat(HAND)
+        policy_loss(algorithm(loss, kl_weight=weight), x, totals_of(HAND))[0].backward()
+        gradients.append(x.logp.grad)
+    # d k3 / d log p = r - 1: 0.1, 0.5, -0.5, each times 2/3
+    assert (gradients[1] - gradients[0]).tolist() == pytest.approx([0.2 / 3, 1 / 3, -1 / 3])
+
+
 def test_totals_count_tokens_and_lengths_of_what_takes_part():
     # 4 + 1 tokens, 3 sequences, 4^-0.5 + 1^-0.5 = 1.5
     assert Totals.of(torch.tensor([4, 0, 1]), max_length=8, alpha=0.5) == Totals(5.0, 3.0, 1.5, 8.0)
@@ -190,71 +150,6 @@ def test_clip_metrics_count_units_of_the_loss(loss: str, low: float, high: float
 
 
 # ── a plain formula ──────────────────────────────────────────────────────────────────────────────────────────────────
-def plain_loss(loss: str, batch: list[Completion], frozen: list[Completion]) -> float:
-    """The step's loss with the default parameters, a sequence at a time; detached weights come from `frozen`."""
-    used = [(c, f) for c, f in zip(batch, frozen) if c.counts]
-    num_tokens = sum(len(c.logp) for c, _ in used)
-    length_weight = sum(len(c.logp) ** -ALPHA for c, _ in used)
-
-    def surrogate(ratio: float, advantage: float) -> float:
-        return -min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
-
-    def q_of(c: Completion) -> float:
-        return math.exp(mean(c.sampler_logp))
-
-    def p_of(c: Completion) -> float:
-        return math.exp(mean(c.logp))
-
-    def denominator(c: Completion, f: Completion) -> float:
-        group = [o for o in batch if o.group == c.group]
-        counted = [o for o in group if o.counts]
-        expected_q = sum(q_of(o) ** 2 for o in group) / sum(q_of(o) for o in group)
-        expected_p = sum(q_of(o) * p_of(o) for o in counted) / sum(q_of(o) for o in counted)
-        kl = mean([math.exp(p - q) - 1 - (p - q) for p, q in zip(f.logp, f.sampler_logp)])
-        near = q_of(c) if kl < 0.002 else expected_q
-        return {"gspo": q_of(c), "gepo": expected_q, "eqp": expected_p, "gepo_plus": near}[loss]
-
-    result = 0.0
-    for c, f in used:
-        a, length = c.advantage, len(c.logp)
-        ratios = [math.exp(p - q) for p, q in zip(c.logp, c.sampler_logp)]
-        frozen_ratios = [math.exp(p - q) for p, q in zip(f.logp, f.sampler_logp)]
-        summed = sum(surrogate(r, a) for r in ratios)
-        if loss == "grpo":
-            result += summed / length / len(batch)
-        elif loss in ("bnpo", "dapo"):
-            result += summed / num_tokens
-        elif loss == "dr_grpo":
-            result += summed / (len(batch) * MAX_LENGTH)
-        elif loss == "delta_l":
-            result += summed * length**-ALPHA / length_weight / MAX_LENGTH
-        elif loss in ("gspo", "gepo", "gepo_plus", "eqp"):
-            result += surrogate(p_of(c) / denominator(c, f), a) / len(batch)
-        elif loss == "gmpo":
-            held = [min(math.log(r), 0.4) if a > 0 else max(math.log(r), -0.4) for r in ratios]
-            result += -a * math.exp(mean(held)) / len(batch)
-        elif loss == "topr":
-            weight = 1.0 if a >= 0 else min(math.prod(frozen_ratios), 1.0)
-            result += -weight * a * sum(c.logp) / len(batch)
-        else:
-            cap = {"cispo": 5.0, "impala": 1.0}[loss]
-            result += sum(-min(r, cap) * a * p for r, p in zip(frozen_ratios, c.logp)) / num_tokens
-    return result
-
-
-def plain_gradient(loss: str, batch: list[Completion]) -> list[float]:
-    """Central differences of `plain_loss`; a step of 1e-6 leaves about 1e-9 of error."""
-    gradient = []
-    for i, c in enumerate(batch):
-        for t in range(len(c.logp)):
-            ends = []
-            for step in (1e-6, -1e-6):
-                moved = replace(c, logp=[v + step * (k == t) for k, v in enumerate(c.logp)])
-                ends.append(plain_loss(loss, [*batch[:i], moved, *batch[i + 1 :]], batch))
-            gradient.append((ends[0] - ends[1]) / 2e-6)
-    return gradient
-
-
 @pytest.mark.parametrize("distance", [0.03, 0.3, 1.0])
 @pytest.mark.parametrize("loss", ALL)
 def test_value_and_gradient_agree_with_the_plain_formula(loss: str, distance: float):
@@ -408,23 +303,69 @@ def test_an_empty_part_leaves_the_metrics_of_the_others_alone(loss: str):
     assert all(same(a, b) for a, b in zip(run(loss, [batch], batch), run(loss, [batch, []], batch)))
 
 
-def extreme(shift: Callable[[int], float]) -> list[Completion]:
+def extreme(shift: Callable[[int], float], sampler_shift: Callable[[int], float]) -> list[Completion]:
     return [
-        replace(c, logp=[v + shift(t) for t, v in enumerate(c.logp)], advantage=sign)
+        replace(
+            c,
+            logp=[v + shift(t) for t, v in enumerate(c.logp)],
+            sampler_logp=[v + sampler_shift(t) for t, v in enumerate(c.sampler_logp)],
+            advantage=sign,
+        )
         for c in random_batch(seed=8)
         for sign in (1.0, -1.0)
     ]
 
 
+def none(t: int) -> float:
+    return 0.0
+
+
+def now_and_then(t: int) -> float:
+    return -math.inf if t % 2 else 0.0
+
+
+def always(t: int) -> float:
+    return -math.inf
+
+
+EXTREMES = {
+    "up": (lambda t: 1e3, none),
+    "down": (lambda t: -1e3, none),
+    "both": (lambda t: 1e3 * (-1) ** t, none),
+    "p is 0 now and then": (now_and_then, none),
+    "p is 0": (always, none),
+    "q is 0 now and then": (none, now_and_then),
+    "q is 0": (none, always),
+    "p and q are 0": (always, always),
+    "p or q is 0": (now_and_then, lambda t: now_and_then(t + 1)),
+}
+CORRECTIONS: list[dict[str, Any]] = [
+    {},
+    *({"weight": {"type": kind, "level": level}} for kind in ("truncate", "mask") for level in ("token", "sequence")),
+    {"reject": {"type": "geometric"}},
+    {"reject": {"type": "k3"}},
+    {"opsmDelta": 0.5},
+    {"m2poTau": 0.04},
+]
+
+
 @pytest.mark.parametrize("loss", ALL)
-@pytest.mark.parametrize(
-    "shift", [lambda t: 1e3, lambda t: -1e3, lambda t: 1e3 * (-1) ** t], ids=["up", "down", "both"]
-)
-def test_extreme_log_ratios_stay_finite_in_float32(loss: str, shift: Callable[[int], float]):
-    batch = extreme(shift)
-    x = flat(batch, dtype=torch.float32)
-    value, metrics = policy_loss(algorithm(loss, kl_weight=0.005), x, totals_of(batch))
-    value.backward()
-    assert math.isfinite(value.item())
-    assert torch.isfinite(x.logp.grad).all()
-    assert all(math.isfinite(v) for v in summarise(metrics).values())
+@pytest.mark.parametrize("extremes", EXTREMES)
+def test_extreme_probabilities_stay_finite_in_float32_under_every_correction(loss: str, extremes: str):
+    batch = extreme(*EXTREMES[extremes])
+    for correction in CORRECTIONS:
+        x = flat(batch, dtype=torch.float32)
+        spec = algorithm(loss, kl_weight=0.005, correction=correction)
+        value, metrics = policy_loss(spec, x, totals_of(batch), m2_limit=0.1)
+        value.backward()
+        assert math.isfinite(value.item()), correction
+        assert torch.isfinite(x.logp.grad).all(), correction
+        assert all(math.isfinite(v) for v in summarise(metrics).values()), correction
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_a_probability_that_is_not_a_number_is_not_hidden(loss: str):
+    batch = [replace(c, logp=[math.nan, *c.logp[1:]]) for c in random_batch(seed=8)]
+    for correction in CORRECTIONS:
+        spec = algorithm(loss, correction=correction)
+        assert math.isnan(policy_loss(spec, flat(batch), totals_of(batch), m2_limit=0.1)[0].item()), correction

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from heterorl.spec.run import AlgorithmSpec, LossSpec
-from heterorl_learner.losses import LossInputs, Totals, policy_loss, summarise
+from heterorl.spec.run import AlgorithmSpec, CorrectionSpec, LossSpec, WeightSpec
+from heterorl_learner.loss_inputs import LossInputs, Totals
+from heterorl_learner.losses import policy_loss, summarise
 
 LENGTHS = [5, 3, 1, 4]  # completion lengths of two prompts' two completions, padded by TRL to 5
 MAX_LENGTH = 6
@@ -142,6 +143,65 @@ def test_value_and_gradient_equal_trl(
     if loss != "cispo" and not (loss == "gspo" and masked):  # TRL counts a masked sequence as unclipped
         for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"):
             assert our_metrics[name] == pytest.approx(trl_metrics[name], rel=1e-6)
+
+
+# Corrections: TRL recomputes the log-probs of its old policy, so with one step a batch that is the model itself.
+WEIGHTS = [
+    {"type": kind, "level": level, "low": low, "high": high}
+    for kind in ("truncate", "mask")
+    for level in ("token", "sequence")
+    for low, high in ((0.0, 1.3), (0.8, 1.3))
+]
+
+
+def trl_weight(logp: torch.Tensor, batch: dict[str, torch.Tensor], weight: dict[str, Any]) -> torch.Tensor:
+    """As `GRPOTrainer._generate_and_score_completions` makes importance_sampling_ratio, for a sampler's log-probs."""
+    difference = (logp - batch["old_per_token_logps"]) * batch["completion_mask"]
+    if weight["level"] == "sequence":
+        difference = difference.sum(-1, keepdim=True)
+    ratio = difference.exp()
+    if weight["type"] == "truncate":
+        return ratio.clamp(min=weight["low"], max=weight["high"])
+    return ratio.masked_fill((ratio < weight["low"]) | (ratio > weight["high"]), 0.0)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS, ids=lambda w: "-".join(map(str, w.values())))
+@pytest.mark.parametrize("loss", ["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"])
+def test_a_weighted_loss_equals_trl_with_its_correction_of_the_sampler(
+    trainer: Any, batch: dict[str, torch.Tensor], loss: str, weight: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    spec = AlgorithmSpec(loss=LossSpec(type=loss), correction=CorrectionSpec(weight=WeightSpec(**weight)))
+    our_loss, _ = ours(trainer, spec, batch)
+    our_gradients = weight_gradients(trainer, our_loss)
+    with torch.no_grad():
+        logp = model_logp(trainer, batch)
+    monkeypatch.setattr(trainer, "use_vllm", True)
+    monkeypatch.setattr(trainer, "vllm_importance_sampling_correction", True)
+    ratio = trl_weight(logp, batch, weight)
+    trl_loss, _ = theirs(trainer, spec, batch | {"old_per_token_logps": logp, "importance_sampling_ratio": ratio})
+    trl_gradients = weight_gradients(trainer, trl_loss)
+
+    assert our_loss.item() == pytest.approx(trl_loss.item(), rel=1e-6, abs=1e-8)  # TRL's log-probs are float32
+    assert trl_gradients.abs().max() > 1e-3
+    assert torch.allclose(our_gradients, trl_gradients, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("moved", [[0], [0, 1], [0, 1, 2, 3]])  # of these 1 and 2 have a negative advantage
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
+def test_opsm_equals_trls_mask_of_off_policy_sequences(
+    trainer: Any, batch: dict[str, torch.Tensor], loss: str, moved: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    batch["old_per_token_logps"][moved] += 3
+    spec = AlgorithmSpec(loss=LossSpec(type=loss), correction=CorrectionSpec(opsm_delta=1.5))
+    our_loss, our_metrics = ours(trainer, spec, batch)
+    our_gradients = weight_gradients(trainer, our_loss)
+    monkeypatch.setattr(trainer, "off_policy_mask_threshold", 1.5)
+    trl_loss, _ = theirs(trainer, spec, batch)
+    trl_gradients = weight_gradients(trainer, trl_loss)
+
+    assert our_loss.item() == pytest.approx(trl_loss.item(), rel=1e-10)
+    assert torch.allclose(our_gradients, trl_gradients, rtol=1e-8, atol=1e-12)
+    assert our_metrics["correction/opsm"] == len({1, 2} & set(moved)) / 4
 
 
 def test_the_test_sees_a_gradient_of_the_wrong_sign(trainer: Any, batch: dict[str, torch.Tensor]):

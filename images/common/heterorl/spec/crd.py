@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from heterorl.spec.base import RUN_NAME, Block, block_in
 from heterorl.spec.mutability import IMMUTABLE, LIVE, within
 from heterorl.spec.pod_template import RESERVED
-from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun, RunSpec, SamplerPoolSpec
+from heterorl.spec.run import API_VERSION, KIND, MIN_TEMPERATURE, HeteroRLRun, RunSpec, SamplerPoolSpec
 from heterorl.spec.status import RunStatus
 
 GROUP, VERSION = API_VERSION.split("/")
@@ -115,6 +115,10 @@ RULES: dict[str, list[Rule]] = {
     ],
     "EvaluationSpec": [
         ("self.passK.all(k, k <= self.samplesPerPrompt)", "each k of passK must be at most samplesPerPrompt"),
+        (
+            f"self.temperature == 0.0 || self.temperature >= {MIN_TEMPERATURE}",
+            f"temperature must be at least {MIN_TEMPERATURE}, or 0 for greedy decoding",
+        ),
     ],
     "RunSpec": [
         (

@@ -34,6 +34,8 @@ API_VERSION = "heterorl.dev/v1alpha1"
 KIND = "HeteroRLRun"
 
 _SLOT = re.compile(r"([a-z0-9]([-a-z0-9]*[a-z0-9])?)-(0|[1-9][0-9]*)")
+MIN_TEMPERATURE = 0.01
+"""Lowest sampling temperature: vLLM takes this one for any below it but 0, and the learner would not know."""
 
 LossType = Literal[
     "grpo",
@@ -323,6 +325,55 @@ class KlToSamplerSpec(Block):
     """Weight of the penalty; the paper uses 0.005."""
 
 
+class WeightSpec(Block):
+    """The importance weight ρ = p/q from the sampler's policy to the learner's, without gradient."""
+
+    type: Literal["none", "truncate", "mask"] = "none"
+    """truncate (TIS): ρ held within low and high; mask (IcePop, MIS): ρ if it is within them, otherwise 0."""
+    level: Literal["token", "sequence"] = "token"
+    """token: ρ of each token; sequence: product over the completion's tokens."""
+    low: float = Field(0.0, ge=0, le=1)
+    """Lower bound; IcePop uses 0.5."""
+    high: float = Field(2.0, ge=1, le=1_000_000)
+    """Upper bound; IcePop uses 5."""
+
+
+class RejectSpec(Block):
+    """Rejection of completions that are too far from the sampler's policy."""
+
+    type: Literal["none", "geometric", "k3"] = "none"
+    """geometric: by the geometric mean of p/q over the tokens; k3: by their mean k3."""
+    low: float = Field(0.5, ge=0, le=1)
+    """geometric: smallest ratio that is kept."""
+    high: float = Field(2.0, ge=1, le=1_000_000)
+    """geometric: largest ratio that is kept."""
+    max_k3: float = Field(0.1, gt=0, le=1_000_000)
+    """k3: largest mean that is kept."""
+
+
+class CorrectionSpec(Block):
+    """Corrections for data of another policy, for any loss; those that are on multiply."""
+
+    weight: WeightSpec = WeightSpec()
+    """Importance weight of each token; the loss's own ratio is then against the learner instead of the sampler."""
+    reject: RejectSpec = RejectSpec()
+    """Rejection of whole completions."""
+    opsm_delta: float | None = Field(None, ge=0, le=1000)
+    """OPSM: drop a completion if its advantage is negative and its mean log(q/p) exceeds this; such as 0.5."""
+    m2po_tau: float | None = Field(None, gt=0, le=1000, alias="m2poTau")
+    """M2PO: mask the tokens of largest (log p/q)² until the mean is at most this, such as 0.04; a forward pass more."""
+
+    @property
+    def weighs(self) -> bool:
+        """Whether there is an importance weight."""
+        return self.weight.type != "none"
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is corrected."""
+        return self.weighs or self.reject.type != "none" or self.opsm_delta is not None or self.m2po_tau is not None
+
+
 class StalenessSpec(Block):
     """How old a rollout may be when it is trained on."""
 
@@ -341,6 +392,8 @@ class AlgorithmSpec(Block):
     """Number of completions generated per prompt."""
     advantage: AdvantageSpec = AdvantageSpec()
     """How rewards become advantages."""
+    correction: CorrectionSpec = CorrectionSpec()
+    """Corrections for data of another policy, independent of the loss."""
     kl_to_sampler: KlToSamplerSpec = KlToSamplerSpec()
     """KL penalty towards the sampler's policy."""
     staleness: StalenessSpec = StalenessSpec()
@@ -353,12 +406,17 @@ class AlgorithmSpec(Block):
         if self.group_size == 1:
             yield "groupSize", "is 1, but advantages are relative to the group mean; set it to at least 2"
 
+    @property
+    def needs_whole_groups(self) -> bool:
+        """Whether the loss reads the learner's probabilities of a prompt's whole group at once."""
+        return self.loss.type == "eqp" or (self.loss.type in ("gepo", "gepo_plus") and self.correction.weighs)
+
 
 class GenerationSpec(Block):
     """How completions are sampled."""
 
-    temperature: float = Field(1.0, gt=0, le=100)
-    """Sampling temperature; the learner computes log-probabilities at the same temperature."""
+    temperature: float = Field(1.0, ge=MIN_TEMPERATURE, le=100)
+    """Sampling temperature, at which the learner computes log-probabilities too; vLLM knows none from 0 to 0.01."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Top-p (nucleus) sampling; 1 disables. Importance ratios are biased if it is below 1."""
     top_k: int = Field(0, ge=0, le=1_000_000)
@@ -741,7 +799,7 @@ class EvaluationSpec(Block):
     pass_k: list[Annotated[int, Field(ge=1, le=1024)]] = Field([1], max_length=16)
     """The values of k for pass@k, each at most samplesPerPrompt."""
     temperature: float = Field(0.6, ge=0, le=100)
-    """Sampling temperature; 0 is greedy decoding."""
+    """Sampling temperature, at least 0.01; or 0, which is greedy decoding."""
     top_p: float = Field(0.95, gt=0, le=1)
     """Top-p (nucleus) sampling; 1 disables."""
     top_k: int = Field(0, ge=0, le=1_000_000)
@@ -760,7 +818,13 @@ class EvaluationSpec(Block):
     """Pod template of the evaluation."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
-        """pass@k needs k samples."""
+        """pass@k needs k samples; vLLM samples at 0.01 where the temperature is between 0 and that."""
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            yield (
+                "temperature",
+                f"is {self.temperature:g}, and vLLM would sample at {MIN_TEMPERATURE:g};"
+                f" set 0 for greedy decoding, or at least {MIN_TEMPERATURE:g}",
+            )
         largest = max(self.pass_k, default=1)
         if largest > self.samples_per_prompt:
             yield (
