@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from builders import spec_of
-from heterorl.errors import ModelError, NotFinite, UserError
+from heterorl.errors import ModelError, NotFinite, SiteError
 from heterorl.spec.run import LearnerSpec, RunSpec
 from heterorl_learner.engines.build import build_engine, load_policy
 from heterorl_learner.engines.torch_ddp import MicroBatch, Sequence, TrainingEngine, micro_batch, token_logps
@@ -245,10 +245,10 @@ def test_scoring_leaves_no_gradient(folders: dict[str, Path]) -> None:
     assert train(engine, range(1)) == train(build_engine(folders["tied"], run_spec()), range(1))
 
 
-def test_gpus_that_are_not_there_are_named(folders: dict[str, Path]) -> None:
+def test_a_gpu_that_is_not_there_is_its_nodes_failure_and_named(folders: dict[str, Path]) -> None:
     if torch.cuda.device_count():
         pytest.skip("this machine has GPUs")
-    with pytest.raises(UserError, match=r"learner\.gpus is 1"):
+    with pytest.raises(SiteError, match=r"learner\.gpus is 1"):
         build_engine(folders["tied"], run_spec(gpus=1))
 
 

@@ -243,7 +243,7 @@ def test_versions_of_a_future_that_was_lost_are_retired_before_any_is_published_
 
 def test_it_does_not_begin_anew_when_no_checkpoint_can_be_used(damaged: Exchange) -> None:
     flip_a_byte(damaged, 2)
-    with pytest.raises(RunFolderError, match="move them all out of this folder to start again at step 0"):
+    with pytest.raises(RunFolderError, match=r"failurePolicy\.startOver: true to start again at step 0"):
         records_of(damaged)
     assert damaged.list_checkpoints() == [2, 4]
 

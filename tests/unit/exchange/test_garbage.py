@@ -341,9 +341,35 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again_by_itself(
     for step in (5, 10):
         (checkpoint(exchange, step) / "manifest.json").write_bytes(b"\0\0")
     for _ in range(2):
-        with pytest.raises(RunFolderError, match=r"none of the checkpoints can be used .*; put one back that is whole"):
+        with pytest.raises(
+            RunFolderError, match=r"none of the checkpoints can be used .*failurePolicy\.startOver: true"
+        ):
             exchange.open_newest_checkpoint()
     assert exchange.list_checkpoints() == [5, 10]
+
+
+def test_a_run_that_is_told_to_start_over_puts_its_damaged_checkpoints_aside(tmp_path: Path) -> None:
+    exchange = exchange_at(tmp_path, run_of("told", failurePolicy={"startOver": True}))
+    for step in (5, 10):
+        (checkpoint(exchange, step) / "manifest.json").write_bytes(b"\0\0")
+    assert exchange.open_newest_checkpoint() is None
+    assert exchange.list_checkpoints() == []
+    aside = exchange.root / "quarantine" / "checkpoints"
+    assert [(aside / f"step-{step:08d}" / "state.pt").read_bytes() for step in (5, 10)] == [b"state"] * 2
+
+
+def test_a_run_that_may_start_over_goes_on_from_a_checkpoint_that_is_whole_and_refuses_a_later_versions(
+    tmp_path: Path,
+) -> None:
+    exchange = exchange_at(tmp_path, run_of("told", failurePolicy={"startOver": True}))
+    for step in (5, 10):
+        checkpoint(exchange, step)
+    (exchange.root / "checkpoints" / "step-00000010" / "manifest.json").write_bytes(b"\0\0")
+    assert exchange.open_newest_checkpoint()[1] == {"step": 5}
+    (checkpoint(exchange, 15) / "manifest.json").write_bytes(LATER)
+    with pytest.raises(UnknownProtocol):
+        exchange.open_newest_checkpoint()
+    assert exchange.list_checkpoints() == [5, 15]
 
 
 def test_a_newer_checkpoint_of_a_later_version_is_not_passed_over(exchange: Exchange) -> None:

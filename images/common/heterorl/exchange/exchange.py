@@ -39,8 +39,8 @@ Rules
      quarantine/, or the learner's heartbeat tell of, so a number is never used twice, whichever of them is lost.
   7. A step's selection is in the journal, on the disk, before it is trained. After a crash the learner goes back to
      its newest checkpoint, replays the journal, then selects afresh: no rollout is trained twice on the way to the
-     surviving weights, none that was published is lost. When there are checkpoints and none is whole, it does not begin
-     at step 0 but asks for help.
+     surviving weights, none that was published is lost. When there are checkpoints and none is whole, it begins at
+     step 0 only if the manifest says so (`failurePolicy.startOver`).
   8. A rollout is deleted (or archived) only when the oldest checkpoint kept covers it. The learner is the only one
      that deletes weights and rollouts.
   9. The learner is the process whose incarnation has the highest claim; it asks before each write, last of all before

@@ -232,14 +232,13 @@ class LearnerState(RunFolder):
         """The newest checkpoint that passes its checks, as `open_checkpoint`; None when there are none at all.
 
         Newer ones that fail go to quarantine. When all fail, nothing is moved and RunFolderError is raised: a run does
-        not start again at step 0 because a disk was bad, unless the folder is emptied. UnknownProtocol, when a
-        later version of HeteroRL saved a newer one than the newest that is whole.
+        not start again at step 0 because a disk was bad, unless `failurePolicy.startOver` says so. UnknownProtocol,
+        when a later version of HeteroRL saved a newer one than the newest that is whole.
         """
-        damaged: dict[int, str] = {}
-        journal = self.read_journal()
+        found, damaged, journal = None, dict[int, str](), self.read_journal()
         for step in reversed(self.list_checkpoints()):
             try:
-                found = self.open_checkpoint(step)
+                opened = self.open_checkpoint(step)
                 self._require_lineage(step, journal)
             except FileNotFoundError:
                 continue
@@ -247,15 +246,16 @@ class LearnerState(RunFolder):
                 log.error("checkpoint of step %d cannot be used (%s); trying the previous one", step, error)
                 damaged[step] = str(error)
                 continue
-            for failed, reason in damaged.items():
-                self.quarantine_checkpoint(failed, reason)
-            return found
-        if damaged:
+            found = opened
+            break
+        if found is None and damaged and not self.spec.failure_policy.start_over:
             raise RunFolderError(
                 f"{self.root / 'checkpoints'}: none of the checkpoints can be used ({'; '.join(damaged.values())}); put"
-                " one back that is whole, or move them all out of this folder to start again at step 0"
+                " one back that is whole, or set failurePolicy.startOver: true to start again at step 0, and resume"
             )
-        return None
+        for failed, reason in damaged.items():
+            self.quarantine_checkpoint(failed, reason)
+        return found
 
     def _require_lineage(self, step: int, journal: Iterable[JournalEntry]) -> None:
         """CorruptFile for what a superseded learner saved after all: its successor had trained other steps by then."""

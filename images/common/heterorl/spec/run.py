@@ -850,6 +850,8 @@ class FailurePolicySpec(Block):
     """Give a process one restart back every N training steps; 0 disables."""
     resumes: int = Field(0, ge=0, le=1_000_000)
     """Increase it to resume a failed run in place, with everything on its volume and with full restart budgets."""
+    start_over: bool = False
+    """Start again at step 0 when there are checkpoints and none can be used; they are moved to quarantine/."""
     min_samplers: int = Field(1, ge=0, le=1024)
     """Number of samplers that must be ready (while available) for the run to be reported as healthy."""
 

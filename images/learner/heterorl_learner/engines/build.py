@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from heterorl.errors import ModelError, UserError
+from heterorl.errors import ModelError, SiteError
 from heterorl.spec.run import LearnerSpec, RunSpec
 from heterorl_learner import ranks
 from heterorl_learner.engines.torch_ddp import DTYPES, Policy, TrainingEngine
@@ -20,7 +20,7 @@ from heterorl_learner.engines.torch_ddp import DTYPES, Policy, TrainingEngine
 def build_engine(folder: Path, spec: RunSpec) -> TrainingEngine:
     """The engine of `learner.strategy` with the weights of a Hugging Face folder.
 
-    It meets the other ranks first. Raises ModelError for the folder and UserError for missing GPUs.
+    It meets the other ranks first. Raises ModelError for the folder and SiteError for missing GPUs.
     """
     learner, dtype = spec.learner, DTYPES[spec.model.dtype]
     device = _device(learner)
@@ -78,9 +78,9 @@ def _device(learner: LearnerSpec) -> torch.device:
         return torch.device("cpu")
     index = int(os.environ.get("LOCAL_RANK", "0"))
     if index >= torch.cuda.device_count():
-        raise UserError(
-            f"learner.gpus is {learner.gpus}, but rank {index} of this machine finds {torch.cuda.device_count()} GPUs;"
-            " set learner.gpus and processesPerReplica to what is there, or gpus: 0 to train on the CPU"
+        raise SiteError(
+            f"learner.gpus is {learner.gpus}, but rank {index} of this node finds {torch.cuda.device_count()} GPUs; see"
+            " nvidia-smi there, or set learner.gpus and processesPerReplica to what the node has"
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
