@@ -105,9 +105,9 @@ def test_a_default_is_complete_where_rules_read_it():
             assert not schema.get("x-kubernetes-validations") or wanted <= set(schema["default"]), path
 
 
-def test_only_the_affinity_is_free_of_a_schema():
+def test_only_the_affinity_and_the_configuration_of_a_task_are_free_of_a_schema():
     free = {path.split(".")[-1] for path, schema in NODES if schema.get("x-kubernetes-preserve-unknown-fields")}
-    assert free == {"affinity"}
+    assert free == {"affinity", "config"}
 
 
 def test_columns_name_fields_that_exist():

@@ -134,6 +134,7 @@ class Worker:
                 self._function,
                 json.dumps({**self._setup, "path": sys.path}),
             ],
+            env={**os.environ, "PYTHONHASHSEED": "0"},  # sets have one order, so a function of its arguments stays one
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

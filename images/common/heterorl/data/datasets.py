@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from heterorl.data import reasoning_gym
 from heterorl.data.answers import AnswerChecker, extract_boxed
 from heterorl.data.prompts import Template, render
 from heterorl.errors import DataError
@@ -45,6 +46,8 @@ def load_rows(dataset: DatasetSpec, base: Path, *, seed: int = 0) -> list[Row]:
 
     Relative paths start at `base`, the manifest's folder; `seed`, the run's, is added to built-in arithmetic's.
     """
+    if dataset.source == "reasoningGym":
+        return reasoning_gym.draw(dataset.reasoning_gym, limit=dataset.limit, seed=seed)
     source, originals = source_name(dataset), _open(dataset, base, seed)
     pattern = _compiled(dataset.columns.answer_pattern)
     rows: list[Row] = []
@@ -91,8 +94,8 @@ def prepare_rows(
 
 
 def source_name(dataset: DatasetSpec) -> str:
-    """The name of a dataset in messages: its path, its name on the Hub, or `arithmetic`."""
-    return {"file": dataset.path, "hub": dataset.name, "arithmetic": None}[dataset.source] or "arithmetic"
+    """The name of a dataset in messages: its path, its name on the Hub, or its source."""
+    return {"file": dataset.path, "hub": dataset.name}.get(dataset.source) or dataset.source
 
 
 # ── sources: each yields (place, row) ────────────────────────────────────────────────────────────────────────────────

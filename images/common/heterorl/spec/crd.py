@@ -40,6 +40,10 @@ RULES: dict[str, list[Rule]] = {
             "self.source != 'hub' || has(self.name)",
             "name is required with source: hub; set it to a name such as openai/gsm8k",
         ),
+        (
+            "self.source != 'reasoningGym' || size(self.reasoningGym.tasks) > 0",
+            "source reasoningGym needs at least one of reasoningGym.tasks",
+        ),
     ],
     "RewardSpec": [
         ("(self.name == 'custom') == has(self.path)", "path is required with name: custom, and allowed only with it"),

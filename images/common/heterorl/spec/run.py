@@ -17,6 +17,7 @@ from pydantic import Field
 from heterorl.spec.base import (
     Block,
     BrokenRule,
+    FreeForm,
     Path_,
     PoolName,
     Quantity,
@@ -136,10 +137,34 @@ class ArithmeticSpec(Block):
     """Seed of the problems."""
 
 
-class DatasetSpec(Block):
-    """A dataset: a JSONL or Parquet file, a dataset on the Hub, or built-in arithmetic."""
+class ReasoningTaskSpec(Block):
+    """A task of the package reasoning-gym, generated and verified by it."""
 
-    source: Literal["file", "hub", "arithmetic"] = "arithmetic"
+    name: ShortText
+    """Name of the task, such as `chain_sum`."""
+    weight: float = Field(1.0, gt=0, le=1_000_000)
+    """Share of the problems, relative to the other tasks."""
+    level: int | None = Field(None, ge=0, le=1000)
+    """Level of the task's curriculum, from 0; if it is not set, the default configuration of the package is used."""
+    config: FreeForm = Field({})
+    """Configuration of the task as the package names it, such as `{max_terms: 2}`; takes precedence over level."""
+
+
+class ReasoningGymSpec(Block):
+    """Problems of the package reasoning-gym (extra `reasoning`)."""
+
+    tasks: list[ReasoningTaskSpec] = Field([], max_length=128)
+    """Tasks to draw problems from; a task may be listed several times with different configurations."""
+    rows: int = Field(4096, ge=1, le=1_000_000)
+    """Number of problems, divided among the tasks by weight."""
+    seed: Seed = 0
+    """Seed of the problems; another seed gives others, as an evaluation set needs."""
+
+
+class DatasetSpec(Block):
+    """A dataset: a JSONL or Parquet file, a dataset on the Hub, built-in arithmetic, or tasks of reasoning-gym."""
+
+    source: Literal["file", "hub", "arithmetic", "reasoningGym"] = "arithmetic"
     """Where the rows come from."""
     path: Path_ | None = None
     """JSONL or Parquet file (`source: file`), relative to the manifest's folder or, on Kubernetes, to the volume."""
@@ -153,6 +178,8 @@ class DatasetSpec(Block):
     """Split of the Hub dataset."""
     arithmetic: ArithmeticSpec = ArithmeticSpec()
     """The built-in problems (`source: arithmetic`)."""
+    reasoning_gym: ReasoningGymSpec = ReasoningGymSpec()
+    """Tasks of the package reasoning-gym (`source: reasoningGym`)."""
     columns: ColumnsSpec = ColumnsSpec()
     """Column names."""
     limit: int | None = Field(None, ge=1)
@@ -164,6 +191,8 @@ class DatasetSpec(Block):
             yield "path", "is required with source: file; set it to a .jsonl or .parquet file"
         if self.source == "hub" and not self.name:
             yield "name", "is required with source: hub; set it to a name such as openai/gsm8k"
+        if self.source == "reasoningGym" and not self.reasoning_gym.tasks:
+            yield "reasoningGym.tasks", "is empty, but source is reasoningGym; add at least `- name: chain_sum`"
 
 
 class EvalDatasetSpec(DatasetSpec):
