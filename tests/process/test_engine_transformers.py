@@ -116,6 +116,35 @@ def test_an_end_token_ends_and_belongs_to_a_completion(tiny_model_dir):
         assert not completion.truncated or len(completion.token_ids) == 8
 
 
+def test_stop_texts_and_tokens_end_a_completion_with_the_token_that_completes_them(tiny_model_dir):
+    engine = engine_on(tiny_model_dir(tokenizer=True))
+    characters = ["", "", *"0123456789+-*/=()[]{} \\?"][:24]  # <pad> and <eos> are told by their ids here
+    texts, token = ("=", "1+", "/*("), 9  # a character, two, three; "7"
+    free = Sampling(max_tokens=40, temperature=2.0)
+    stopping = Sampling(max_tokens=40, temperature=2.0, stop=texts, stop_token_ids=(token,))
+    plain = [c for group in engine.generate(PROMPTS, 30, free, seed=0) for c in group]
+    stopped = [c for group in engine.generate(PROMPTS, 30, stopping, seed=0) for c in group]
+    endings = set()
+    for whole, cut in zip(plain, stopped):  # one seed: the same draws up to the stop
+        ends = (END, token)
+        said = ["".join(characters[t] for t in whole.token_ids[: i + 1]) for i in range(len(whole.token_ids))]
+        last = next((i for i, t in enumerate(whole.token_ids) if t in ends or said[i].endswith(texts)), None)
+        length = len(whole.token_ids) if last is None else last + 1
+        assert cut.token_ids == whole.token_ids[:length]
+        assert cut.logp == whole.logp[:length]
+        assert cut.truncated == (last is None)
+        endings.add(cut.token_ids[-1] if cut.token_ids[-1] in ends else said[length - 1][-1])
+    assert {token, END, "=", "+"} <= endings
+
+
+def test_a_stop_text_said_with_the_last_token_that_is_allowed_is_no_truncation(tiny_model_dir):
+    engine = engine_on(tiny_model_dir(tokenizer=True))
+    (group,) = engine.generate(PROMPTS[:1], 200, Sampling(max_tokens=1, temperature=2.0, stop=("=",)), seed=0)
+    equals = [c for c in group if c.token_ids == [16]]  # "="
+    assert equals
+    assert all(c.truncated == (c.token_ids not in ([16], [END])) for c in group)
+
+
 def test_stopping_keeps_the_groups_that_are_complete(tiny_model_dir):
     sampling = Sampling(max_tokens=300, temperature=2.0)
     asked = iter([False] * 5 + [True])

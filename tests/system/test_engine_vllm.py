@@ -41,7 +41,7 @@ def tied(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="module")
 def engine(tied, tiny_model_dir) -> Iterator[InferenceEngine]:
-    engine = build_engine("vllm", tiny_model_dir(tied=tied), dtype="float32", max_model_len=400)
+    engine = build_engine("vllm", tiny_model_dir(tied=tied, tokenizer=True), dtype="float32", max_model_len=400)
     yield engine
     engine.close()
 
@@ -175,3 +175,23 @@ def test_log_probs_are_those_of_the_sampling_distribution(engine, weights):
 def test_a_gpu_is_not_promised_by_the_cpu_build(tiny_model_dir):
     with pytest.raises(UserError, match="this vLLM is the CPU build"):
         build_engine("vllm", tiny_model_dir(), dtype="float32", max_model_len=64, gpus=1)
+
+
+def test_stop_texts_and_tokens_end_a_completion_and_leave_no_request_behind(engine, weights):
+    characters = ["", "", *"0123456789+-*/=()[]{} \\?"][:24]  # <pad> and <eos> are told by their ids here
+    texts, end, token = ("=", "1+", "/*("), 1, 9  # a character, two, three; "7"
+    free = Sampling(max_tokens=40, temperature=2.0)
+    stopping = Sampling(max_tokens=40, temperature=2.0, stop=texts, stop_token_ids=(token,))
+    plain = [c for group in engine.generate(PROMPTS, 20, free, seed=0) for c in group]
+    stopped = [c for group in engine.generate(PROMPTS, 20, stopping, seed=0) for c in group]
+    endings = set()
+    for whole, cut in zip(plain, stopped):  # one seed: the same draws up to the stop
+        said = ["".join(characters[t] for t in whole.token_ids[: i + 1]) for i in range(len(whole.token_ids))]
+        last = next((i for i, t in enumerate(whole.token_ids) if t in (end, token) or said[i].endswith(texts)), None)
+        length = len(whole.token_ids) if last is None else last + 1
+        assert cut.token_ids == whole.token_ids[:length]
+        assert cut.logp == pytest.approx(whole.logp[:length], abs=TOLERANCE)
+        assert cut.truncated == (last is None)
+        endings.add(cut.token_ids[-1])
+    assert {token, end, characters.index("="), characters.index("+")} <= endings
+    engine.load_weights(weights(0))  # refuses while a request runs

@@ -27,7 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from heterorl.data.datasets import PreparedData, prepare_rows
+from heterorl.data.datasets import PreparedData, prepare_rows, prepare_training
+from heterorl.data.prompts import Template
 from heterorl.data.tokenizer import load_tokenizer
 from heterorl.errors import ModelError
 from heterorl.exchange.exchange import Exchange
@@ -79,27 +80,20 @@ def _fill(exchange: Exchange) -> Prepared:
 def _tokenise(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, base: Path) -> Iterator[tuple[str, PreparedData]]:
     """Every dataset under its file's name. Where answers are compared, every reference answer must be comparable."""
     compares = any(reward.name in ("accuracy", "cosine", "length") for reward in spec.rewards)
-    datasets = [("train", spec.data.train, compares), *((f"eval-{e.label}", e, True) for e in spec.data.evals)]
-    for name, dataset, need_gold_parse in datasets:
-        yield (
-            name,
-            prepare_rows(
-                dataset,
-                base,
-                tokenizer,
-                spec.data.prompt_template,
-                spec.generation.max_prompt_tokens,
-                need_gold_parse=need_gold_parse,
-                seed=spec.seed,
-            ),
-        )
+    around = (base, tokenizer, Template.of(spec.data), spec.generation.max_prompt_tokens)
+    yield "train", prepare_training(spec.data.train, *around, need_gold_parse=compares, seed=spec.seed)
+    for dataset in spec.data.evals:
+        yield f"eval-{dataset.label}", prepare_rows(dataset, *around, need_gold_parse=True, seed=spec.seed)
 
 
 def _write_table(exchange: Exchange, name: str, table: PreparedData) -> DataCount:
     logger.info("%s: %d problems, %d skipped for their length", name, len(table.rows), table.skipped)
+    for reason, count in table.bad.items():
+        logger.warning("%s: %d rows left out: %s", name, count, reason)
     data = "".join(json.dumps(row) + "\n" for row in table.rows).encode()
     exchange.files.replace(exchange.data_file(name), data)
-    return DataCount(rows=len(table.rows), skipped=table.skipped, digest=hashlib.sha256(data).hexdigest())
+    digest = hashlib.sha256(data).hexdigest()
+    return DataCount(rows=len(table.rows), skipped=table.skipped, bad=table.bad, digest=digest)
 
 
 # ── model ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -275,6 +275,10 @@ def rollout_metrics(spec: RunSpec, batch: StepBatch) -> dict[str, Any]:
     for name in sorted({name for r in batch.rollouts for name in r.reward_terms}):  # rewards may change between runs
         term = np.concatenate([r.reward_terms[name] for r in batch.rollouts if name in r.reward_terms])
         metrics |= {f"rewards/{name}/mean": term.mean(), f"rewards/{name}/std": term.std()}
+    sets = np.array([r.meta.get("set", "") for r in batch.rollouts])
+    for name in sorted(set(sets) - {""}):  # of a mix
+        chosen = [r.rewards for r, of_set in zip(batch.rollouts, sets) if of_set == name]
+        metrics |= {f"reward/{name}": np.concatenate(chosen).mean(), f"rollouts/by_set/{name}": len(chosen)}
     for pool in sorted(set(pools)):
         metrics[f"lag/by_pool/{pool}"] = lags[pools == pool].mean()
         metrics[f"rollouts/by_pool/{pool}"] = (pools == pool).sum()

@@ -9,18 +9,19 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import click
 
 from heterorl.data.answers import AnswerChecker
 from heterorl.data.datasets import prepare_rows
+from heterorl.data.prompts import PROBLEM, Template
 from heterorl.data.tokenizer import load_tokenizer
 from heterorl.entry import Stop, exit_code, leave
 from heterorl.errors import ModelError, UserError
 from heterorl.exchange.rollout import Sampling
 from heterorl.logs import setup_logging
-from heterorl.spec.run import MIN_TEMPERATURE, ColumnsSpec, DatasetSpec
+from heterorl.spec.run import MIN_TEMPERATURE, ColumnsSpec, DatasetSpec, PromptTemplate
 from heterorl_sampler.engines.build import build_engine
 from heterorl_sampler.engines.model_files import Dtype, context_length
 from heterorl_sampler.evaluate import EvalResult, Measure, evaluate
@@ -41,13 +42,17 @@ class EvalOptions:
 
     model: Path
     data: Sequence[Path]
-    template: Literal["think", "noThink", "raw"]
+    template: PromptTemplate
+    system_prompt: str | None
+    instruction: str | None
     samples: int
     pass_k: Sequence[int]
     temperature: float
     top_p: float
     top_k: int
     max_tokens: int
+    stop: Sequence[str]
+    stop_token_id: Sequence[int]
     limit: int | None
     seed: int
     engine: Literal["vllm", "transformers"]
@@ -68,9 +73,13 @@ class EvalOptions:
     multiple=True,
     required=True,
     metavar="FILE",
-    help="A .jsonl or .parquet file; can be repeated.",
+    help="A .jsonl, .json, .csv or .parquet file, a glob, or a folder of save_to_disk; can be repeated.",
 )
-@click.option("--template", type=click.Choice(["think", "noThink", "raw"]), default="raw", help="Prompt template.")
+@click.option(
+    "--template", type=click.Choice(get_args(PromptTemplate)), default="raw", help="Prompt template, as in a manifest."
+)
+@click.option("--system-prompt", metavar="TEXT", help="Text of the system turn [default: the template's].")
+@click.option("--instruction", metavar="TEXT", help="Text of the user's turn, with {problem} in it.")
 @click.option("--samples", type=_POSITIVE, default=1, metavar="N", help="Completions per problem.")
 @click.option(
     "--pass-k", type=_POSITIVE, multiple=True, default=[1], metavar="K", help="A k for pass@k; can be repeated."
@@ -85,6 +94,8 @@ class EvalOptions:
 @click.option("--top-p", default=0.95, metavar="P", help="Top-p (nucleus) sampling; 1 disables.")
 @click.option("--top-k", default=0, metavar="N", help="Top-k sampling; 0 disables.")
 @click.option("--max-tokens", type=_POSITIVE, default=1024, metavar="N", help="Maximum length of a completion.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="A text that ends a completion; can be repeated.")
+@click.option("--stop-token-id", type=int, multiple=True, metavar="ID", help="A token that does; can be repeated.")
 @click.option("--limit", type=_POSITIVE, metavar="N", help="Use only the first N problems of each file.")
 @click.option("--seed", default=0, metavar="N", help="Seed of sampling.")
 @click.option("--engine", type=click.Choice(["vllm", "transformers"]), default="vllm", help="Inference engine.")
@@ -139,6 +150,9 @@ def evaluate_folder(options: EvalOptions) -> dict[str, EvalResult]:
     room = context_length(model_dir) - options.max_tokens
     if room < 1:
         raise UserError(f"--max-tokens {options.max_tokens} leaves no room for a prompt in the context of {model_dir}")
+    if options.instruction is not None and PROBLEM not in options.instruction:
+        raise UserError(f"--instruction does not contain {PROBLEM}; write it where the text of the problem belongs")
+    template = Template.named(options.template, system=options.system_prompt, instruction=options.instruction)
     columns = ColumnsSpec(
         prompt=options.prompt_column,
         answer=options.answer_column,
@@ -150,7 +164,7 @@ def evaluate_folder(options: EvalOptions) -> dict[str, EvalResult]:
             DatasetSpec(source="file", path=str(path), columns=columns, limit=options.limit),
             Path(),
             tokenizer,
-            options.template,
+            template,
             room,
             need_gold_parse=True,
         )
@@ -158,7 +172,12 @@ def evaluate_folder(options: EvalOptions) -> dict[str, EvalResult]:
     }
     measure = Measure(
         Sampling(
-            max_tokens=options.max_tokens, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            stop=tuple(options.stop),
+            stop_token_ids=tuple(options.stop_token_id),
         ),
         samples=options.samples,
         pass_k=options.pass_k,

@@ -113,6 +113,8 @@ def evaluate_version(exchange: Exchange, version: Version) -> Evaluation:
             temperature=evaluation.temperature,
             top_p=evaluation.top_p,
             top_k=evaluation.top_k,
+            stop=tuple(generation.stop),
+            stop_token_ids=tuple(generation.stop_token_ids),
         ),
         samples=evaluation.samples_per_prompt,
         pass_k=evaluation.pass_k,

@@ -65,6 +65,7 @@ class RolloutMaker:
             seed=spec.seed + spec.data.shuffle_seed,
             share=spec.slots.index(lease.slot) if lease.slot in spec.slots else lease.slot.index,
             shares=len(spec.slots),
+            weights=spec.data.train.weights,
         )
 
     def make(
@@ -119,5 +120,5 @@ class RolloutMaker:
             provenance=self._provenance.model_copy(update={"sampling": SamplingDistribution.of(spec.generation)}),
             reward_terms=terms,
             lease_epoch=self._lease.epoch,
-            meta={"row_id": row["id"]},
+            meta={"row_id": row["id"]} | ({"set": row["set"]} if "set" in row else {}),
         )

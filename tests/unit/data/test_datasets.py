@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from heterorl.data.datasets import load_rows, prepare_rows
+from heterorl.data.prompts import Template
 from heterorl.errors import DataError
 from heterorl.spec.run import ColumnsSpec, DatasetSpec
 
@@ -23,7 +24,8 @@ def jsonl(folder: Path, *rows: Any, name: str = "train.jsonl") -> DatasetSpec:
 
 
 def prepare(dataset: DatasetSpec, base: Path, max_prompt_tokens: int = 100, need_gold_parse: bool = True):
-    return prepare_rows(dataset, base, OneTokenACharacter(), "raw", max_prompt_tokens, need_gold_parse=need_gold_parse)
+    around = OneTokenACharacter(), Template.named("raw"), max_prompt_tokens
+    return prepare_rows(dataset, base, *around, need_gold_parse=need_gold_parse)
 
 
 # ── what is read ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -135,9 +137,13 @@ def test_every_bad_row_is_counted_and_the_first_are_named(tmp_path: Path) -> Non
     with pytest.raises(DataError) as error:
         load_rows(jsonl(tmp_path, good, *bad, good), tmp_path)
     assert str(error.value) == (
-        "train.jsonl: 7 of 9 rows cannot be used: line 2: no answer (columns: problem); line 3: the answer is empty;"
-        " line 4: not a JSON object; line 5: the problem is empty; line 6: the answer is a list, not text or a number;"
-        " and 2 more; correct or remove them, or name the columns under data.*.columns"
+        "train.jsonl: 7 of 9 rows cannot be used: line 2: no column `answer` or `solution`; found: problem"
+        " | line 3: the answer is empty"
+        " | line 4: not a JSON object (Expecting property name enclosed in double quotes, column 2)"
+        " | line 5: the problem is empty"
+        " | line 6: the answer is a list, not text or a number; name one of its values, such as columns.answer: answer.0"
+        " | and 2 more;"
+        " correct or remove them, name other columns under columns, or set onBadRow: skip to leave them out"
     )
 
 
@@ -151,14 +157,14 @@ def test_an_answer_that_cannot_be_compared_is_refused_if_it_is_to_be_compared(tm
 def test_a_pattern_that_does_not_match_is_a_bad_row(tmp_path: Path) -> None:
     dataset = jsonl(tmp_path, {"problem": "p", "answer": "4"})
     columns = ColumnsSpec(answer_pattern="#### (.+)")
-    with pytest.raises(DataError, match=r"line 1: answerPattern '#### \(\.\+\)' is not found"):
+    with pytest.raises(DataError, match=r"answerPattern '#### \(\.\+\)' is not found in the answer \(line 1\)"):
         load_rows(dataset.model_copy(update={"columns": columns}), tmp_path)
     with pytest.raises(DataError, match="not a valid regular expression"):
         load_rows(dataset.model_copy(update={"columns": ColumnsSpec(answer_pattern="(")}), tmp_path)
 
 
 def test_half_a_surrogate_pair_is_a_bad_row(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="line 1: the problem contains half of a surrogate pair"):
+    with pytest.raises(DataError, match=r"the problem contains half of a surrogate pair.*line 1"):
         load_rows(jsonl(tmp_path, r'{"problem": "p\ud800", "answer": "1"}'), tmp_path)
 
 
@@ -180,11 +186,11 @@ def test_a_missing_file_names_the_place_looked_at(tmp_path: Path) -> None:
 
 
 def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "train.csv").write_text("problem,answer\n")
+    (tmp_path / "train.txt").write_text("problem,answer\n")
     (tmp_path / "train.parquet").write_text("problem,answer\n")
     (tmp_path / "train.jsonl").write_bytes(b'{"problem": "\xff\xfe"}\n')
     for name, message in [
-        ("train.csv", "ends in .jsonl or .parquet, this one in .csv"),
+        ("train.txt", r"a data file ends in .jsonl, .* or in .parquet, this one in .txt"),
         ("train.parquet", "train.parquet: not a readable Parquet file"),
         ("train.jsonl", "train.jsonl: not UTF-8 text"),
     ]:

@@ -137,6 +137,46 @@ def test_the_order_of_prompts_depends_on_the_seed_alone() -> None:
     assert walk(1) != walk(2)
 
 
+def mixed(sizes: dict[str, int]) -> list[dict[str, object]]:
+    return [{"id": f"{name}/{i}", "set": name} for name, size in sizes.items() for i in range(size)]
+
+
+def test_a_mix_draws_each_set_in_proportion_to_its_weight_in_every_stretch() -> None:
+    rows = mixed({"a": 50, "b": 7, "c": 20})
+    order = PromptOrder(rows, seed=3, share=0, shares=1, weights={"a": 6, "b": 3, "c": 1})
+    drawn = [order.row(seq)["set"] for seq in range(3000)]
+    for start in (0, 777, 2000):
+        counts = [drawn[start : start + 1000].count(name) for name in "abc"]
+        assert counts == pytest.approx([600, 300, 100], abs=3)
+
+
+def test_a_mix_walks_each_set_through_before_it_repeats_a_row_and_slots_share_none() -> None:
+    rows = mixed({"big": 40, "small": 6})
+    orders = [PromptOrder(rows, seed=1, share=s, shares=2, weights={"big": 1, "small": 1}) for s in range(2)]
+    walked = [[order.row(seq)["id"] for seq in range(46)] for order in orders]
+    for name, size in (("big", 40), ("small", 6)):
+        drawn = [[i for i in own if i.startswith(name)] for own in walked]
+        epochs = len(drawn[0]) * 2 // size
+        assert epochs == {"big": 1, "small": 7}[name]  # 23 draws of each set a slot
+        for epoch in range(epochs):
+            both = [i for own in drawn for i in own[epoch * size // 2 : (epoch + 1) * size // 2]]
+            assert len(set(both)) == size
+
+
+def test_the_row_of_a_number_in_a_mix_is_the_same_wherever_the_walk_begins() -> None:
+    rows, weights = mixed({"a": 11, "b": 13}), {"a": 2.0, "b": 5.0}
+
+    def order(seed: int = 4) -> PromptOrder:
+        return PromptOrder(rows, seed=seed, share=1, shares=3, weights=weights)
+
+    from_the_start = order()
+    walked = [from_the_start.row(seq)["id"] for seq in range(5000)]
+    assert [order().row(seq)["id"] for seq in (0, 1, 1023, 1024, 4321, 4999)] == [
+        walked[seq] for seq in (0, 1, 1023, 1024, 4321, 4999)
+    ]
+    assert walked[:100] != [order(seed=5).row(seq)["id"] for seq in range(100)]
+
+
 def test_more_slots_than_rows_still_get_prompts() -> None:
     order = PromptOrder([{"id": 0}, {"id": 1}], seed=0, share=5, shares=6)
     assert {order.row(i)["id"] for i in range(50)} == {0, 1}

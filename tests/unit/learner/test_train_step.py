@@ -52,3 +52,13 @@ def test_metrics_of_a_step_are_those_of_its_rollouts() -> None:
     assert (metrics["lag/mean"], metrics["lag/by_pool/far"]) == (2, 2)  # step 3, weights of step 1
     assert metrics["rewards/accuracy/mean"] == 0.75
     assert metrics["rewards/boxed/mean"] == 0.5  # a reward that came in with a resumed run
+    assert not [name for name in metrics if name.startswith(("reward/", "rollouts/by_set/"))]  # one set
+
+
+def test_the_sets_of_a_mix_have_metrics_of_their_own() -> None:
+    rewards = {"algebra": [[1.0, 0.0], [0.0, 0.0]], "proofs-2": [[1.0, 1.0]]}
+    rollouts = [rollout_of(values, meta={"set": name}) for name, groups in rewards.items() for values in groups]
+    metrics = rollout_metrics(spec(), batch(*rollouts))
+    assert (metrics["reward/algebra"], metrics["rollouts/by_set/algebra"]) == (0.25, 2)
+    assert (metrics["reward/proofs-2"], metrics["rollouts/by_set/proofs-2"]) == (1.0, 1)
+    assert metrics["reward"] == 0.5

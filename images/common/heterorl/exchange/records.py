@@ -244,6 +244,8 @@ class DataCount(Record):
 
     rows: NonNegativeInt
     skipped: NonNegativeInt
+    bad: dict[str, NonNegativeInt] = {}
+    """Rows that cannot be used and were left out, by reason."""
     digest: str = ""
     """SHA-256 of its file."""
 

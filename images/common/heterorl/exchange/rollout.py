@@ -107,6 +107,10 @@ class SamplingDistribution(BaseModel):
     """Min-p sampling: minimum probability relative to the most likely token; 0 disables."""
     repetition_penalty: float = 1.0
     """Repetition penalty on tokens seen so far, including those of the prompt; 1 disables."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion; the token that completes one is its last."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a completion, besides the model's own."""
 
     @classmethod
     def of(cls, generation: GenerationSpec) -> SamplingDistribution:
@@ -136,7 +140,7 @@ class Completion:
     logp: list[float]
     """Log-probability of each token under the sampling distribution."""
     truncated: bool
-    """Whether the length limit ended it, rather than an end-of-sequence token."""
+    """Whether the length limit ended it, rather than an end-of-sequence token or a stop."""
 
 
 class Provenance(BaseModel):
@@ -148,7 +152,7 @@ class Provenance(BaseModel):
     rewards: str
     """Fingerprint of `spec.rewards`."""
     prompts: str
-    """Fingerprint of the prompt template and of the tokenised training data."""
+    """Fingerprint of what stands around a problem, of the sets' weights, and of the tokenised training data."""
 
     @classmethod
     def of(cls, spec: RunSpec, data_digest: str) -> Self:
@@ -156,7 +160,12 @@ class Provenance(BaseModel):
         return cls(
             sampling=SamplingDistribution.of(spec.generation),
             rewards=_fingerprint([reward.model_dump(mode="json") for reward in spec.rewards]),
-            prompts=_fingerprint([spec.data.prompt_template, data_digest]),
+            prompts=_fingerprint(
+                [
+                    *(spec.data.prompt_template, spec.data.system_prompt, spec.data.instruction),
+                    *(spec.data.train.weights, data_digest),
+                ]
+            ),
         )
 
     def mismatch(self, run: Provenance) -> str | None:

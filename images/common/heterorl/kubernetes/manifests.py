@@ -45,6 +45,7 @@ from heterorl.kubernetes.pods import (
     secret_env,
     without_devices,
 )
+from heterorl.spec.paths import input_paths
 from heterorl.spec.pod_template import PodTemplateSpec
 from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun, RunSpec
 
@@ -128,11 +129,11 @@ def spec_for_pods(run: HeteroRLRun, uid: str | None = None) -> Object:
     tree = run.resolved()
     spec = tree["spec"]
     spec["monitoring"]["prometheusPort"] = metrics_port(run.spec)
-    places = [spec["model"], spec["data"]["train"], *spec["data"]["evals"]]
-    places += [pool["delay"]["trace"] for pool in spec["samplers"]]
-    for place in places:
-        if place["path"]:
-            place["path"] = str(PurePosixPath(VOLUME) / place["path"])
+    for path in input_paths(spec):
+        path.set(PurePosixPath(VOLUME) / path.value)
+    for trace in (pool["delay"]["trace"] for pool in spec["samplers"]):
+        if trace["path"]:
+            trace["path"] = str(PurePosixPath(VOLUME) / trace["path"])
     return {**tree, "metadata": {"name": run.metadata.name} | ({"uid": uid} if uid else {})}
 
 

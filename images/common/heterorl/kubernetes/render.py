@@ -12,6 +12,7 @@ from heterorl.kubernetes.manifests import Images, desired_state, spec_for_pods
 from heterorl.kubernetes.names import Object
 from heterorl.kubernetes.pods import VOLUME
 from heterorl.spec.load import inline_traces
+from heterorl.spec.paths import input_paths
 from heterorl.spec.run import HeteroRLRun
 
 
@@ -47,13 +48,9 @@ def _only_with_the_operator(run: HeteroRLRun) -> Iterator[str]:
 
 
 def _expected_on_the_volume(run: HeteroRLRun) -> Iterator[str]:
-    spec = spec_for_pods(run)["spec"]
-    places = [("model", spec["model"]), ("data.train", spec["data"]["train"])]
-    places += [(f"data.evals.{dataset['label']}", dataset) for dataset in spec["data"]["evals"]]
-    for field, place in places:
-        if place["path"]:
-            where = "on the volume" if place["path"].startswith(VOLUME) else "in the pods"
-            yield f"spec.{field}.path is read {where}, at {place['path']}; put it there before you apply"
+    for path in input_paths(spec_for_pods(run)["spec"]):
+        where = "on the volume" if path.value.startswith(VOLUME) else "in the pods"
+        yield f"spec.{path.field} is read {where}, at {path.value}; put it there before you apply"
 
 
 class _Dumper(yaml.SafeDumper):

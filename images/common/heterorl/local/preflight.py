@@ -7,6 +7,7 @@ anything is written, and holds the folder's lock until the run and every process
 from __future__ import annotations
 
 import fcntl
+import glob
 import importlib.util
 import os
 import shutil
@@ -21,6 +22,7 @@ from heterorl.exchange.exchange import Exchange
 from heterorl.monitoring.boards import check_wandb
 from heterorl.spec.load import inline_traces
 from heterorl.spec.mutability import LIVE, changes, is_refused_live, within
+from heterorl.spec.paths import input_paths
 from heterorl.spec.run import HeteroRLRun, RunSpec
 
 _FLOOR_BYTES = 100_000_000  # rollouts, logs and metrics of a small run
@@ -109,18 +111,13 @@ def _lock(path: Path) -> int:
 def with_absolute_paths(run: HeteroRLRun, base: Path, *, must_exist: bool) -> HeteroRLRun:
     """The run with model and data paths made absolute, relative to the manifest's folder `base`, and traces read in."""
     tree = inline_traces(run, base).resolved()
-    spec = tree["spec"]
-    places = [("model.path", spec["model"]), ("data.train.path", spec["data"]["train"])]
-    places += [(f"data.evals.{i}.path", dataset) for i, dataset in enumerate(spec["data"]["evals"])]
-    for field, block in places:
-        if block["path"] is None:
-            continue
-        path = Path(os.path.abspath(base / Path(block["path"]).expanduser()))
-        if must_exist and not path.exists():
+    for given in input_paths(tree["spec"]):
+        path = Path(os.path.abspath(base / Path(given.value).expanduser()))
+        if must_exist and not path.exists() and not glob.glob(str(path), recursive=True):
             raise DataError(
-                f"{field}: {path} does not exist; a relative path is read from the manifest's folder {base}"
+                f"{given.field}: {path} does not exist; a relative path is read from the manifest's folder {base}"
             )
-        block["path"] = str(path)
+        given.set(path)
     return HeteroRLRun.model_validate(tree)
 
 

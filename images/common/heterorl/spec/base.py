@@ -24,6 +24,7 @@ RULES_LATER = "rules later"
 # Every string and list has a bound: the API server rejects CEL rules over unbounded ones as too costly.
 Text = Annotated[str, StringConstraints(max_length=4096)]
 ShortText = Annotated[str, StringConstraints(max_length=253)]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=253)]
 Path_ = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 RunName = Annotated[str, StringConstraints(pattern=RUN_NAME, max_length=40)]
 PoolName = Annotated[str, StringConstraints(pattern=POOL_NAME, max_length=20)]

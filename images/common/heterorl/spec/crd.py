@@ -23,6 +23,24 @@ PLURAL = "heterorlruns"
 
 Rule = tuple[str, str]
 
+_DATASET_RULES: list[Rule] = [
+    (
+        "self.source != 'file' || has(self.path) || size(self.paths) > 0",
+        "path is required with source: file; set it to a .jsonl, .json, .csv or .parquet file",
+    ),
+    (
+        "!has(self.path) || size(self.paths) == 0",
+        "paths is given beside path; move the path into the list, or remove one of them",
+    ),
+    (
+        "self.source != 'hub' || has(self.name)",
+        "name is required with source: hub; set it to a name such as openai/gsm8k",
+    ),
+    (
+        "self.source != 'reasoningGym' || size(self.reasoningGym.tasks) > 0",
+        "source reasoningGym needs at least one of reasoningGym.tasks",
+    ),
+]
 RULES: dict[str, list[Rule]] = {
     "ModelSpec": [
         ("self.source != 'path' || has(self.path)", "path is required with source: path; set it to the model's folder"),
@@ -31,18 +49,23 @@ RULES: dict[str, list[Rule]] = {
             "name is required with source: hub; set it to a name such as Qwen/Qwen3-1.7B",
         ),
     ],
-    "DatasetSpec": [
+    "EvalDatasetSpec": _DATASET_RULES,
+    "MixedDatasetSpec": _DATASET_RULES,
+    "TrainDatasetSpec": [
+        *_DATASET_RULES,
         (
-            "self.source != 'file' || has(self.path)",
-            "path is required with source: file; set it to a .jsonl or .parquet file",
+            "(self.source == 'mix') == (size(self.mix) > 0)",
+            "mix is required with source: mix, and used only with it; list datasets, each with a label and a weight",
+        ),
+    ],
+    "DataSpec": [
+        (
+            "!has(self.instruction) || self.instruction.contains('{problem}')",
+            "instruction does not contain {problem}; write it where the text of the problem belongs",
         ),
         (
-            "self.source != 'hub' || has(self.name)",
-            "name is required with source: hub; set it to a name such as openai/gsm8k",
-        ),
-        (
-            "self.source != 'reasoningGym' || size(self.reasoningGym.tasks) > 0",
-            "source reasoningGym needs at least one of reasoningGym.tasks",
+            "self.promptTemplate != 'raw' || !has(self.systemPrompt)",
+            "systemPrompt has no turn with promptTemplate: raw; set promptTemplate: chat, or use instruction",
         ),
     ],
     "RewardSpec": [
@@ -347,7 +370,7 @@ def _structural(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str
 def _rules(name: str | None) -> list[Rule]:
     if name == "RunSpec":
         return RULES[name] + change_rules()
-    return RULES.get("DatasetSpec" if name == "EvalDatasetSpec" else name or "", [])
+    return RULES.get(name or "", [])
 
 
 def _without_nulls(value: Any) -> Any:

@@ -8,7 +8,7 @@ under a field is its documentation. Rules that span fields are `broken_rules`; t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -24,6 +24,7 @@ from heterorl.spec.base import (
     RunName,
     Seed,
     ShortText,
+    StopString,
     StringMap,
     Text,
     duplicates,
@@ -65,6 +66,7 @@ RewardName = Literal[
     "boxed",
     "custom",
 ]
+PromptTemplate = Literal["chat", "think", "noThink", "raw"]
 
 
 # ── model and data ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -161,13 +163,18 @@ class ReasoningGymSpec(Block):
     """Seed of the problems; another seed gives others, as an evaluation set needs."""
 
 
-class DatasetSpec(Block):
-    """A dataset: a JSONL or Parquet file, a dataset on the Hub, built-in arithmetic, or tasks of reasoning-gym."""
+DatasetSource = Literal["file", "hub", "arithmetic", "reasoningGym"]
 
-    source: Literal["file", "hub", "arithmetic", "reasoningGym"] = "arithmetic"
+
+class DatasetSpec(Block):
+    """A dataset: files, a dataset on the Hub, built-in arithmetic, or tasks of reasoning-gym."""
+
+    source: DatasetSource = "arithmetic"
     """Where the rows come from."""
     path: Path_ | None = None
-    """JSONL or Parquet file (`source: file`), relative to the manifest's folder or, on Kubernetes, to the volume."""
+    """File, glob or folder of save_to_disk (`source: file`), relative to the manifest or, on Kubernetes, the volume."""
+    paths: list[Path_] = Field([], max_length=64)
+    """Several of these, read one after the other, instead of path."""
     name: ShortText | None = None
     """Name of the dataset on the Hub, such as `openai/gsm8k` (`source: hub`)."""
     config: ShortText | None = None
@@ -175,7 +182,7 @@ class DatasetSpec(Block):
     revision: ShortText | None = None
     """Branch, tag or commit on the Hub."""
     split: ShortText = "train"
-    """Split of the Hub dataset."""
+    """Split of a dataset on the Hub or of save_to_disk."""
     arithmetic: ArithmeticSpec = ArithmeticSpec()
     """The built-in problems (`source: arithmetic`)."""
     reasoning_gym: ReasoningGymSpec = ReasoningGymSpec()
@@ -184,11 +191,15 @@ class DatasetSpec(Block):
     """Column names."""
     limit: int | None = Field(None, ge=1)
     """Use only the first N rows."""
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    """refuse: a row that cannot be used ends the run before it starts; skip: it is left out and counted."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
         """A source needs its field."""
-        if self.source == "file" and not self.path:
-            yield "path", "is required with source: file; set it to a .jsonl or .parquet file"
+        if self.source == "file" and not self.path and not self.paths:
+            yield "path", "is required with source: file; set it to a .jsonl, .json, .csv or .parquet file"
+        if self.path and self.paths:
+            yield "paths", "is given beside path; move the path into the list, or remove one of them"
         if self.source == "hub" and not self.name:
             yield "name", "is required with source: hub; set it to a name such as openai/gsm8k"
         if self.source == "reasoningGym" and not self.reasoning_gym.tasks:
@@ -202,21 +213,66 @@ class EvalDatasetSpec(DatasetSpec):
     """Short label of this dataset in metrics and tables, such as `math500`."""
 
 
+class MixedDatasetSpec(DatasetSpec):
+    """One of several datasets to train on."""
+
+    label: PoolName
+    """Short label of this dataset in metrics, such as `geometry`."""
+    weight: float = Field(1.0, gt=0, le=1_000_000)
+    """Share of the prompts that are drawn from it, relative to the weights of the others."""
+
+
+class TrainDatasetSpec(DatasetSpec):
+    """The dataset to train on, or several of them mixed."""
+
+    source: Literal[DatasetSource, "mix"] = "arithmetic"  # type: ignore[assignment]  # wider; `sets` narrows it again
+    """Where the rows come from; mix: from several datasets."""
+    mix: list[MixedDatasetSpec] = Field([], max_length=16, json_schema_extra=list_map("label"))
+    """The datasets to draw from by weight (`source: mix`)."""
+
+    def broken_rules(self) -> Iterable[BrokenRule]:
+        """A mix needs its datasets, whose labels differ."""
+        yield from super().broken_rules()
+        if self.source == "mix" and not self.mix:
+            yield "mix", "is required with source: mix; list datasets, each with a label and a weight"
+        if self.source != "mix" and self.mix:
+            yield "mix", f"is used only with source: mix; set that instead of {self.source}, or remove the list"
+        yield from duplicates("mix", [dataset.label for dataset in self.mix])
+
+    @property
+    def sets(self) -> Sequence[DatasetSpec]:
+        """The datasets themselves: those of a mix, or this one."""
+        return self.mix or [self]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights by label; none where there is one dataset."""
+        return {dataset.label: dataset.weight for dataset in self.mix}
+
+
 class DataSpec(Block):
     """What to train and evaluate on."""
 
-    train: DatasetSpec = DatasetSpec()
+    train: TrainDatasetSpec = TrainDatasetSpec()
     """Problems that the samplers draw prompts from."""
     evals: list[EvalDatasetSpec] = Field([], max_length=16, json_schema_extra=list_map("label"))
     """Datasets for evaluation."""
-    prompt_template: Literal["think", "noThink", "raw"] = "raw"
-    """think: reason, then answer in a box; noThink: answer in a box directly; raw: only the text of the problem."""
+    prompt_template: PromptTemplate = "raw"
+    """chat: the problem as a chat; think: reason, then box the answer; noThink: box it at once; raw: the text alone."""
+    system_prompt: Text | None = None
+    """Text of the system turn, instead of the template's own; an empty one omits the turn."""
+    instruction: Text | None = None
+    """Text of the user's turn, with `{problem}` where the problem belongs, instead of the template's own."""
     shuffle_seed: Seed = 0
     """Seed of the prompt order; each sampler works through its own shard of it."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
-        """Labels differ."""
+        """Labels differ, and the texts around a problem have a place."""
         yield from duplicates("evals", [dataset.label for dataset in self.evals])
+        if self.instruction is not None and "{problem}" not in self.instruction:
+            yield "instruction", "does not contain {problem}; write it where the text of the problem belongs"
+        if self.prompt_template == "raw" and self.system_prompt is not None:
+            yield "systemPrompt", "has no turn with promptTemplate: raw; set promptTemplate: chat, or use instruction"
 
 
 # ── rewards and algorithm ────────────────────────────────────────────────────────────────────────────────────────────
@@ -458,6 +514,10 @@ class GenerationSpec(Block):
     """Maximum length of a prompt; longer prompts are skipped and counted."""
     max_completion_tokens: int = Field(1024, ge=1, le=1_000_000)
     """Maximum length of a completion; a longer one is cut and marked as truncated."""
+    stop: list[StopString] = Field([], max_length=16)
+    """Texts that end a completion, which keeps the token that completes one; special tokens count by their text."""
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field([], max_length=64)
+    """Tokens that end a completion, which keeps them, besides the model's end-of-sequence tokens."""
     seed: Seed = 0
     """Seed of sampling; each sampler derives its own."""
 

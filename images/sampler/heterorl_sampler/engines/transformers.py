@@ -23,7 +23,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from heterorl.errors import SiteError
 from heterorl.exchange.rollout import Completion, Sampling
-from heterorl_sampler.engines.model_files import Dtype, end_token_ids, require_same_tensors, tensor_shapes, weight_files
+from heterorl_sampler.engines.model_files import (
+    Dtype,
+    StopTexts,
+    end_token_ids,
+    require_same_tensors,
+    tensor_shapes,
+    weight_files,
+)
 
 # Shapes: R rows = prompts x n, S tokens so far, V vocabulary.
 
@@ -39,7 +46,7 @@ class TransformersEngine:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
         self._model = model.eval()
         self._model.to(self._device)
-        self._ends = torch.tensor(end_token_ids(model_dir), device=self._device)
+        self._model_dir, self._ends = model_dir, end_token_ids(model_dir)
 
     @torch.inference_mode()
     def generate(
@@ -49,7 +56,8 @@ class TransformersEngine:
         if not prompts:
             return []
         generator = torch.Generator(self._device).manual_seed(seed)
-        processors = _processors(sampling)
+        processors, stop_texts = _processors(sampling), StopTexts(sampling.stop, self._model_dir)
+        ends = torch.tensor([*self._ends, *sampling.stop_token_ids], device=self._device)
         texts, mask = self._pad_left(prompts)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=self._model.config)
@@ -69,7 +77,10 @@ class TransformersEngine:
             tokens.append(token)
             logps.append(logp.gather(1, token))
             lives.append(alive)
-            alive = alive & ~torch.isin(token[:, 0], self._ends)
+            alive = alive & ~torch.isin(token[:, 0], ends)
+            if sampling.stop:
+                said = stop_texts.said(torch.cat(tokens[-stop_texts.window :], 1).tolist())
+                alive = alive & ~torch.tensor(said, device=self._device)
             at_limit = step + 1 == sampling.max_tokens
             if at_limit or stop() or not alive.any():
                 break

@@ -39,6 +39,7 @@ from heterorl.exchange.canary import CANARY_TOKENS
 from heterorl.exchange.rollout import Completion, Sampling
 from heterorl_sampler.engines.model_files import (
     Dtype,
+    StopTexts,
     context_length,
     end_token_ids,
     require_same_tensors,
@@ -64,7 +65,7 @@ class VLLMEngine:
         kv_cache_bytes: int,
     ) -> None:
         _require_device(gpus)
-        self._ends = end_token_ids(model_dir)
+        self._model_dir, self._ends = model_dir, end_token_ids(model_dir)
         self._shapes = _served_shapes(weight_files(model_dir))
         self._views = tempfile.TemporaryDirectory(prefix="heterorl-vllm-")
         self._view_numbers = itertools.count()
@@ -93,28 +94,32 @@ class VLLMEngine:
     def generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, stop: Callable[[], bool] = lambda: False
     ) -> list[list[Completion] | None]:
-        """`n` completions of each prompt, one request a prompt."""
-        # vLLM gives completion j of a request the seed + j; spread prompts so that those never meet.
-        seeds = np.random.SeedSequence(seed).generate_state(len(prompts), np.uint64) >> np.uint64(2)
+        """`n` completions of each prompt, one request a completion: vLLM's own n is the same, but ends them together.
+
+        Its stop texts would need its tokenizer and cut the text but not the tokens: `StopTexts` ends requests here.
+        """
+        stop_texts = StopTexts(sampling.stop, self._model_dir)
+        seeds = np.random.SeedSequence(seed).generate_state(len(prompts) * n, np.uint64) >> np.uint64(2)
         params = [
             SamplingParams(
-                n=n,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
                 min_p=sampling.min_p,
                 repetition_penalty=sampling.repetition_penalty,
                 max_tokens=sampling.max_tokens,
-                seed=int(prompt_seed),
-                stop_token_ids=self._ends,
+                seed=int(own_seed),
+                stop_token_ids=[*self._ends, *sampling.stop_token_ids],
                 logprobs=0,  # the sampled token's alone
                 detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
+                output_kind=RequestOutputKind.CUMULATIVE if sampling.stop else RequestOutputKind.FINAL_ONLY,
             )
-            for prompt_seed in seeds
+            for own_seed in seeds
         ]
-        requests = self._run(prompts, params, stop)
-        return [[_completion(output) for output in request.outputs] if request else None for request in requests]
+        requests = self._run([prompt for prompt in prompts for _ in range(n)], params, stop, stop_texts)
+        made = [_completion(request.outputs[0], stop_texts) if request else None for request in requests]
+        groups = [[c for c in made[start : start + n] if c] for start in range(0, len(made), n)]
+        return [group if len(group) == n else None for group in groups]
 
     def score(self, token_ids: list[list[int]]) -> list[list[float]]:
         """Log-probabilities at temperature 1 of tokens 1 and later; vLLM's prompt log-probabilities know no other."""
@@ -127,7 +132,11 @@ class VLLMEngine:
         return scores
 
     def _run(
-        self, prompts: list[list[int]], params: list[SamplingParams], stop: Callable[[], bool] = lambda: False
+        self,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+        stop: Callable[[], bool] = lambda: False,
+        stop_texts: StopTexts | None = None,
     ) -> list[RequestOutput | None]:
         """Finished requests in the order of the prompts; None for those that `stop` cut short."""
         names = [str(next(self._request_numbers)) for _ in prompts]
@@ -135,9 +144,11 @@ class VLLMEngine:
             self._engine.add_request(name, tokens_input(prompt), param)
         finished: dict[str, RequestOutput] = {}
         while len(finished) < len(names) and not stop():
-            for output in self._engine.step():
-                if isinstance(output, RequestOutput) and output.finished:
-                    finished[output.request_id] = output
+            outputs = [output for output in self._engine.step() if isinstance(output, RequestOutput)]
+            said = stop_texts.said([output.outputs[0].token_ids for output in outputs]) if stop_texts else ()
+            ended = [output.request_id for output, has_said in zip(outputs, said) if has_said and not output.finished]
+            self._engine.abort_request(ended)
+            finished |= {o.request_id: o for o in outputs if o.finished or o.request_id in ended}
         self._engine.abort_request([name for name in names if name not in finished])
         return [finished.get(name) for name in names]
 
@@ -196,11 +207,12 @@ def _holder_of(name: str, files: list[Path]) -> Path:
     return next(path for path in files if name in tensor_shapes([path]))
 
 
-def _completion(output: CompletionOutput) -> Completion:
+def _completion(output: CompletionOutput, stop_texts: StopTexts) -> Completion:
     assert output.logprobs is not None
     token_ids = list(output.token_ids)
     logp = [_logp(entry, token) for token, entry in zip(token_ids, output.logprobs)]
-    return Completion(token_ids, logp, truncated=output.finish_reason == "length")
+    at_limit = output.finish_reason == "length"
+    return Completion(token_ids, logp, truncated=at_limit and not any(stop_texts.said([token_ids])))
 
 
 def _logp(entry: dict[int, Logprob] | None, token: int) -> float:
