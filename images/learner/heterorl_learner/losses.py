@@ -41,7 +41,9 @@ from heterorl.spec.run import (
     ImpalaSpec,
     LossType,
     RatioClipSpec,
+    SapoSpec,
     ToprSpec,
+    VespoSpec,
 )
 from heterorl_learner.corrections import SEQUENCES, correct
 from heterorl_learner.loss_inputs import LossInputs, Totals, bounded_exp, k3
@@ -56,7 +58,7 @@ class Terms:
 
     loss: Tensor
     weight: Tensor
-    """The factor of the advantage, before the clip where the clip is a surrogate's; for metrics."""
+    """The factor of A · grad log p, before the clip where the clip is a surrogate's; for metrics."""
     low: Tensor
     """1 where the lower bound took the unit's gradient (or the share of the sequence's tokens)."""
     high: Tensor
@@ -102,6 +104,10 @@ def _capped_tokens(x: LossInputs, cap: float) -> Terms:
     return reinforce(weight, x.token_log_ratio > log_cap, x.log_p, x.token_advantages, x.token_counted)
 
 
+def _chosen(where: Tensor, one: float, other: float, like: Tensor) -> Tensor:
+    return torch.full_like(like, other).masked_fill(where, one)
+
+
 # ── token ratio ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def grpo(x: LossInputs, clip: RatioClipSpec, totals: Totals) -> tuple[Tensor, LossMetrics]:
     """GRPO (arXiv 2402.03300): mean_i (1/L_i) sum_t -min(r_t A, clip(r_t) A)."""
@@ -135,6 +141,16 @@ def delta_l(x: LossInputs, params: DeltaLSpec, totals: Totals) -> tuple[Tensor, 
     terms = _tokens(x, params)
     weights = x.lengths.clamp(min=1).pow(-params.alpha) / (totals.max_length * totals.length_weight)
     return (weights * x.sequence_sum(terms.loss)).sum(), measure(x, terms)
+
+
+def sapo(x: LossInputs, params: SapoSpec, totals: Totals) -> tuple[Tensor, LossMetrics]:
+    """SAPO (arXiv 2511.20347): mean_i (1/L_i) sum_t -A (4/τ) σ(τ (r_t - 1)), with a τ for each sign of A."""
+    ratio = bounded_exp(x.token_log_ratio)
+    tau = _chosen(x.token_advantages > 0, params.tau_pos, params.tau_neg, ratio)
+    gate = torch.sigmoid(tau * (ratio - 1))
+    weight, never = 4 * gate * (1 - gate) * ratio, torch.zeros_like(x.token_counted)
+    terms = Terms(-x.token_advantages * 4 / tau * gate, weight, never, never, x.token_counted).times(x.token_factor)
+    return x.sequence_mean(terms.loss).sum() / totals.sequences, measure(x, terms)
 
 
 # ── sequence ratio ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -215,6 +231,19 @@ def topr(x: LossInputs, params: ToprSpec, totals: Totals) -> tuple[Tensor, LossM
     terms = reinforce(weight, high, x.sequence_sum(x.token_factor * x.log_p), x.sequence_advantages, x.counted)
     terms = replace(terms, weight=weight * x.sequence_factor)
     return terms.loss.sum() / totals.sequences, measure(x, terms)
+
+
+def vespo(x: LossInputs, params: VespoSpec, totals: Totals) -> tuple[Tensor, LossMetrics]:
+    """VESPO (arXiv 2602.10693): sum_i sum_t -sg(φ(W_i)) A log p_t / sum_i L_i, φ(W) = W^k exp(λ (1 - W)).
+
+    W_i = prod_t r_t; k and λ depend on the sign of A. φ(1) = 1, and both tails go to 0.
+    """
+    log_ratio, good = x.sequence_sum(x.token_log_ratio), x.sequence_advantages >= 0
+    k = _chosen(good, params.k_pos, params.k_neg, log_ratio)
+    rate = _chosen(good, params.lambda_pos, params.lambda_neg, log_ratio)
+    weight = (k * log_ratio + rate * (1 - bounded_exp(log_ratio))).exp()[x.seq_ids] * x.token_factor
+    terms = reinforce(weight, torch.zeros_like(x.token_counted), x.log_p, x.token_advantages, x.token_counted)
+    return terms.loss.sum() / totals.tokens, measure(x, terms)
 
 
 # ── penalty, metrics, front door ─────────────────────────────────────────────────────────────────────────────────────
@@ -317,4 +346,6 @@ LOSSES: dict[LossType, Callable[[LossInputs, Any, Totals], tuple[Tensor, LossMet
     "cispo": cispo,
     "topr": topr,
     "impala": impala,
+    "sapo": sapo,
+    "vespo": vespo,
 }

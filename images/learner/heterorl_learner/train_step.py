@@ -46,6 +46,8 @@ AUTO: dict[LossType, Scale] = {
     "cispo": "group",
     "topr": "none",
     "impala": "none",
+    "sapo": "group",
+    "vespo": "group",
 }
 """What `advantage.scale: auto` means for each loss."""
 

@@ -145,6 +145,14 @@ def plain_loss(
         elif loss == "topr":
             weight = 1.0 if a >= 0 else min(math.prod(frozen_ratios), 1.0)
             result += -weight * a * sum(v * p for v, p in zip(w, c.logp)) / len(batch)
+        elif loss == "sapo":
+            tau = 1.0 if a > 0 else 1.05
+            gated = [v * 4 / tau / (1 + math.exp(-tau * (r - 1))) for v, r in zip(w, ratios)]
+            result += -a * mean(gated) / len(batch)
+        elif loss == "vespo":
+            whole_ratio, (k, rate) = math.prod(frozen_ratios), (2.0, 3.0) if a >= 0 else (3.0, 2.0)
+            weight = whole_ratio**k * math.exp(rate * (1 - whole_ratio))
+            result += -weight * a * sum(v * p for v, p in zip(w, c.logp)) / num_tokens
         else:
             cap = {"cispo": 5.0, "impala": 1.0}[loss]
             result += sum(-v * min(r, cap) * a * p for v, r, p in zip(w, frozen_ratios, c.logp)) / num_tokens

@@ -68,6 +68,12 @@ BY_HAND = [
     ("topr", {}, -0.1328867),
     # a smaller cap: 0.25 on the second: -(-0.8855191 + 0.25 * 2.3025851)/2
     ("topr", {"cap": 0.25}, 0.1549364),
+    # tau 1: 4 sigma(0.1) = 2.0999168, 4 sigma(0.5) = 2.4898373; tau 1.05: 4/1.05 sigma(-0.525) = 1.4159383;
+    # (-(2.0999168 + 2.4898373)/2 + 1.4159383)/2
+    ("sapo", {}, -0.43946935),
+    # W = 1.65 and 0.5: 1.65^2 e^(-1.95) = 0.3873412, 0.5^3 e^1 = 0.3397852;
+    # -(0.3873412 * -0.8855191 + 0.3397852 * 2.3025851)/3
+    ("vespo", {}, -0.14646214),
 ]
 
 
@@ -242,7 +248,7 @@ def test_sequences_that_only_fill_up_do_not_matter(loss: str):
 # ── at zero lag ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def policy_gradient_weight(loss: str, batch: list[Completion], c: Completion) -> float:
     """The factor of -A in a token's gradient when the sampler's policy is the learner's."""
-    if loss in ("bnpo", "dapo", "cispo", "impala"):
+    if loss in ("bnpo", "dapo", "cispo", "impala", "vespo"):
         return 1 / sum(len(o.logp) for o in batch)
     if loss == "dr_grpo":
         return 1 / (MAX_LENGTH * len(batch))

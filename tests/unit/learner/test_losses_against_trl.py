@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from heterorl.spec.run import AlgorithmSpec, CorrectionSpec, LossSpec, WeightSpec
+from heterorl.spec.run import AlgorithmSpec, CorrectionSpec, LossSpec, SapoSpec, WeightSpec
 from heterorl_learner.loss_inputs import LossInputs, Totals
 from heterorl_learner.losses import policy_loss, summarise
 
@@ -109,17 +109,25 @@ def theirs(trainer: Any, spec: AlgorithmSpec, inputs: dict[str, torch.Tensor]) -
     params = getattr(spec.loss, kind)
     trainer.loss_type = "grpo" if kind == "gspo" else kind
     trainer.importance_sampling_level = "sequence" if kind == "gspo" else "token"
-    trainer.epsilon_low, trainer.epsilon_high = (0.0, params.cap) if kind == "cispo" else (params.low, params.high)
+    trainer.epsilon_low, trainer.epsilon_high = (
+        (0.0, params.cap) if kind == "cispo" else (getattr(params, "low", 0.0), getattr(params, "high", 0.0))
+    )
     trainer.args.delta = getattr(params, "delta", None)
+    if kind == "sapo":
+        trainer.args.sapo_temperature_pos, trainer.args.sapo_temperature_neg = params.tau_pos, params.tau_neg
     trainer._metrics["train"].clear()
     loss = trainer._compute_loss(trainer.model, inputs)
     return loss, {name: values[0] for name, values in trainer._metrics["train"].items()}
 
 
+EXACT = SapoSpec(tau_neg=1.25)
+"""SAPO's default 1.05 is a float32 in TRL."""
 CASES = [
-    *((loss, {}) for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo")),
+    *((loss, {}) for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "vespo")),
     *((loss, {"low": 0.1, "high": 0.3, "delta": 1.2}) for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "gspo")),
     ("cispo", {"cap": 1.1}),
+    ("sapo", EXACT.model_dump()),
+    ("sapo", {"tau_pos": 0.5, "tau_neg": 2.0}),
 ]
 
 
@@ -140,7 +148,9 @@ def test_value_and_gradient_equal_trl(
     assert our_loss.item() == pytest.approx(trl_loss.item(), rel=1e-10)
     assert trl_gradients.abs().max() > 1e-3
     assert torch.allclose(our_gradients, trl_gradients, rtol=1e-8, atol=1e-12)
-    if loss != "cispo" and not (loss == "gspo" and masked):  # TRL counts a masked sequence as unclipped
+    if loss not in ("cispo", "sapo", "vespo") and not (
+        loss == "gspo" and masked
+    ):  # TRL counts a masked sequence as unclipped
         for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"):
             assert our_metrics[name] == pytest.approx(trl_metrics[name], rel=1e-6)
 
@@ -166,11 +176,11 @@ def trl_weight(logp: torch.Tensor, batch: dict[str, torch.Tensor], weight: dict[
 
 
 @pytest.mark.parametrize("weight", WEIGHTS, ids=lambda w: "-".join(map(str, w.values())))
-@pytest.mark.parametrize("loss", ["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"])
+@pytest.mark.parametrize("loss", ["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"])
 def test_a_weighted_loss_equals_trl_with_its_correction_of_the_sampler(
     trainer: Any, batch: dict[str, torch.Tensor], loss: str, weight: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
-    spec = AlgorithmSpec(loss=LossSpec(type=loss), correction=CorrectionSpec(weight=WeightSpec(**weight)))
+    spec = AlgorithmSpec(loss=LossSpec(type=loss, sapo=EXACT), correction=CorrectionSpec(weight=WeightSpec(**weight)))
     our_loss, _ = ours(trainer, spec, batch)
     our_gradients = weight_gradients(trainer, our_loss)
     with torch.no_grad():
@@ -187,12 +197,12 @@ def test_a_weighted_loss_equals_trl_with_its_correction_of_the_sampler(
 
 
 @pytest.mark.parametrize("moved", [[0], [0, 1], [0, 1, 2, 3]])  # of these 1 and 2 have a negative advantage
-@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "vespo"])
 def test_opsm_equals_trls_mask_of_off_policy_sequences(
     trainer: Any, batch: dict[str, torch.Tensor], loss: str, moved: list[int], monkeypatch: pytest.MonkeyPatch
 ):
     batch["old_per_token_logps"][moved] += 3
-    spec = AlgorithmSpec(loss=LossSpec(type=loss), correction=CorrectionSpec(opsm_delta=1.5))
+    spec = AlgorithmSpec(loss=LossSpec(type=loss, sapo=EXACT), correction=CorrectionSpec(opsm_delta=1.5))
     our_loss, our_metrics = ours(trainer, spec, batch)
     our_gradients = weight_gradients(trainer, our_loss)
     monkeypatch.setattr(trainer, "off_policy_mask_threshold", 1.5)

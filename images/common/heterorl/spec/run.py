@@ -53,6 +53,8 @@ LossType = Literal[
     "cispo",
     "topr",
     "impala",
+    "sapo",
+    "vespo",
 ]
 RewardName = Literal[
     "accuracy",
@@ -363,6 +365,28 @@ class ImpalaSpec(Block):
     """Upper bound of the weight of a token."""
 
 
+class SapoSpec(Block):
+    """SAPO (arXiv 2511.20347): temperatures of the sigmoid that takes the place of a clip."""
+
+    tau_pos: float = Field(1.0, gt=0, le=1000)
+    """Temperature for positive advantages."""
+    tau_neg: float = Field(1.05, gt=0, le=1000)
+    """Temperature for negative advantages; the larger, the sooner a token off the policy loses its gradient."""
+
+
+class VespoSpec(Block):
+    """VESPO (arXiv 2602.10693): the weight W^k exp(λ (1 - W)) of a sequence."""
+
+    k_pos: float = Field(2.0, ge=0, le=1000)
+    """k for advantages that are not negative."""
+    lambda_pos: float = Field(3.0, gt=0, le=1000)
+    """λ for advantages that are not negative."""
+    k_neg: float = Field(3.0, ge=0, le=1000)
+    """k for negative advantages."""
+    lambda_neg: float = Field(2.0, gt=0, le=1000)
+    """λ for negative advantages."""
+
+
 class LossSpec(Block):
     """The policy loss: a type and that type's own parameters."""
 
@@ -394,6 +418,10 @@ class LossSpec(Block):
     """TOPR: detached trajectory weights, one-sided."""
     impala: ImpalaSpec = ImpalaSpec()
     """IMPALA: detached, truncated token weights."""
+    sapo: SapoSpec = SapoSpec()
+    """SAPO: token-level ratio through a sigmoid instead of a clip."""
+    vespo: VespoSpec = VespoSpec()
+    """VESPO: detached, smoothly tapered sequence weights."""
 
 
 class AdvantageSpec(Block):
