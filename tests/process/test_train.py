@@ -90,6 +90,17 @@ def test_steps_added_to_a_live_run_are_trained_under_the_schedule_of_the_new_tot
     assert exchange.trained
 
 
+def test_the_rate_goes_with_the_root_of_the_effective_sample_size(exchange: Exchange, engine: TrainingEngine) -> None:
+    exchange.create(run_with(2, {"optimizer": {"learningRate": 0.1, "essScaling": True}}))
+    watch = Watch()
+    assert Trainer(Exchange(exchange.root), engine, Metrics([watch]), lambda: False).train()
+    shares = [record["ratio/ess"] for record in watch.records]
+    assert all(0.5 <= share < 0.999 for share in shares)  # of two completions with unequal weights
+    # Linear from 0.1 to 0 in two steps: 0.1 and 0.05.
+    expected = [rate * share**0.5 for rate, share in zip((0.1, 0.05), shares)]
+    assert [record["learning_rate"] for record in watch.records] == pytest.approx(expected)
+
+
 def test_a_run_is_never_made_shorter_while_it_runs(exchange: Exchange, engine: TrainingEngine) -> None:
     watch = Watch(lambda step: exchange.create(run_with(1)))
     assert Trainer(exchange, engine, Metrics([watch]), lambda: False).train()

@@ -17,7 +17,8 @@ under maskTruncated, or one that only fills up a rank); its tokens may be presen
 `corrections` may put a factor on every token's term; then the ratio may be against the learner's own policy before the
 update, "old", instead of the sampler's.
 
-Metrics are scalars whose prefix says how to put those of micro-batches and ranks together: `sum/`, `min/` or `max/`.
+Metrics are scalars whose prefix says how to put those of micro-batches and ranks together: `sum/`, `min/`, `max/` or
+`lse/` (logsumexp).
 Every loss returns the same keys in the same order. `combine` does it, `summarise` turns the result into metric names.
 """
 
@@ -257,12 +258,13 @@ def measure(x: LossInputs, terms: Terms) -> LossMetrics:
     """Sums and extremes of one micro-batch, float64 scalars; see the module's docstring."""
     x = replace(x, logp=x.logp.detach())  # its properties would otherwise be kept, without gradient, for the loss
     ratio = bounded_exp(x.sequence_mean(x.sampler_log_ratio)).double()
+    log_product = x.sequence_sum(x.sampler_log_ratio).double()
 
     def total(values: Tensor, counted: Tensor) -> Tensor:
         return values.double().masked_fill(~counted, 0.0).sum()
 
-    def extreme(fill: float) -> Tensor:
-        return pad(ratio.masked_fill(~x.counted, fill), (0, 1), value=fill)
+    def counted_or(fill: float, values: Tensor) -> Tensor:
+        return pad(values.masked_fill(~x.counted, fill), (0, 1), value=fill)
 
     return {
         "sum/tokens": x.token_counted.double().sum(),
@@ -270,8 +272,10 @@ def measure(x: LossInputs, terms: Terms) -> LossMetrics:
         "sum/units": terms.counted.double().sum(),
         "sum/k3": total(k3(x.sampler_log_ratio), x.token_counted),
         "sum/ratio": total(ratio, x.counted),
-        "min/ratio": extreme(math.inf).amin(),
-        "max/ratio": extreme(-math.inf).amax(),
+        "min/ratio": counted_or(math.inf, ratio).amin(),
+        "max/ratio": counted_or(-math.inf, ratio).amax(),
+        "lse/product": counted_or(-math.inf, log_product).logsumexp(0),
+        "lse/product_squared": counted_or(-math.inf, 2 * log_product).logsumexp(0),
         "sum/weight": total(terms.weight, terms.counted),
         "sum/weight_squared": total(terms.weight.double().square(), terms.counted),
         "sum/low": total(terms.low, terms.counted),
@@ -281,7 +285,12 @@ def measure(x: LossInputs, terms: Terms) -> LossMetrics:
 
 def combine(parts: Sequence[LossMetrics]) -> LossMetrics:
     """Put the metrics of micro-batches, or of ranks, together: each key by its prefix."""
-    reduce: dict[str, Callable[[Tensor, int], Tensor]] = {"sum": torch.sum, "min": torch.amin, "max": torch.amax}
+    reduce: dict[str, Callable[[Tensor, int], Tensor]] = {
+        "sum": torch.sum,
+        "min": torch.amin,
+        "max": torch.amax,
+        "lse": torch.logsumexp,
+    }
     return {key: reduce[key[:3]](torch.stack([part[key] for part in parts]), 0) for key in parts[0]}
 
 
@@ -289,7 +298,8 @@ def summarise(metrics: LossMetrics) -> dict[str, float]:
     """The step's metrics by their public names; without a sequence that counts, only `loss` and `kl_to_sampler`.
 
     `weight/*` and `clip_ratio/*` are over the loss's own units: tokens for token ratios, sequences otherwise.
-    `weight/ess` is (sum w)² / (n sum w²): the share of the batch that the weights leave effective.
+    `weight/ess` is (sum w)² / (n sum w²): the share of the batch that the weights leave effective. `ratio/ess` is that
+    of the sequences' unbiased weights prod_t p_t/q_t, whatever the loss.
     """
     m = {name: value.item() for name, value in metrics.items()}
     summary = {"loss": m["sum/loss"], "kl_to_sampler": m["sum/kl_to_sampler"]}
@@ -304,6 +314,7 @@ def summarise(metrics: LossMetrics) -> dict[str, float]:
         "ratio/mean": m["sum/ratio"] / m["sum/sequences"],
         "ratio/min": m["min/ratio"],
         "ratio/max": m["max/ratio"],
+        "ratio/ess": math.exp(2 * m["lse/product"] - m["lse/product_squared"]) / m["sum/sequences"],
         "weight/mean": mean_weight,
         "weight/variance": max(mean_square - mean_weight**2, 0.0),
         "weight/ess": mean_weight**2 / mean_square if mean_square > 0 else 0.0,

@@ -26,7 +26,7 @@ from heterorl_learner.engines.torch_ddp import TrainingEngine
 from heterorl_learner.hf_export import write_output
 from heterorl_learner.publish import Publisher
 from heterorl_learner.rollout_feed import RolloutFeed, StepBatch
-from heterorl_learner.train_step import learning_rate, num_tokens, rollout_metrics, train_on
+from heterorl_learner.train_step import ess_factor, learning_rate, num_tokens, rollout_metrics, train_on
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +71,10 @@ class Trainer:
 
         That is a loss or gradient that is not finite, twice: once may be the machine's doing.
         """
-        started, rate = time.monotonic(), learning_rate(self.learner, self.state.step)
-        reason = ""
+        started, reason = time.monotonic(), ""
         for _ in range(2):
             metrics = train_on(self.engine, self.spec, batch)
+            rate = learning_rate(self.learner, self.state.step) * ess_factor(self.learner, metrics)
             try:
                 metrics |= {"grad_norm": self.engine.step(rate), "learning_rate": rate}
             except NotFinite as error:

@@ -302,6 +302,15 @@ def learning_rate(learner: LearnerSpec, step: int) -> float:
     return peak * shapes[learner.schedule.type]
 
 
+def ess_factor(learner: LearnerSpec, metrics: dict[str, float]) -> float:
+    """VCPO's factor of the rate, sqrt(ESS/B) (arXiv 2602.17616), from the step's metrics; 1 without essScaling.
+
+    ESS = (sum_i w_i)² / sum_i w_i² over the B completions, w_i = prod_t p_t/q_t as in the paper, whatever the loss
+    weighs them by; the rate goes with its square root because AdamW's update does not grow with the gradient.
+    """
+    return math.sqrt(metrics.get("ratio/ess", 1.0)) if learner.optimizer.ess_scaling else 1.0
+
+
 def num_tokens(rollouts: list[Rollout]) -> int:
     """Prompt and completion tokens that the learner reads for these rollouts."""
     return sum(len(r.prompt_ids) * len(r.lengths) + len(r.completion_ids) for r in rollouts)

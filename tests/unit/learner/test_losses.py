@@ -129,6 +129,8 @@ def test_metrics_are_what_they_say_by_hand():
     assert summary["ratio/mean"] == pytest.approx((math.sqrt(1.65) + 0.5) / 2)
     assert summary["ratio/min"] == pytest.approx(0.5)
     assert summary["ratio/max"] == pytest.approx(math.sqrt(1.65))
+    # products 1.65 and 0.5: sum 2.15, squares 2.7225 + 0.25
+    assert summary["ratio/ess"] == pytest.approx(2.15**2 / (2 * 2.9725))
     # token weights 1.1, 1.5, 0.5: sum 3.1, squares 1.21 + 2.25 + 0.25 = 3.71
     assert summary["weight/mean"] == pytest.approx(3.1 / 3)
     assert summary["weight/variance"] == pytest.approx(3.71 / 3 - (3.1 / 3) ** 2)
@@ -153,6 +155,14 @@ def test_clip_metrics_count_units_of_the_loss(loss: str, low: float, high: float
     summary = summarise(policy_loss(algorithm(loss), flat(HAND), totals_of(HAND))[1])
     assert summary["clip_ratio/low_mean"] == pytest.approx(low)
     assert summary["clip_ratio/high_mean"] == pytest.approx(high)
+
+
+def test_the_effective_sample_size_of_products_that_underflow_is_still_theirs():
+    # products e^-1000 * 1.65 and e^-1000 * 0.5: the same share as without the common factor
+    batch = [replace(HAND[0], logp=[v - 500 for v in HAND[0].logp]), replace(HAND[1], logp=[HAND[1].logp[0] - 1000])]
+    for parts in ([batch], [batch[:1], batch[1:]]):
+        metrics = [policy_loss(algorithm("gepo"), flat(part, batch), totals_of(batch))[1] for part in parts]
+        assert summarise(combine(metrics))["ratio/ess"] == pytest.approx(2.15**2 / (2 * 2.9725))
 
 
 # ── a plain formula ──────────────────────────────────────────────────────────────────────────────────────────────────

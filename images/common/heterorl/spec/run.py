@@ -578,6 +578,8 @@ class OptimizerSpec(Block):
     """Decoupled weight decay."""
     max_grad_norm: float = Field(1.0, gt=0, le=1_000_000)
     """Maximum gradient norm; larger gradients are scaled down to it."""
+    ess_scaling: bool = False
+    """VCPO: multiply the rate of a step by sqrt(ESS/B), where ESS is the effective number of its B completions."""
 
 
 class ScheduleSpec(Block):
