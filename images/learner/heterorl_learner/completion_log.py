@@ -1,47 +1,176 @@
-"""Log of sampled completions: a few completions of a step, as text, with their rewards."""
+"""The log of completions: whole groups as text, sampled evenly over the run until its budget of bytes is used.
+
+    completions.jsonl   {"step": 12, "incarnation": 1, "rollout": "v...", "row": 7, "set": "math", "prompt": "...", "reference": "8",
+                         "completions": [{"text": "...", "reward": 1.0, "parts": {"accuracy": 1.0}, "advantage": 0.5,
+                           "truncated": false, "tokens": [5, 1], "versions": [[11, 2]], "ratios": [0.98, 1.01]}, ...]}
+
+A line is a group that was trained in `step`. `tokens` are the lengths of the tokens' texts in characters, `versions`
+runs of [step of the weights, tokens], `ratios` the probability of each token under the learner over that under the
+sampler. A learner that resumes repeats steps: lines of an earlier incarnation from there on no longer count.
+"""
 
 from __future__ import annotations
 
-import numpy as np
-from transformers import AutoTokenizer
+import json
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+
+from heterorl.data.tokenizer import load_tokenizer
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.rollout import Rollout
 from heterorl.monitoring.background import Background
-from heterorl.monitoring.json_lines import JsonLines
+from heterorl.monitoring.json_lines import JsonLines, Record, encode
+from heterorl.seeds import derive_seed
+from heterorl.spec.run import RunSpec
+from heterorl_learner.engines.torch_ddp import MicroBatch
 from heterorl_learner.rollout_feed import StepBatch
+from heterorl_learner.train_step import resolve_scale, step_advantages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_WAITING_STEPS = 8
+"""Steps whose rollouts are kept in memory while the disk is slow; beyond that the oldest are not logged."""
+Ratios = dict[int, NDArray[np.float32]]
+"""Of each completion of the step that this rank trained, by its number: [L], a value a token."""
 
 
 class CompletionLog:
-    """Appends to completions.jsonl in the steps that the spec names, if any; never holds up or ends training."""
+    """Appends to completions.jsonl on a thread of its own; never holds up or ends training."""
 
-    def __init__(self, exchange: Exchange, *, wanted: bool = True) -> None:
-        self._settings = exchange.spec.monitoring.log_completions
+    def __init__(self, exchange: Exchange, incarnation: int, *, wanted: bool = True) -> None:
+        """`wanted`: this is the one rank that writes; the spec may switch it off as well."""
         self._lines: Background | None = None
-        if wanted and self._settings.every_steps:
-            self._tokenizer = AutoTokenizer.from_pretrained(exchange.model_dir)
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        if wanted and exchange.spec.monitoring.log_completions.max_megabytes:
             file = exchange.completions_file
-            self._lines = Background(str(file), lambda: JsonLines(file))
+            self._lines = Background(
+                str(file), lambda: GroupLines(file, exchange, incarnation), close_s=30.0, room=_WAITING_STEPS
+            )
+
+    def see(self, micro: MicroBatch, logp: Tensor) -> None:
+        """Note the learner's log-probabilities [T] of a micro-batch of the step at work."""
+        if self._lines is not None:
+            self._seen.append((micro.numbers, micro.lengths, logp.detach() - micro.sampler_logp))
+
+    def forget(self) -> None:
+        """Start the step anew."""
+        self._seen = []
 
     def write(self, batch: StepBatch) -> None:
-        """Take a step's batch."""
-        if self._lines is None or batch.step % self._settings.every_steps:
-            return
-        texts = ((name, r, i) for name, r in zip(batch.names, batch.rollouts) for i in range(len(r.lengths)))
-        for (name, rollout, i), _ in zip(texts, range(self._settings.count)):
-            ends = np.cumsum(rollout.lengths)
-            completion = rollout.completion_ids[ends[i] - rollout.lengths[i] : ends[i]]
-            self._lines.write(
-                {
-                    "step": batch.step,
-                    "rollout": str(name),
-                    "prompt": self._tokenizer.decode(rollout.prompt_ids),
-                    "completion": self._tokenizer.decode(completion),
-                    "reward": float(rollout.rewards[i]),
-                    "truncated": bool(rollout.truncated[i]),
-                }
-            )
+        """Take a trained step's batch, with what was seen of it."""
+        if self._lines is not None:
+            self._lines.write({"batch": batch, "ratios": _ratios(self._seen)})
+        self.forget()
 
     def close(self) -> None:
         """Write what is left."""
         if self._lines is not None:
             self._lines.close()
+
+
+def _ratios(seen: list[tuple[Tensor, Tensor, Tensor]]) -> Ratios:
+    if not seen:
+        return {}
+    numbers, lengths, differences = (torch.cat(column).cpu().numpy() for column in zip(*seen))
+    ends = np.cumsum(lengths.astype(np.int64))[:-1]
+    return {int(number): np.exp(part) for number, part in zip(numbers, np.split(differences, ends))}
+
+
+@dataclass
+class GroupLines:
+    """The sink: turns groups into text and writes as many of a step as the budget allows by then."""
+
+    file: Path
+    exchange: Exchange
+    incarnation: int
+
+    def __post_init__(self) -> None:
+        self._tokenizer = load_tokenizer(self.exchange.model_dir)
+        self._lines = JsonLines(self.file)
+
+    def write(self, record: Record) -> None:
+        """Write groups of a step, in a seeded order, while the file stays within the step's share of the budget."""
+        spec, batch = self.exchange.spec, record["batch"]
+        share = min(1.0, (batch.step + 1) / spec.learner.steps)
+        allowed = spec.monitoring.log_completions.max_megabytes * 1e6 * share
+        order = np.random.default_rng(derive_seed("completions", spec.seed, batch.step)).permutation(len(batch.names))
+        advantages = _advantages(spec, batch.rollouts)
+        for group in map(int, order):
+            line = encode(self._record(batch, group, advantages[group], record["ratios"]))
+            if self._lines.size + len(line) > allowed:
+                return
+            self._lines.append(line)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._lines.close()
+
+    def _record(self, batch: StepBatch, group: int, advantages: NDArray[np.float32], ratios: Ratios) -> dict[str, Any]:
+        rollout, first = batch.rollouts[group], sum(len(r.lengths) for r in batch.rollouts[:group])
+        completions = [
+            _completion(self._tokenizer, rollout, i, float(advantages[i]), ratios.get(first + i))
+            for i in range(len(rollout.lengths))
+        ]
+        return {
+            "step": batch.step + 1,  # as the metrics count: the step that it takes part in
+            "incarnation": self.incarnation,
+            "rollout": str(batch.names[group]),
+            "row": rollout.meta.get("row_id"),
+            "set": rollout.meta.get("set"),
+            "prompt": self._tokenizer.decode(rollout.prompt_ids.tolist()),
+            "reference": rollout.meta.get("answer"),
+            "completions": completions,
+        }
+
+
+def _advantages(spec: RunSpec, rollouts: list[Rollout]) -> list[NDArray[np.float32]]:
+    scale = resolve_scale(spec.algorithm.loss.type, spec.algorithm.advantage.scale)
+    return step_advantages([rollout.rewards for rollout in rollouts], scale)
+
+
+def _completion(
+    tokenizer: PreTrainedTokenizerBase, rollout: Rollout, i: int, advantage: float, ratios: NDArray[np.float32] | None
+) -> dict[str, Any]:
+    end = int(rollout.lengths[: i + 1].sum())
+    tokens = slice(end - int(rollout.lengths[i]), end)
+    pieces = token_texts(tokenizer, rollout.completion_ids[tokens].tolist())
+    versions = [[version, len(list(run))] for version, run in groupby(rollout.versions[tokens].tolist())]
+    return {
+        "text": "".join(pieces),
+        "reward": _rounded(rollout.rewards[i]),
+        "parts": {name: _rounded(term[i]) for name, term in rollout.reward_terms.items()},
+        "advantage": _rounded(advantage),
+        "truncated": bool(rollout.truncated[i]),
+        "tokens": [len(piece) for piece in pieces],
+        "versions": versions,
+        "ratios": None if ratios is None else [_rounded(ratio) for ratio in ratios],
+    }
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """The text of each token; where several make one character, the last of them has it and the others are empty.
+
+    A tokenizer that is not a fast one cannot tell: then the first has the whole text.
+    """
+    text = str(tokenizer.decode(ids))
+    if tokenizer.is_fast:
+        stream = DecodeStream(skip_special_tokens=False)
+        pieces = [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
+        rest = text.removeprefix("".join(pieces))
+        if len(rest) + sum(map(len, pieces)) == len(text):
+            pieces[-1] += rest  # of a character that was cut
+            return pieces
+    return [text] + [""] * (len(ids) - 1)
+
+
+def _rounded(value: Any) -> float | None:
+    return json.loads(f"{float(value):.4g}") if np.isfinite(value) else None

@@ -45,7 +45,7 @@ class Trainer:
         self.feed = RolloutFeed(exchange, self.state.step, self.incarnation, stop)
         self.publisher = Publisher(exchange, engine, self.incarnation)
         self.told: dict[str, float] = {}  # of the last step, for the heartbeat
-        self.completions = CompletionLog(exchange, wanted=engine.rank == 0)
+        self.completions = CompletionLog(exchange, self.incarnation, wanted=engine.rank == 0)
 
     def train(self) -> bool:
         """Train to the last step or until told to stop; True if the last step was reached."""
@@ -73,7 +73,8 @@ class Trainer:
         """
         started, reason = time.monotonic(), ""
         for _ in range(2):
-            metrics = train_on(self.engine, self.spec, batch)
+            self.completions.forget()
+            metrics = train_on(self.engine, self.spec, batch, self.completions.see)
             rate = learning_rate(self.learner, self.state.step) * ess_factor(self.learner, metrics)
             try:
                 metrics |= {"grad_norm": self.engine.step(rate), "learning_rate": rate}

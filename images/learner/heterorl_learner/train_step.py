@@ -7,6 +7,7 @@ rewards [G]; every scale of advantages starts from reward - group mean.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from fractions import Fraction
 from typing import Any, Literal
@@ -57,8 +58,13 @@ MAX_BETA_WEIGHT = 1e6
 """Largest weight 1/pdf of a group."""
 
 
-def train_on(engine: TrainingEngine, spec: RunSpec, batch: StepBatch) -> dict[str, float]:
-    """Add the step's gradient; returns the loss's metrics over all micro-batches and ranks."""
+def train_on(
+    engine: TrainingEngine, spec: RunSpec, batch: StepBatch, see: Callable[[MicroBatch, Tensor], None] | None = None
+) -> dict[str, float]:
+    """Add the step's gradient; returns the loss's metrics over all micro-batches and ranks.
+
+    `see` is shown this rank's micro-batches with the learner's log-probabilities [T] of them.
+    """
     totals = step_totals(spec, batch.rollouts)
     micro_batches = plan(
         sequences(spec, batch.rollouts),
@@ -71,6 +77,8 @@ def train_on(engine: TrainingEngine, spec: RunSpec, batch: StepBatch) -> dict[st
     parts: list[LossMetrics] = []
 
     def loss_function(micro: MicroBatch, logp: Tensor) -> Tensor:
+        if see is not None:
+            see(micro, logp)
         loss, metrics = policy_loss(spec.algorithm, loss_inputs(micro, logp), totals, m2_limit)
         parts.append(metrics)
         return loss
@@ -101,7 +109,8 @@ def sequences(spec: RunSpec, rollouts: list[Rollout]) -> list[Sequence]:
     scale = resolve_scale(spec.algorithm.loss.type, spec.algorithm.advantage.scale)
     advantages = step_advantages([r.rewards for r in rollouts], scale)
     found = []
-    for group, rollout in enumerate(rollouts):
+    firsts = np.cumsum([0, *(len(rollout.lengths) for rollout in rollouts)]).tolist()
+    for group, (rollout, first) in enumerate(zip(rollouts, firsts)):
         ends = np.cumsum(rollout.lengths)
         logps = np.split(rollout.logp, ends[:-1])
         expected_q = float(log_expected_q(torch.tensor([logp.mean(dtype=np.float64) for logp in logps])))
@@ -114,6 +123,7 @@ def sequences(spec: RunSpec, rollouts: list[Rollout]) -> list[Sequence]:
                         logps[i],
                         group,
                         advantage=float(advantages[group][i]),
+                        number=first + i,
                         temperature=rollout.provenance.sampling.temperature,
                         log_expected_q=expected_q,
                     )

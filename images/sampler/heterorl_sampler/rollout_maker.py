@@ -120,5 +120,5 @@ class RolloutMaker:
             provenance=self._provenance.model_copy(update={"sampling": SamplingDistribution.of(spec.generation)}),
             reward_terms=terms,
             lease_epoch=self._lease.epoch,
-            meta={"row_id": row["id"]} | ({"set": row["set"]} if "set" in row else {}),
+            meta={"row_id": row["id"], "answer": row["answer"]} | ({"set": row["set"]} if "set" in row else {}),
         )

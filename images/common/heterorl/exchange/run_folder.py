@@ -71,7 +71,7 @@ class RunFolder:
 
     @property
     def completions_file(self) -> Path:
-        """Samples of what the model wrote, when the spec asks for them."""
+        """Groups of completions that were trained, as text, within the budget of the spec."""
         return self.root / "completions.jsonl"
 
     @property

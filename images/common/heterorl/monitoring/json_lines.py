@@ -29,7 +29,10 @@ class JsonLines:
 
     def write(self, record: Record) -> None:
         """Append a record; OSError, and nothing of it in the file, when the volume does not take it whole."""
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        self.append(encode(record))
+
+    def append(self, line: bytes) -> None:
+        """The same with a record that is encoded already."""
         try:
             written = self._file.write(line)
             if written != len(line):
@@ -39,9 +42,19 @@ class JsonLines:
             raise
         self._size += len(line)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._size
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def encode(record: Record) -> bytes:
+    """The record's line; ValueError for a number that is not finite."""
+    return json.dumps(record, allow_nan=False, ensure_ascii=False).encode(errors="replace") + b"\n"
 
 
 class Tail:

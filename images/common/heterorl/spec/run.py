@@ -608,12 +608,10 @@ class CheckpointSpec(Block):
 
 
 class LogCompletionsSpec(Block):
-    """Log of sampled completions."""
+    """Log of completions with their rewards, advantages and importance ratios, for `heterorl ui`."""
 
-    every_steps: int = Field(0, ge=0, le=1_000_000)
-    """Write completions to `completions.jsonl` every N steps; 0 disables."""
-    count: int = Field(4, ge=1, le=1024)
-    """Number of completions per entry."""
+    max_megabytes: float = Field(64.0, ge=0, le=1_000_000)
+    """Maximum size of `completions.jsonl`; whole groups are sampled evenly over the steps. 0 disables."""
 
 
 class WandbSpec(Block):
@@ -639,7 +637,7 @@ class MonitoringSpec(Block):
     wandb: WandbSpec = WandbSpec()
     """Weights & Biases."""
     log_completions: LogCompletionsSpec = LogCompletionsSpec()
-    """Log of sampled completions."""
+    """Log of completions."""
 
 
 class LearnerSpec(Block):

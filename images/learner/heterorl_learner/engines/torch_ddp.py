@@ -51,6 +51,8 @@ class Sequence:
     group: int
     """Which prompt group of the step it belongs to."""
     advantage: float
+    number: int = 0
+    """Which completion of the step it is."""
     temperature: float = 1.0
     """At which it was sampled, and at which its log-probabilities are taken."""
     log_expected_q: float = 0.0
@@ -86,6 +88,8 @@ class MicroBatch:
     """long [T], 0 to S - 1."""
     group_ids: Tensor
     """long [S], numbered from 0 within the micro-batch."""
+    numbers: Tensor
+    """long [S]: which completions of the step they are."""
     lengths: Tensor
     """float32 [S], completion tokens."""
     advantages: Tensor
@@ -121,6 +125,7 @@ def micro_batch(sequences: SequenceOf[Sequence]) -> MicroBatch:
         sampler_logp=torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *(s.sampler_logp for s in sequences)])),
         seq_ids=torch.repeat_interleave(torch.arange(len(sequences)), lengths),
         group_ids=torch.tensor([groups[s.group] for s in sequences], dtype=torch.long),
+        numbers=torch.tensor([s.number for s in sequences], dtype=torch.long),
         lengths=lengths.float(),
         advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float32),
         log_expected_q=torch.tensor([s.log_expected_q for s in sequences], dtype=torch.float32),
