@@ -147,6 +147,37 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     click.echo(f"wrote {write_report(list(runs), out)}")
 
 
+@cli.command()
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; others than this machine's need a token.",
+)
+@click.option("--port", default=6070, show_default=True, help="Port to listen on; 0 takes any free one.")
+@click.option(
+    "--token",
+    envvar="HETERORL_UI_TOKEN",
+    help="Token that visitors need [default: made up where HOST is not this machine].",
+)
+def ui(runs: tuple[Path, ...], host: str, port: int, token: str | None) -> None:
+    """Show runs in a browser, also while they go on.
+
+    RUNS are folders of runs, or folders that hold them [default: runs]. Nothing is written to them.
+
+    \b
+    heterorl ui                        all runs below runs/
+    heterorl ui runs/a runs/b          these two
+    """
+    try:
+        from heterorl.ui.server import serve
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed; pip install 'heterorl[ui]'") from error
+
+    serve(list(runs) or [Path("runs")], host, port, token, click.echo)
+
+
 def _generate(path: Path, text: str, command: str, check: bool) -> None:
     if check:
         if not path.exists() or path.read_text(encoding="utf-8") != text:

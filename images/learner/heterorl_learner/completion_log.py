@@ -1,8 +1,9 @@
 """The log of completions: whole groups as text, sampled evenly over the run until its budget of bytes is used.
 
-    completions.jsonl   {"step": 12, "incarnation": 1, "rollout": "v...", "row": 7, "set": "math", "prompt": "...", "reference": "8",
-                         "completions": [{"text": "...", "reward": 1.0, "parts": {"accuracy": 1.0}, "advantage": 0.5,
-                           "truncated": false, "tokens": [5, 1], "versions": [[11, 2]], "ratios": [0.98, 1.01]}, ...]}
+    completions.jsonl   {"step": 12, "incarnation": 1, "rollout": "v...", "row": 7, "set": "math", "prompt": "...",
+                         "reference": "8", "completions": [{"text": "...", "reward": 1.0, "parts": {"accuracy": 1.0},
+                           "advantage": 0.5, "truncated": false, "tokens": [5, 1], "versions": [[11, 2]],
+                           "ratios": [0.98, 1.01]}, ...]}
 
 A line is a group that was trained in `step`. `tokens` are the lengths of the tokens' texts in characters, `versions`
 runs of [step of the weights, tokens], `ratios` the probability of each token under the learner over that under the

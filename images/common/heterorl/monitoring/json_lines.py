@@ -10,6 +10,7 @@ import errno
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +64,26 @@ class Tail:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
+        self.beginnings = 0
+        """How often the file was shorter than before and is read anew: then it is another one."""
 
     def read(self) -> list[Record]:
         """What was added since the last call; nothing while the file is absent."""
+        return [record for _, record in self.read_places()]
+
+    def read_places(self) -> list[tuple[int, Record]]:
+        """The same, with the byte at which each line begins."""
         try:
             with open(self._path, "rb") as file:
+                if os.fstat(file.fileno()).st_size < self._offset:
+                    self._offset = 0
+                    self.beginnings += 1
                 file.seek(self._offset)
                 added = file.read()
         except FileNotFoundError:
             return []
-        whole = added[: added.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return _records(whole)
+        begin, self._offset = self._offset, self._offset + added.rfind(b"\n") + 1
+        return [(begin + place, record) for place, record in _records(added[: self._offset - begin])]
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -87,7 +96,7 @@ def read_metrics(path: Path) -> list[Record]:
     except FileNotFoundError:
         return []
     records: list[Record] = []
-    supersede(records, _records(content))
+    supersede(records, [record for _, record in _records(content)])
     return records
 
 
@@ -102,15 +111,14 @@ def supersede(records: list[Record], added: Iterable[Record]) -> None:
         records.append(record)
 
 
-def _records(content: bytes) -> list[Record]:
-    found = []
+def _records(content: bytes) -> list[tuple[int, Record]]:
+    found, place = [], 0
     for line in content.split(b"\n"):
-        try:
+        with suppress(ValueError, RecursionError):
             record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            found.append(record)
+            if isinstance(record, dict):
+                found.append((place, record))
+        place += len(line) + 1
     return found
 
 

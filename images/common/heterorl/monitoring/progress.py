@@ -101,6 +101,7 @@ class ProgressReader:
 
     def __init__(self, exchange: Exchange, clock: Callable[[], float] = time.monotonic) -> None:
         self._run, self._clock, self._opened_at = SnapshotReader(exchange), clock, exchange.now()
+        self._begun_at = 0.0  # when the learner started last, by its clock
         self._learner = Tail(learner_file(exchange.metrics_dir))
         self._samplers = {slot: Tail(sampler_file(exchange.metrics_dir, slot)) for slot in exchange.spec.slots}
         self._steps: list[Record] = []
@@ -109,14 +110,19 @@ class ProgressReader:
 
     def read(self) -> LiveProgress:
         """The run as it is now."""
-        new = [{key: record.get(key) for key in _KEPT} for record in self._learner.read() if is_step(record)]
-        supersede(self._steps, new)
+        lines = self._learner.read()
+        supersede(self._steps, [{key: line.get(key) for key in _KEPT} for line in lines if is_step(line)])
+        self._begun_at = max(
+            [self._begun_at, *column((line for line in lines if line.get("event") == "start"), "time")]
+        )
         for slot, tail in self._samplers.items():
             for record in tail.read():
                 self._slots[slot] = _add_line(self._slots[slot], record)
         snapshot = self._run.read()
         eta_s = self._eta(snapshot.step, snapshot.steps)
-        return live_progress(snapshot, self._steps, self._slots, opened_at=self._opened_at, eta_s=eta_s)
+        return live_progress(
+            snapshot, self._steps, self._slots, opened_at=self._begun_at or self._opened_at, eta_s=eta_s
+        )
 
     def _eta(self, step: int, steps: int) -> float | None:
         """Seconds to go at the pace of the last minute or so; None before there is one."""

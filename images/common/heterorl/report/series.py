@@ -15,7 +15,8 @@ from heterorl.monitoring.run_records import is_batch, learner_wait_share, sample
 Floats = npt.NDArray[np.float64]
 Series = tuple[Floats, Floats]
 
-_SEED = re.compile(r"[-_](s|seed)-?\d+$")
+SEED = re.compile(r"[-_](s|seed)-?\d+$")
+"""What tells the seeds of one thing apart: the end of the name."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class RunSeries:
     @property
     def family(self) -> str:
         """The name without its seed."""
-        return _SEED.sub("", self.name)
+        return SEED.sub("", self.name)
 
 
 def series(records: Iterable[Record], x: str, y: str) -> Series:
