@@ -105,6 +105,17 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
         load_policy(tmp_path, torch.float32, "sdpa")
 
 
+def test_entropy_is_that_of_each_tokens_own_distribution(folders: dict[str, Path]) -> None:
+    sequence = replace(drawn(1)[0], temperature=0.7)
+    engine = build_engine(folders["tied"], run_spec())
+    reference = AutoModelForCausalLM.from_pretrained(folders["tied"], dtype=torch.float32)
+    ids = torch.tensor(np.concatenate([sequence.prompt_ids, sequence.completion_ids]), dtype=torch.long)
+    with torch.no_grad():
+        p = torch.softmax(reference(ids[None]).logits[0, len(sequence.prompt_ids) - 1 : -1].double() / 0.7, dim=-1)
+    expected = -(p * p.log()).sum(1)
+    assert engine.entropy(micro_batch([sequence])).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
 # ── the engine, plain torch in one process ───────────────────────────────────────────────────────────────────────────
 def train(engine: TrainingEngine, steps: range, learning_rate: float = 3e-4) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step on batches drawn for it."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,7 +22,7 @@ from heterorl.exchange.rollout import Rollout, Version
 from heterorl.monitoring.metrics import Metrics
 from heterorl.spec.run import HeteroRLRun
 from heterorl_learner.engines.build import build_engine
-from heterorl_learner.engines.torch_ddp import TrainingEngine
+from heterorl_learner.engines.torch_ddp import Sequence, TrainingEngine, micro_batch
 from heterorl_learner.rollout_feed import StepBatch
 from heterorl_learner.train import Trainer
 from heterorl_learner.train_step import train_on
@@ -37,8 +38,7 @@ def run_with(steps: int, learner: Mapping[str, Any] | None = None, **spec: Any) 
             "schedule": {"type": "linear", "warmupRatio": 0.0},
             **(learner or {}),
         },
-        algorithm={"groupSize": 2},
-        **{"exchange": {"pollSeconds": 0.01}, **spec},
+        **{"algorithm": {"groupSize": 2}, "exchange": {"pollSeconds": 0.01}, **spec},
     )
 
 
@@ -99,6 +99,29 @@ def test_the_rate_goes_with_the_root_of_the_effective_sample_size(exchange: Exch
     # Linear from 0.1 to 0 in two steps: 0.1 and 0.05.
     expected = [rate * share**0.5 for rate, share in zip((0.1, 0.05), shares)]
     assert [record["learning_rate"] for record in watch.records] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("strategy", ["torch", "zero2"])
+def test_the_reference_is_the_starting_model_however_far_the_learner_is(exchange: Exchange, strategy: str) -> None:
+    penalty = {"klToReference": {"weight": 0.1}}
+    run = run_with(
+        4, {"strategy": strategy}, monitoring={"entropyEverySteps": 2}, algorithm={"groupSize": 2, **penalty}
+    )
+    exchange.create(run)
+    anew = Exchange(exchange.root)
+    engine = build_engine(anew.model_dir, anew.spec)
+    batch = micro_batch([Sequence(np.array([3]), np.array([4, 5]), np.zeros(2, np.float32), group=0, advantage=0.0)])
+    at_start = engine.score(batch)
+    watch = Watch()
+    assert Trainer(anew, engine, Metrics([watch]), lambda: False).train()
+    kl = [record["reference_kl"] for record in watch.records]
+    assert kl[0] == pytest.approx(0.0, abs=1e-9)
+    assert min(kl[1:]) > 1e-3
+    assert not torch.allclose(engine.score(batch), at_start, atol=0.1)
+    torch.testing.assert_close(engine.reference_logps(batch), at_start)
+    # at steps 0 and 2, after which the records of steps 1 and 3 are written
+    assert [("entropy" in record) for record in watch.records] == [True, False, True, False]
+    assert 0 < watch.records[0]["entropy"] < math.log(24)
 
 
 def test_a_run_is_never_made_shorter_while_it_runs(exchange: Exchange, engine: TrainingEngine) -> None:

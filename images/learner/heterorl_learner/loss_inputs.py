@@ -37,6 +37,8 @@ class LossInputs:
     """[S] float."""
     log_expected_q: Tensor
     """[S] float: `log_expected_q` of the sequence's whole group, also of members in other micro-batches."""
+    reference_logp: Tensor | None = None
+    """[T] the starting model's log-probabilities; None without a penalty towards it."""
     own_ratio: bool = False
     """Whether the loss's ratio is against the learner's own policy, without gradient, instead of the sampler's."""
     factor: Tensor | None = None

@@ -47,7 +47,7 @@ from heterorl.spec.run import (
     VespoSpec,
 )
 from heterorl_learner.corrections import SEQUENCES, correct
-from heterorl_learner.loss_inputs import LossInputs, Totals, bounded_exp, k3
+from heterorl_learner.loss_inputs import MIN_LOGP, LossInputs, Totals, bounded_exp, k3
 
 LossMetrics = dict[str, Tensor]
 
@@ -253,6 +253,16 @@ def kl_to_sampler(x: LossInputs, totals: Totals) -> Tensor:
     return k3(x.sampler_log_ratio).sum() / totals.tokens
 
 
+def kl_to_reference(x: LossInputs, reference_logp: Tensor, totals: Totals) -> Tensor:
+    """Mean over the step's tokens of (p/q) k3(p_ref/p), an estimate of KL(p‖p_ref) from the sampler's tokens.
+
+    k3 as in GRPO (arXiv 2402.03300), under the importance ratio of DeepSeek-V3.2 (arXiv 2512.02556): the value is then
+    unbiased for each token, and so is the gradient, (p/q) log(p/p_ref) grad log p; that of k3 alone is another's.
+    """
+    away = (reference_logp.clamp(min=MIN_LOGP) - x.log_p).masked_fill(~x.token_counted, 0.0)
+    return (bounded_exp(x.sampler_log_ratio) * k3(away)).sum() / totals.tokens
+
+
 @torch.no_grad()
 def measure(x: LossInputs, terms: Terms) -> LossMetrics:
     """Sums and extremes of one micro-batch, float64 scalars; see the module's docstring."""
@@ -295,14 +305,14 @@ def combine(parts: Sequence[LossMetrics]) -> LossMetrics:
 
 
 def summarise(metrics: LossMetrics) -> dict[str, float]:
-    """The step's metrics by their public names; without a sequence that counts, only `loss` and `kl_to_sampler`.
+    """The step's metrics by their public names; without a sequence that counts, only those of the loss as a whole.
 
     `weight/*` and `clip_ratio/*` are over the loss's own units: tokens for token ratios, sequences otherwise.
     `weight/ess` is (sum w)² / (n sum w²): the share of the batch that the weights leave effective. `ratio/ess` is that
     of the sequences' unbiased weights prod_t p_t/q_t, whatever the loss.
     """
     m = {name: value.item() for name, value in metrics.items()}
-    summary = {"loss": m["sum/loss"], "kl_to_sampler": m["sum/kl_to_sampler"]}
+    summary = {key: m[f"sum/{key}"] for key in ("loss", "kl_to_sampler", "reference_kl") if f"sum/{key}" in m}
     units = m["sum/units"]
     if units == 0:
         return summary
@@ -339,6 +349,10 @@ def policy_loss(
     loss, metrics = LOSSES[algorithm.loss.type](x, getattr(algorithm.loss, algorithm.loss.type), totals)
     penalty = algorithm.kl_to_sampler.weight * kl_to_sampler(x, totals)
     loss = loss + penalty
+    if x.reference_logp is not None:
+        away = kl_to_reference(x, x.reference_logp, totals)
+        loss = loss + algorithm.kl_to_reference.weight * away
+        metrics["sum/reference_kl"] = away.detach().double()
     metrics |= {"sum/loss": loss.detach().double(), "sum/kl_to_sampler": penalty.detach().double()}
     return loss, metrics | {f"sum/correction/{name}": value for name, value in corrected.items()}
 

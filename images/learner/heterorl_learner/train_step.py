@@ -79,7 +79,8 @@ def train_on(
     def loss_function(micro: MicroBatch, logp: Tensor) -> Tensor:
         if see is not None:
             see(micro, logp)
-        loss, metrics = policy_loss(spec.algorithm, loss_inputs(micro, logp), totals, m2_limit)
+        inputs = loss_inputs(micro, logp, engine.reference_logps(micro))
+        loss, metrics = policy_loss(spec.algorithm, inputs, totals, m2_limit)
         parts.append(metrics)
         return loss
 
@@ -88,7 +89,15 @@ def train_on(
     everywhere = [metrics for of_rank in ranks.gather(mine) for metrics in of_rank]
     if not everywhere:  # every completion was cut and is masked: a step without a gradient
         return {"loss": 0.0, "kl_to_sampler": 0.0}
-    return summarise(combine(everywhere))
+    summary = summarise(combine(everywhere))
+    every = spec.monitoring.entropy_every_steps
+    return summary | (step_entropy(engine, micro_batches, totals) if every and batch.step % every == 0 else {})
+
+
+def step_entropy(engine: TrainingEngine, micro_batches: list[MicroBatch], totals: Totals) -> dict[str, float]:
+    """`entropy`: the mean over the step's tokens, before the update, in nats."""
+    mine = sum(engine.entropy(batch).double().sum().item() for batch in micro_batches)
+    return {"entropy": sum(ranks.gather(mine)) / totals.tokens}
 
 
 def step_m2_limit(engine: TrainingEngine, tau: float | None, micro_batches: list[MicroBatch]) -> float | None:
@@ -140,8 +149,8 @@ def step_totals(spec: RunSpec, rollouts: list[Rollout]) -> Totals:
     return Totals.of(lengths, max_length=spec.generation.max_completion_tokens, alpha=alpha)
 
 
-def loss_inputs(micro: MicroBatch, logp: Tensor) -> LossInputs:
-    """What the losses take, of a micro-batch and the learner's log-probabilities [T] of it."""
+def loss_inputs(micro: MicroBatch, logp: Tensor, reference_logp: Tensor | None = None) -> LossInputs:
+    """What the losses take, of a micro-batch and the learner's and the starting model's log-probabilities [T] of it."""
     return LossInputs(
         logp=logp,
         sampler_logp=micro.sampler_logp,
@@ -150,6 +159,7 @@ def loss_inputs(micro: MicroBatch, logp: Tensor) -> LossInputs:
         lengths=micro.lengths,
         advantages=micro.advantages,
         log_expected_q=micro.log_expected_q,
+        reference_logp=reference_logp,
     )
 
 

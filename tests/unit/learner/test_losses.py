@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from heterorl.spec.run import LossType
+from heterorl.spec.run import KlToReferenceSpec, LossType
 from heterorl_learner.loss_inputs import LossInputs, Totals, log_expected_q
 from heterorl_learner.losses import LOSSES, combine, policy_loss, summarise
 from unit.learner.loss_batches import (
@@ -115,6 +115,23 @@ def test_the_penalty_has_its_gradient_with_every_loss(loss: str):
         gradients.append(x.logp.grad)
     # d k3 / d log p = r - 1: 0.1, 0.5, -0.5, each times 2/3
     assert (gradients[1] - gradients[0]).tolist() == pytest.approx([0.2 / 3, 1 / 3, -1 / 3])
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_the_penalty_to_the_reference_and_its_gradient_are_those_of_the_reverse_kl(loss: str):
+    # HAND's p are 0.55, 0.75, 0.1 and p/q 1.1, 1.5, 0.5. With p_ref = 0.5, 0.9, 0.1 k3(p_ref/p) is
+    # 0.5/0.55 - 1 - ln(0.5/0.55) = 0.0044011, 0.9/0.75 - 1 - ln(0.9/0.75) = 0.0176784, 0
+    x = flat(HAND)
+    reference = torch.tensor([0.5, 0.9, 0.1], dtype=torch.float64).log()
+    spec = algorithm(loss).model_copy(update={"kl_to_reference": KlToReferenceSpec(weight=3.0)})
+    plain, _ = policy_loss(spec, x, totals_of(HAND))
+    loss_with, metrics = policy_loss(spec, replace(x, reference_logp=reference), totals_of(HAND))
+    value = (1.1 * 0.0044011 + 1.5 * 0.0176784) / 3
+    assert (loss_with - plain).item() == pytest.approx(3 * value, abs=1e-6)
+    assert summarise(metrics)["reference_kl"] == pytest.approx(value, abs=1e-7)
+    # (p/q) ln(p/p_ref) / 3 tokens, times the weight 3
+    (grad,) = torch.autograd.grad(loss_with - plain, x.logp)
+    assert grad.tolist() == pytest.approx([1.1 * math.log(0.55 / 0.5), 1.5 * math.log(0.75 / 0.9), 0.0])
 
 
 def test_totals_count_tokens_and_lengths_of_what_takes_part():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from heterorl.spec.run import AlgorithmSpec, CorrectionSpec, LossSpec, SapoSpec, WeightSpec
+from heterorl.spec.run import AlgorithmSpec, CorrectionSpec, KlToReferenceSpec, LossSpec, SapoSpec, WeightSpec
 from heterorl_learner.loss_inputs import LossInputs, Totals
 from heterorl_learner.losses import policy_loss, summarise
 
@@ -88,7 +88,9 @@ def weight_gradients(trainer: Any, loss: torch.Tensor) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
 
 
-def ours(trainer: Any, spec: AlgorithmSpec, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+def ours(
+    trainer: Any, spec: AlgorithmSpec, inputs: dict[str, torch.Tensor], reference: torch.Tensor | None = None
+) -> tuple[torch.Tensor, dict[str, float]]:
     mask = inputs["completion_mask"].bool()
     lengths = mask.sum(1)
     x = LossInputs(
@@ -99,6 +101,7 @@ def ours(trainer: Any, spec: AlgorithmSpec, inputs: dict[str, torch.Tensor]) -> 
         lengths=lengths.double(),
         advantages=inputs["advantages"],
         log_expected_q=torch.zeros(len(lengths), dtype=torch.float64),
+        reference_logp=None if reference is None else reference[mask],
     )
     loss, metrics = policy_loss(spec, x, Totals.of(lengths, max_length=MAX_LENGTH, alpha=0.75))
     return loss, summarise(metrics)
@@ -212,6 +215,21 @@ def test_opsm_equals_trls_mask_of_off_policy_sequences(
     assert our_loss.item() == pytest.approx(trl_loss.item(), rel=1e-10)
     assert torch.allclose(our_gradients, trl_gradients, rtol=1e-8, atol=1e-12)
     assert our_metrics["correction/opsm"] == len({1, 2} & set(moved)) / 4
+
+
+def test_the_penalty_to_the_reference_equals_trls(
+    trainer: Any, batch: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+):
+    reference = batch["old_per_token_logps"].roll(1, 0)
+    spec = AlgorithmSpec(loss=LossSpec(type="dapo"), kl_to_reference=KlToReferenceSpec(weight=0.3))
+    our_loss, _ = ours(trainer, spec, batch, reference)
+    our_gradients = weight_gradients(trainer, our_loss)
+    monkeypatch.setattr(trainer, "beta", 0.3)
+    assert trainer.args.use_bias_correction_kl
+    trl_loss, _ = theirs(trainer, spec, batch | {"ref_per_token_logps": reference})
+    assert our_loss.item() == pytest.approx(trl_loss.item(), rel=1e-10)
+    # several paths meet in TRL's log-probs, which are float32
+    assert torch.allclose(our_gradients, weight_gradients(trainer, trl_loss), rtol=1e-5, atol=1e-7)
 
 
 def test_the_test_sees_a_gradient_of_the_wrong_sign(trainer: Any, batch: dict[str, torch.Tensor]):

@@ -438,6 +438,13 @@ class KlToSamplerSpec(Block):
     """Weight of the penalty; the paper uses 0.005."""
 
 
+class KlToReferenceSpec(Block):
+    """A penalty that keeps the learner close to the model that the run started from (k3 estimator)."""
+
+    weight: float = Field(0.0, ge=0, le=100)
+    """Weight of the penalty; above 0 each rank of the learner holds the starting model in model.dtype as well."""
+
+
 class WeightSpec(Block):
     """The importance weight ρ = p/q from the sampler's policy to the learner's, without gradient."""
 
@@ -509,6 +516,8 @@ class AlgorithmSpec(Block):
     """Corrections for data of another policy, independent of the loss."""
     kl_to_sampler: KlToSamplerSpec = KlToSamplerSpec()
     """KL penalty towards the sampler's policy."""
+    kl_to_reference: KlToReferenceSpec = KlToReferenceSpec()
+    """KL penalty towards the starting model."""
     staleness: StalenessSpec = StalenessSpec()
     """Maximum age of rollouts."""
     mask_truncated: bool = False
@@ -636,6 +645,8 @@ class MonitoringSpec(Block):
     """Write TensorBoard event files."""
     wandb: WandbSpec = WandbSpec()
     """Weights & Biases."""
+    entropy_every_steps: int = Field(10, ge=0, le=1_000_000)
+    """Compute the policy's entropy every N steps, which takes a forward pass; 0 disables."""
     log_completions: LogCompletionsSpec = LogCompletionsSpec()
     """Log of completions."""
 

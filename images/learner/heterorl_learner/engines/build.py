@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from heterorl.errors import ModelError, SiteError
 from heterorl.spec.run import LearnerSpec, RunSpec
 from heterorl_learner import ranks
-from heterorl_learner.engines.torch_ddp import DTYPES, Policy, TrainingEngine
+from heterorl_learner.engines.torch_ddp import DTYPES, Policy, TorchEngine, TrainingEngine
 
 
 def build_engine(folder: Path, spec: RunSpec) -> TrainingEngine:
@@ -28,14 +28,17 @@ def build_engine(folder: Path, spec: RunSpec) -> TrainingEngine:
     ranks.join(device, group_of_one=not plain)
     attention = choose_attention(spec.model.attn_implementation, dtype)
     policy = load_policy(folder, torch.float32 if plain else dtype, attention, learner.gradient_checkpointing)
+    engine: TrainingEngine
     if plain:
-        from heterorl_learner.engines.torch_ddp import TorchEngine
+        engine = TorchEngine(policy.to(device), spec, device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", device.type)  # read when DeepSpeed is imported
+        from heterorl_learner.engines.deepspeed_zero import DeepSpeedEngine
 
-        return TorchEngine(policy.to(device), spec, device)
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # read when DeepSpeed is imported
-    from heterorl_learner.engines.deepspeed_zero import DeepSpeedEngine
-
-    return DeepSpeedEngine(policy.to(device), spec, device)
+        engine = DeepSpeedEngine(policy.to(device), spec, device)
+    if spec.algorithm.kl_to_reference.weight:
+        engine.reference = load_policy(folder, dtype, attention).requires_grad_(False).to(device)
+    return engine
 
 
 def load_policy(folder: Path, dtype: torch.dtype, attention: str, gradient_checkpointing: bool = False) -> Policy:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributions import Categorical
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
@@ -145,9 +146,17 @@ class Policy(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, logit_index: Tensor, target_ids: Tensor, temperature: Tensor
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        logit_index: Tensor,
+        target_ids: Tensor,
+        temperature: Tensor,
+        entropy: bool = False,
     ) -> Tensor:
         """Log-probability of every target token at its temperature; the tensors are those of a `MicroBatch`.
+
+        With `entropy` that of the distribution it was drawn from instead, in nats.
 
         Without attention_mask and cache, transformers reads the sequences' borders from the positions (block-diagonal
         mask, or varlen attention with flash_attention_2); with either given, sequences silently see each other.
@@ -156,17 +165,23 @@ class Policy(nn.Module):
             input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=logit_index
         ).logits[0]
         logits = logits.float() / temperature[:, None]  # [T, vocabulary]: never made for prompt tokens
+        if entropy:
+            entropies: Tensor = Categorical(logits=logits, validate_args=False).entropy()
+            return entropies
         logp: Tensor = logits.gather(1, target_ids[:, None])[:, 0] - logits.logsumexp(1)
         return logp
 
 
-def token_logps(policy: nn.Module, batch: MicroBatch) -> Tensor:
+def token_logps(policy: nn.Module, batch: MicroBatch, *, entropy: bool = False) -> Tensor:
     """Log-probability of every completion token at its sequence's temperature: float32 [T], in the batch's order.
 
-    `policy` is a `Policy`, bare or wrapped by DDP or DeepSpeed.
+    With `entropy` that of each token's distribution instead. `policy` is a `Policy`, bare or wrapped by DDP or
+    DeepSpeed.
     """
-    logp: Tensor = policy(batch.input_ids, batch.position_ids, batch.logit_index, batch.target_ids, batch.temperature)
-    return logp
+    values: Tensor = policy(
+        batch.input_ids, batch.position_ids, batch.logit_index, batch.target_ids, batch.temperature, entropy
+    )
+    return values
 
 
 # ── the interface ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -179,6 +194,8 @@ class TrainingEngine(ABC):
 
     policy: nn.Module
     """A `Policy` as wrapped by the engine; called, never looked into."""
+    reference: Policy | None = None
+    """The starting model, where the run needs it; whole on every rank, never trained."""
 
     def __init__(self, spec: RunSpec, device: torch.device) -> None:
         self.rank, self.world_size = ranks.rank(), ranks.size()
@@ -208,6 +225,18 @@ class TrainingEngine(ABC):
         """Log-probabilities of the completion tokens without a gradient: float32 [T]. Every rank calls it."""
         with torch.no_grad():
             return self._logps(batch.to(self.device))
+
+    def entropy(self, batch: MicroBatch) -> Tensor:
+        """Entropy of the distribution of each completion token, in nats: float32 [T]. Every rank calls it."""
+        with torch.no_grad():
+            return self._logps(batch.to(self.device), entropy=True)
+
+    def reference_logps(self, batch: MicroBatch) -> Tensor | None:
+        """The starting model's log-probabilities of the completion tokens: float32 [T]; None without a reference."""
+        if self.reference is None:
+            return None
+        with torch.no_grad():
+            return token_logps(self.reference, batch)
 
     def step(self, learning_rate: float) -> float:
         """Clips, updates, clears the gradient; returns its norm over all parameters and ranks, before clipping.
@@ -240,8 +269,8 @@ class TrainingEngine(ABC):
         """Goes on from what `save` wrote with the same strategy and number of ranks. Every rank calls it."""
 
     # ── for the subclasses ───────────────────────────────────────────────────────────────────────────────────────────
-    def _logps(self, batch: MicroBatch) -> Tensor:
-        return token_logps(self.policy, batch)
+    def _logps(self, batch: MicroBatch, *, entropy: bool = False) -> Tensor:
+        return token_logps(self.policy, batch, entropy=entropy)
 
     def _accumulating(self, is_last: bool) -> AbstractContextManager[object]:
         return nullcontext()
@@ -321,9 +350,9 @@ class TorchEngine(TrainingEngine):
         self._bare.load_state_dict(state["policy"])
         self._optimizer.load_state_dict(state["optimizer"])
 
-    def _logps(self, batch: MicroBatch) -> Tensor:
+    def _logps(self, batch: MicroBatch, *, entropy: bool = False) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            return super()._logps(batch)
+            return super()._logps(batch, entropy=entropy)
 
     def _accumulating(self, is_last: bool) -> AbstractContextManager[object]:
         if is_last or not isinstance(self.policy, DistributedDataParallel):
