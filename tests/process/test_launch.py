@@ -166,6 +166,27 @@ def test_ranks_of_a_run_whose_volume_was_taken_over_are_killed_and_the_pod_tells
     assert codes == [0]
 
 
+def test_a_pod_whose_learner_was_followed_by_another_pods_idles_and_tells_by_whom(exchange):
+    run = exchange()
+    code = (
+        "import os, sys\n"
+        "from heterorl.exchange.exchange import Exchange\n"
+        "for launcher in (os.environ['HETERORL_LAUNCHER'], 'pod-b'):\n"
+        "    learner = Exchange(sys.argv[1])\n"
+        "    learner.launcher = launcher\n"
+        "    learner.begin_incarnation()\n"
+        "sys.exit(143)"
+    )
+    stop = threading.Event()
+    pod, thread, codes = served(run, code, stop)
+    wait_until(lambda: "has taken over" in pod.readiness()[1])
+    assert "incarnation 2" in pod.readiness()[1]
+    time.sleep(0.2)
+    stop.set()
+    thread.join()
+    assert (codes, ends(run)) == ([0], [("signalled", 143)])  # one start, which is not charged
+
+
 def test_a_run_that_comes_to_a_volume_in_use_has_not_given_up(exchange, tmp_path):
     volume = exchange(uid="old").root
     spec = tmp_path / "new.json"

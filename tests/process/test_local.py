@@ -92,6 +92,15 @@ def summary(tmp_path: Path) -> dict[str, Any]:
     return json.loads((tmp_path / "runs/demo/summary.json").read_text())
 
 
+FOLLOWED = """
+claim = {"protocol": 1, "id": "x", "host": "elsewhere", "pid": 7, "time": 0}
+put("incarnations/i0001.json", {**claim, "launcher": os.environ["HETERORL_LAUNCHER"]})
+put("incarnations/i0002.json", {**claim, "launcher": "another"})
+put("runner.json", {"protocol": 1, "status": "the other's"})
+"""
+"""Another run's learner takes the folder over."""
+
+
 # ── a run's course ───────────────────────────────────────────────────────────────────────────────────────────────────
 def test_a_run_is_prepared_trained_and_summed_up(tmp_path, programs, capsys):
     assert start(tmp_path, programs()) == 0
@@ -139,6 +148,15 @@ def test_a_learner_that_was_asked_to_leave_is_started_again_free_of_charge(tmp_p
     learner = "attempts('learner') < 3 and sys.exit(0); " + TRAINED
     assert start(tmp_path, programs(learner=learner), manifest(failurePolicy={"learnerRestarts": 0})) == 0
     assert summary(tmp_path)["restarts"] == {}
+
+
+def test_a_run_whose_folder_another_one_has_taken_over_ends_and_writes_nothing_more(tmp_path, programs, capsys):
+    learner = "attempts('learner'); " + FOLLOWED.strip().replace("\n", "; ") + "; sys.exit(143)"
+    assert start(tmp_path, programs(learner=learner)) == 1
+    assert "incarnation 2, process 7 of host elsewhere) has taken over" in capsys.readouterr().out
+    assert (tmp_path / "runs/demo/learner.attempts").read_text() == "x"  # it is not started again
+    assert json.loads((tmp_path / "runs/demo/runner.json").read_text())["status"] == "the other's"
+    assert not (tmp_path / "runs/demo/summary.json").exists()
 
 
 def test_a_users_error_in_the_learner_ends_the_run_without_a_restart(tmp_path, programs, capsys):

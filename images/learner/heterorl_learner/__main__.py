@@ -19,12 +19,14 @@ log = logging.getLogger("heterorl_learner")
 
 def train(process: Process) -> None:
     """Train on the prepared model, until every rank is done or told to stop."""
+    from heterorl.exchange.learner_state import LAUNCHER
     from heterorl.monitoring.metrics import Metrics
     from heterorl_learner import ranks
     from heterorl_learner.engines.build import build_engine
     from heterorl_learner.train import Trainer
 
     exchange, rank = process.exchange, _rank()
+    exchange.launcher = os.environ.get(LAUNCHER, "")
     spec = exchange.spec
     engine = build_engine(exchange.model_dir, spec)
     metrics = Metrics()

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import urllib.request
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from heterorl.errors import VOLUME_IN_USE
 from heterorl.exchange.crash_budget import Attempts, attempts_of, gave_up, outcome_of
 from heterorl.exchange.evaluations import Pins, due_now
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.learner_state import LAUNCHER
 from heterorl.exit_codes import describe_exit
 from heterorl.local.processes import ManagedProcess, Rendezvous
 from heterorl.monitoring.http import Endpoint, text_page
@@ -63,7 +65,9 @@ class LearnerPod:
         self.exchange = exchange
         self._command, self._stop, self._env = command, stop, dict(os.environ)
         self._node = int(self._env.get("NODE_RANK", "0"))
-        self._attempts = Attempts(exchange, self._node, self._env.get("POD_UID", ""))
+        pod = self._env.get("POD_UID", "")
+        exchange.launcher = self._env[LAUNCHER] = pod or uuid.uuid4().hex
+        self._attempts = Attempts(exchange, self._node, pod)
         self._reader = SnapshotReader(exchange)
         self._ranks: ManagedProcess | None = None
         self._started: float | None = None
@@ -103,6 +107,8 @@ class LearnerPod:
             return "waiting until the preparation has put model and data of this run on the volume"
         if self.exchange.trained:
             return "trained; idling until this pod is scaled away"
+        if (other := self.exchange.successor_of_launcher) is not None:
+            return f"idling, because {other}"
         if why and (why[0] != "UserError" or self._attempts.asked_for_its_user()):
             return f"idling, because {why[1]}"
         return None

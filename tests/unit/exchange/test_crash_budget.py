@@ -77,6 +77,24 @@ def test_a_launcher_that_ends_after_its_successor_began_leaves_the_successors_at
     assert [attempt.outcome for attempt in attempts_of(exchange)[0]] == [before[0][0].outcome, "clean"]
 
 
+def test_of_two_pods_of_one_number_that_begin_at_once_none_is_lost(exchange, monkeypatch):
+    first, second = Attempts(exchange, 0, "pod-a"), Attempts(exchange, 0, "pod-b")
+    write = exchange.files.write
+
+    def after_the_other(path: Path, data: bytes) -> None:
+        monkeypatch.setattr(exchange.files, "write", write)
+        second.begin()  # between what the first has read and what it writes
+        write(path, data)
+
+    monkeypatch.setattr(exchange.files, "write", after_the_other)
+    first.begin()
+    first.end("crashed", 1, "first")
+    second.end("crashed", 1, "second")
+    ends = {attempt.pod: attempt.message for attempt in attempts_of(exchange)[0]}
+    assert ends == {"pod-a": "first", "pod-b": "second"}
+    assert counted(exchange) == (0, 0, 2)
+
+
 def test_only_the_first_pod_is_counted(exchange):
     for node in (0, 1, 2):
         pod = Attempts(exchange, node, f"pod-{node}")
@@ -173,8 +191,8 @@ def test_attempts_of_another_run_on_the_volume_stay_and_are_not_counted(exchange
     assert counted(other) == (0, 0, 0)
     Attempts(other, 0, "pod-b").settle()
     Attempts(other, 0, "pod-b").begin()
-    content = json.loads((exchange.root / "attempts-0.json").read_bytes())
-    assert [attempt["run"] for attempt in content["attempts"]] == ["demo", "other"]
+    files = sorted((exchange.root / "attempts").glob("0-*.json"))
+    assert [json.loads(file.read_bytes())["run"] for file in files] == ["demo", "demo", "other"]  # one has an end
 
 
 def test_an_end_is_noted_of_the_runs_own_attempt_though_another_run_began_meanwhile(exchange):

@@ -155,6 +155,34 @@ def test_an_incarnation_is_claimed_by_one_of_many(exchange: Exchange) -> None:
     assert sorted(claimed) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+def launched(exchange: Exchange, launcher: str) -> Exchange:
+    """The run's folder as a learner sees it that this launcher starts."""
+    mine = Exchange(exchange.root)
+    mine.launcher = launcher
+    return mine
+
+
+def test_two_launchers_that_live_do_not_follow_each_other_in_turn(exchange: Exchange) -> None:
+    assert [launched(exchange, "a").begin_incarnation() for _ in range(2)] == [1, 2]  # it starts its learner again
+    assert launched(exchange, "b").begin_incarnation() == 3
+    before = content(exchange.root)
+    for _ in range(2):
+        with pytest.raises(
+            Superseded, match=r"another learner \(incarnation 3, process \d+ of host .*\) has taken over"
+        ):
+            launched(exchange, "a").begin_incarnation()
+    assert content(exchange.root) == before
+    assert launched(exchange, "b").begin_incarnation() == 4
+
+
+def test_a_launcher_that_is_new_takes_over_from_one_that_is_gone(exchange: Exchange) -> None:
+    for number, launcher in enumerate(("a", "b", "c", ""), 1):  # the last is a learner started by hand
+        assert launched(exchange, launcher).begin_incarnation() == number
+    assert launched(exchange, "").begin_incarnation() == 5
+    with pytest.raises(Superseded):
+        launched(exchange, "c").begin_incarnation()
+
+
 LOSSES: dict[str, Callable[[Exchange], object]] = {
     "incarnations": lambda e: shutil.rmtree(e.root / "incarnations"),
     "incarnations and heartbeat": lambda e: (

@@ -113,8 +113,8 @@ def runner(exchange: Exchange) -> Path:
 
 
 def attempts(exchange: Exchange) -> Path:
-    exchange.save_attempts(0, [Attempt(run="test", pod="a", started=1.0)])
-    return exchange.root / "attempts-0.json"
+    exchange.begin_attempt(0, Attempt(run="test", pod="a", started=1.0))
+    return exchange.root / "attempts" / "0-00000001.json"
 
 
 RECORDS: list[tuple[Callable[[Exchange], Path], Callable[[Exchange], Any], Any]] = [
@@ -126,7 +126,7 @@ RECORDS: list[tuple[Callable[[Exchange], Path], Callable[[Exchange], Any], Any]]
     (prepared, lambda exchange: exchange.successor, None),
     (evaluation, lambda exchange: exchange.read_evals(), {}),
     (runner, lambda exchange: exchange.runner, None),
-    (attempts, attempts_of, {0: []}),
+    (attempts, attempts_of, {}),
 ]
 
 
@@ -181,10 +181,14 @@ def test_fields_that_a_reader_does_not_know_are_ignored(
     assert read(exchange) == before
 
 
-def test_an_attempt_after_an_unreadable_file_of_attempts_is_noted(exchange: Exchange, garbage: bytes) -> None:
-    (exchange.root / "attempts-0.json").write_bytes(garbage)
+def test_an_attempt_after_one_that_cannot_be_read_is_noted_and_the_other_stays(
+    exchange: Exchange, garbage: bytes
+) -> None:
+    unreadable = attempts(exchange)
+    unreadable.write_bytes(garbage)
     Attempts(exchange, 0, "pod").begin()
     assert [attempt.pod for attempt in attempts_of(exchange)[0]] == ["pod"]
+    assert unreadable.read_bytes() == garbage
 
 
 # ── leases ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -424,7 +428,7 @@ LISTINGS: list[tuple[str, str, Callable[[Exchange], Any]]] = [
     ("slots/far-0", "lease-00000001.json", lambda exchange: exchange.acquire_slot(lambda: [FAR]).epoch),
     ("slots/far-0", "state-00000001.json", lambda exchange: exchange.load_slot(FAR)),
     ("incarnations", "i0001.json", lambda exchange: exchange.begin_incarnation()),
-    (".", "attempts-0.json", lambda exchange: exchange.load_attempts()),
+    ("attempts", "0-00000001.json", lambda exchange: exchange.load_attempts()),
 ]
 
 

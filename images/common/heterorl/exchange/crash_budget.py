@@ -33,49 +33,52 @@ class Attempts:
 
     def __init__(self, exchange: Exchange, node: int, pod: str) -> None:
         self._exchange, self._node, self._pod = exchange, node, pod
-        self._begun: Attempt | None = None
+        self._begun: tuple[int, Attempt] | None = None
 
     def settle(self) -> None:
         """Give an end to the last attempt if it has none."""
-        if (last := self._last()) is None or last.outcome is not None:
+        if (last := self._last()) is None or last[1].outcome is not None:
             return
-        outcome: AttemptOutcome = "crashed" if last.pod == self._pod else "signalled"
+        outcome: AttemptOutcome = "crashed" if last[1].pod == self._pod else "signalled"
         message = "the container was killed, perhaps for its memory" if outcome == "crashed" else ""
-        self._end(last, outcome, None, message, found_later=True)
+        self._end(*last, outcome, None, message, found_later=True)
 
     def begin(self) -> None:
         """Note that the ranks are about to start."""
         exchange = self._exchange
         resumes = exchange.spec.failure_policy.resumes
-        self._begun = Attempt(run=exchange.run_id, pod=self._pod, started=exchange.now(), resumes=resumes)
-        exchange.save_attempts(self._node, [*self._attempts(), self._begun])
+        attempt = Attempt(run=exchange.run_id, pod=self._pod, started=exchange.now(), resumes=resumes)
+        self._begun = exchange.begin_attempt(self._node, attempt), attempt
 
     def end(self, outcome: AttemptOutcome, code: int | None = None, message: str = "") -> None:
         """Note how the attempt that was begun here ended; what was noted before, here or by a successor, stands."""
         if self._begun is not None:
-            self._end(self._begun, outcome, code, message)
+            self._end(*self._begun, outcome, code, message)
 
     def asked_for_its_user(self) -> bool:
         """Whether this very pod ended with an error that a restart cannot fix; a new pod tries again."""
         last = self._last()
-        return last is not None and last.pod == self._pod and last.code == USER_ERROR
+        return last is not None and last[1].pod == self._pod and last[1].code == USER_ERROR
 
     def _end(
-        self, begun: Attempt, outcome: AttemptOutcome, code: int | None, message: str, *, found_later: bool = False
+        self,
+        number: int,
+        begun: Attempt,
+        outcome: AttemptOutcome,
+        code: int | None,
+        message: str,
+        *,
+        found_later: bool = False,
     ) -> None:
         ended = {"ended": self._exchange.now(), "outcome": outcome, "code": code, "message": message}
         ended |= {"step": self._exchange.step, "found_later": found_later}
-        attempts = self._attempts()
-        if begun in attempts:  # as it was begun: without an end
-            attempts[attempts.index(begun)] = begun.model_copy(update=ended)
-            self._exchange.save_attempts(self._node, attempts)
+        self._exchange.end_attempt(self._node, number, begun.model_copy(update=ended))
 
-    def _last(self) -> Attempt | None:
-        return next(reversed(attempts_of(self._exchange).get(self._node, [])), None)
-
-    def _attempts(self) -> list[Attempt]:
-        """Of this pod's number, other runs' included."""
-        return self._exchange.load_attempts().get(self._node, [])
+    def _last(self) -> tuple[int, Attempt] | None:
+        """This pod number's last attempt of this run."""
+        attempts = self._exchange.load_attempts().get(self._node, {})
+        ours = ((n, attempt) for n, attempt in reversed(attempts.items()) if attempt.run == self._exchange.run_id)
+        return next(ours, None)
 
 
 def outcome_of(code: int) -> AttemptOutcome:
@@ -88,7 +91,7 @@ def outcome_of(code: int) -> AttemptOutcome:
 def attempts_of(exchange: Exchange) -> dict[int, list[Attempt]]:
     """All attempts of this run, oldest first, by the number of the pod."""
     found = exchange.load_attempts().items()
-    return {node: [a for a in attempts if a.run == exchange.run_id] for node, attempts in found}
+    return {node: [a for a in attempts.values() if a.run == exchange.run_id] for node, attempts in found}
 
 
 def outcomes(attempts: Mapping[int, Sequence[Attempt]]) -> dict[str, int]:

@@ -14,7 +14,8 @@ Processes never communicate directly. One side writes, the other lists names and
       journal.jsonl                 a line a step: what it trains on and what it dropped  learner
       checkpoints/step-STEP/        everything the learner needs, manifest.json           learner
       learner.json                  heartbeat: step, newest version, what was taken       learner
-      attempts-NODE.json            starts of a pod of the learner, and how they ended    the pod's launcher
+      attempts/NODE-NUMBER.json     a start of a pod of the learner                       the pod's launcher
+      attempts/...-end.json         how it ended                                          it, or its successor
       pins/VERSION                  this version is still being evaluated                 runner or launcher
       evals/VERSION.json            results                                               evaluation
       quarantine/                   what failed its checks, with the reason               learner, or its writer
@@ -44,9 +45,11 @@ Rules
   8. A rollout is deleted (or archived) only when the oldest checkpoint kept covers it. The learner is the only one
      that deletes weights and rollouts.
   9. The learner is the process whose incarnation has the highest claim; it asks before each write, last of all before
-     a name is given, and leaves (Superseded) if there is a higher one. In the journal a line that follows one of a
-     later incarnation does not count. An incarnation first publishes the weights that it resumed from; a version of an
-     earlier incarnation with a later step than that is of a lost future: readers pass over it, the learner deletes it.
+     a name is given, and leaves (Superseded) if there is a higher one. A claim names the launcher that starts its
+     learner again: once it was followed by another launcher's it does so no more, or the two would follow each other in
+     turn. In the journal a line that follows one of a later incarnation does not count. An incarnation first publishes
+     the weights that it resumed from; a version of an earlier incarnation with a later step than that is of a lost
+     future: readers pass over it, the learner deletes it.
  10. A slot is leased: the creator of lease-EPOCH.json with the highest epoch holds it, and asks before each write. A
      lease is free when it was released, when its holder was a process on this machine that is gone, or when its
      heartbeat has stood still for leaseSeconds by the observer's own clock; clocks of different machines are never

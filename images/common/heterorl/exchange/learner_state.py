@@ -15,6 +15,7 @@ import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from heterorl.errors import CorruptFile, RunFolderError, Superseded, UnknownProt
 from heterorl.exchange import published_folder
 from heterorl.exchange.records import (
     Attempt,
-    AttemptsFile,
     CheckpointManifest,
     Incarnation,
     JournalEntry,
@@ -35,10 +35,13 @@ from heterorl.exchange.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
-_ATTEMPTS = re.compile(r"attempts-([0-9]+)\.json")
+LAUNCHER = "HETERORL_LAUNCHER"
+"""Environment variable by which a launcher tells the learner that it starts who it is."""
+
+_ATTEMPT = re.compile(r"(0|[1-9][0-9]*)-([0-9]{8,})(-end)?\.json")
 _INCARNATION = re.compile(r"i([0-9]{4,})\.json")
 _CHECKPOINT = re.compile(r"step-([0-9]{8,})")
-_SHARED = ("", "rollouts", "evals", "pins", "incarnations")
+_SHARED = ("", "rollouts", "evals", "pins", "incarnations", "attempts")
 """Folders in which several processes stage files."""
 _ABANDONED_S = 3600.0
 """A staged file that is older by the file server's clock, and whose owner cannot be asked, has none left."""
@@ -49,14 +52,28 @@ class LearnerState(RunFolder):
 
     incarnation: int | None = None
     """Of the learner, once this process has begun one or was told its first rank's: it is asked before each write."""
+    launcher: str = ""
+    """Who starts this learner again when it ends; empty where nobody does."""
 
     # ── the learner's right to write ─────────────────────────────────────────────────────────────────────────────────
     def begin_incarnation(self) -> int:
-        """Become the learner: claim the next incarnation, which ends the right to write of all before it."""
+        """Become the learner: claim the next incarnation, which ends the right to write of all before it.
+
+        Superseded where that would be in turn: once another launcher's learner has followed this launcher's, this one
+        has nothing more to start. So of two launchers that live the later one stays, whoever starts its learner again.
+        """
         self.check_volume()
         while True:
+            if (other := self.successor_of_launcher) is not None:
+                raise Superseded(f"{other}; this learner leaves and writes nothing")
             number = self._last_incarnation() + 1
-            claim = Incarnation(id=uuid.uuid4().hex, host=socket.gethostname(), pid=os.getpid(), time=self.now())
+            claim = Incarnation(
+                id=uuid.uuid4().hex,
+                launcher=self.launcher,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                time=self.now(),
+            )
             self.files.make_dir(self.root / "incarnations")
             if self.files.create(self.root / "incarnations" / f"i{number:04d}.json", claim.to_bytes()):
                 self.incarnation = number
@@ -72,7 +89,27 @@ class LearnerState(RunFolder):
         return max(seen | {self._newest_claim(), heartbeat.incarnation if heartbeat else 0})
 
     def _newest_claim(self) -> int:
-        return max(self._records.names(self.root / "incarnations", _numbered(_INCARNATION)), default=0)
+        return max(self._claims(), default=0)
+
+    @property
+    def successor_of_launcher(self) -> str | None:
+        """Who took over for good from the learners of this launcher, in words; None while they may go on."""
+        claims = self._claims()
+        newest = self._claim(claims[-1]) if claims else None
+        if newest is None or newest.launcher == self.launcher or not self.launcher:
+            return None
+        if not any(claim and claim.launcher == self.launcher for claim in map(self._claim, reversed(claims))):
+            return None
+        return (
+            f"another learner (incarnation {claims[-1]}, process {newest.pid} of host {newest.host}) has taken over"
+            f" {self.root}, which was started beside this one"
+        )
+
+    def _claims(self) -> list[int]:
+        return sorted(self._records.names(self.root / "incarnations", _numbered(_INCARNATION)))
+
+    def _claim(self, number: int) -> Incarnation | None:
+        return self._records.read(self.root / "incarnations" / f"i{number:04d}.json", Incarnation)
 
     def require_incarnation(self) -> None:
         """Superseded for a learner that a newer one has followed. One that never began an incarnation is not asked."""
@@ -286,18 +323,36 @@ class LearnerState(RunFolder):
         """With the incarnation, so that two learners never write into one folder."""
         return f"step-{step:08d}-i{self.incarnation or 0:04d}"
 
-    def save_attempts(self, node: int, attempts: list[Attempt]) -> None:
-        """Put the starts of one of the learner's pods on the disk (`heterorl.exchange.crash_budget`)."""
-        self._records.write(self.root / f"attempts-{node}.json", AttemptsFile(attempts=attempts))
+    def begin_attempt(self, node: int, attempt: Attempt) -> int:
+        """Note a start of one of the learner's pods (`heterorl.exchange.crash_budget`); returns its number."""
+        self.files.make_dir(self.root / "attempts")
+        number = max(self.load_attempts().get(node, {}), default=0) + 1
+        while not self.files.create(self._attempt(node, number), attempt.to_bytes()):
+            number += 1
+        return number
 
-    def load_attempts(self) -> dict[int, list[Attempt]]:
-        """The starts of the learner's pods, by the pod's number."""
-        found = {}
-        for name in self.files.list(self.root):
-            if match := _ATTEMPTS.fullmatch(name):
-                file = self._records.read(self.root / name, AttemptsFile)
-                found[int(match[1])] = list(file.attempts) if file else []
+    def end_attempt(self, node: int, number: int, attempt: Attempt) -> None:
+        """Note how it ended, unless somebody has."""
+        self.files.create(self._attempt(node, number, "-end"), attempt.to_bytes())
+
+    def load_attempts(self) -> dict[int, dict[int, Attempt]]:
+        """The starts of the learner's pods, with their ends, by the pod's number and then their own, in order."""
+        found: dict[int, dict[int, Attempt]] = {}
+        for node, number, end in sorted(self._records.names(self.root / "attempts", _attempt_of)):  # ends after starts
+            path = self._attempt(node, number, end)
+            if path not in self._attempts and (read := self._records.read(path, Attempt)) is not None:
+                self._attempts[path] = read  # never written again
+            if (attempt := self._attempts.get(path)) is not None:
+                found.setdefault(node, {})[number] = attempt
         return found
+
+    def _attempt(self, node: int, number: int, end: str = "") -> Path:
+        return self.root / "attempts" / f"{node}-{number:08d}{end}.json"
+
+    @cached_property
+    def _attempts(self) -> dict[Path, Attempt]:
+        """Those read so far."""
+        return {}
 
 
 def _numbered(pattern: re.Pattern[str]) -> Callable[[str], int]:
@@ -309,6 +364,13 @@ def _numbered(pattern: re.Pattern[str]) -> Callable[[str], int]:
         return int(match[1])
 
     return parse
+
+
+def _attempt_of(name: str) -> tuple[int, int, str]:
+    """Pod, number, and `-end` or nothing."""
+    if not (match := _ATTEMPT.fullmatch(name)):
+        raise ValueError(name)
+    return int(match[1]), int(match[2]), match[3] or ""
 
 
 def _surviving(entries: Iterable[JournalEntry]) -> list[JournalEntry]:

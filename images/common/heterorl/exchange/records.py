@@ -92,9 +92,11 @@ class CheckpointManifest(Manifest):
 
 # ── the learner ──────────────────────────────────────────────────────────────────────────────────────────────────────
 class Incarnation(Record):
-    """Claims an incarnation of the learner. Who and when are for people; that the file exists is what counts."""
+    """Claims an incarnation of the learner. Host, process and time are for people; that the file exists counts."""
 
     id: str
+    launcher: str = ""
+    """Who started this learner, and starts it again when it ends; empty where nobody does."""
     host: str
     pid: int
     time: float
@@ -160,12 +162,6 @@ class Attempt(Record):
     """`failurePolicy.resumes` when it started."""
     found_later: bool = False
     """The end was not recorded when it came: it lies somewhere between `started` and `ended`."""
-
-
-class AttemptsFile(Record):
-    """All starts of one pod, oldest first."""
-
-    attempts: list[Attempt]
 
 
 # ── slots ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,7 +16,7 @@ from heterorl.exit_codes import USER_ERROR
 from heterorl.local.live_view import open_view
 from heterorl.local.preflight import claim
 from heterorl.local.processes import shown
-from heterorl.local.supervisor import Programs, Runner, Verdict, count_interrupts
+from heterorl.local.supervisor import TAKEN_OVER, Programs, Runner, Verdict, count_interrupts
 from heterorl.report import summary
 from heterorl.spec.run import HeteroRLRun
 
@@ -45,6 +45,9 @@ def run_local(manifest: Path, run: HeteroRLRun, runs_dir: Path, resume: bool, pr
 
 def _conclude(exchange: Exchange, verdict: Verdict, *, resumable: bool) -> None:
     """Write summary and report, say where things are and what to do next."""
+    if verdict.status == TAKEN_OVER:
+        print(f"{verdict.status}: {verdict.reason}")
+        return
     if not resumable:
         if verdict.exit_code != USER_ERROR:  # then its message is the last line already
             print(f"{verdict.status}: {verdict.reason}")

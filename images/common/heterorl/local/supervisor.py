@@ -11,12 +11,14 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.learner_state import LAUNCHER
 from heterorl.exchange.records import RunnerState
 from heterorl.exchange.rollout import Version
 from heterorl.exit_codes import CODE_OF, INTERRUPTED, SITE_ERROR, USER_ERROR, describe_exit
@@ -32,6 +34,8 @@ TICK_S = 0.2
 GRACE_S = 120.0
 """Time between SIGTERM and SIGKILL: a learner may be in the middle of a long step, and saves a checkpoint after it."""
 _SAVE_EVERY_S = 2.0
+TAKEN_OVER = "taken over"
+"""How a run ended whose folder another runner has taken over."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class Runner:
         self.spec = exchange.spec
         self.state = exchange.runner or RunnerState(status="preparing")
         self._lock = lock
+        exchange.launcher = uuid.uuid4().hex
         self._gpus = assign_gpus(self.spec, gpu_devices())
         self._fair_threads = max(1, cores() // (self.spec.learner.world_size + len(self.spec.slots)))
         learner = self.spec.learner
@@ -139,7 +144,7 @@ class Runner:
                 break
             self.interrupts.wait(TICK_S)
         self.state.status, self.state.reason = verdict.status, verdict.reason
-        self.exchange.save_runner(self.state)
+        self._save()
         return verdict
 
     def kill_all(self) -> None:
@@ -205,6 +210,8 @@ class Runner:
             if message := self.evaluations.ended(outcome):
                 view.say(message)
             return None
+        if role is self.learner and (other := self.exchange.successor_of_launcher) is not None:
+            return Verdict(TAKEN_OVER, 1, f"{other}; this run ends and writes nothing more")
         if outcome is RoleOutcome.CLEAN and not self._trained():
             view.say(f"{role.name} exited before the end of the run; restarting it")
         samplers = {str(slot): sampler.given_up for slot, sampler in self.samplers.items() if self._counts(slot)}
@@ -226,8 +233,12 @@ class Runner:
         slots = {slot: seen(role) for slot, role in self.samplers.items()}
         view.show(RunView(seen(self.learner), slots, self.evaluations.version, self.state.elapsed_s))
         if now - self._saved_at >= _SAVE_EVERY_S:
-            self.exchange.save_runner(self.state)
+            self._save()
             self._saved_at = now
+
+    def _save(self) -> None:
+        if self.exchange.successor_of_launcher is None:  # else the folder is another runner's by now
+            self.exchange.save_runner(self.state)
 
     # ── processes ────────────────────────────────────────────────────────────────────────────────────────────────────
     def _roles(self) -> list[ProcessRole]:
@@ -253,6 +264,7 @@ class Runner:
         log_file = self.exchange.logs_dir / f"{log or name}.log"
         command = [*program, "--root", str(self.exchange.root)]
         env = process_env(threads or self._fair_threads, self._gpus.get(name, []))
+        env[LAUNCHER] = self.exchange.launcher
 
         def start() -> ManagedProcess:
             return ManagedProcess(command, env, log_file, ranks=ranks, keep_open=(self._lock,))
