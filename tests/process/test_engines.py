@@ -1,3 +1,4 @@
+import errno
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -186,6 +187,30 @@ def test_resume_is_exact_to_the_bit_in_one_thread(folders: dict[str, Path], tmp_
             assert torch.equal(tensor, second.full_state_dict()[name]), name
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_checkpoint_is_written_and_read_again_after_an_error_that_passes(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def once(call: Callable[..., object]) -> Callable[..., object]:
+        errors: list[OSError] = [OSError(errno.ESTALE, "Stale file handle", str(tmp_path))]
+
+        def broken(*args: object, **kwargs: object) -> object:
+            if errors:
+                raise errors.pop()
+            return call(*args, **kwargs)
+
+        return broken
+
+    engine = build_engine(folders["tied"], run_spec())
+    train(engine, range(1))
+    monkeypatch.setattr(torch, "save", once(torch.save))
+    engine.save(tmp_path)
+    monkeypatch.setattr(torch, "load", once(torch.load))
+    other = build_engine(folders["tied"], run_spec())
+    other.load(tmp_path)
+    for name, tensor in engine.full_state_dict().items():
+        assert torch.equal(tensor, other.full_state_dict()[name]), name
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])

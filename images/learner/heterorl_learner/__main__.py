@@ -20,6 +20,7 @@ log = logging.getLogger("heterorl_learner")
 def train(process: Process) -> None:
     """Train on the prepared model, until every rank is done or told to stop."""
     from heterorl.exchange.learner_state import LAUNCHER
+    from heterorl.exchange.storage import persistently
     from heterorl.monitoring.metrics import Metrics
     from heterorl_learner import ranks
     from heterorl_learner.engines.build import build_engine
@@ -28,7 +29,7 @@ def train(process: Process) -> None:
     exchange, rank = process.exchange, _rank()
     exchange.launcher = os.environ.get(LAUNCHER, "")
     spec = exchange.spec
-    engine = build_engine(exchange.model_dir, spec)
+    engine = persistently(lambda: build_engine(exchange.model_dir, spec), what="the model")
     metrics = Metrics()
     if rank == 0:
         metrics = Metrics.open(

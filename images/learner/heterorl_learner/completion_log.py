@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from heterorl.data.tokenizer import load_tokenizer
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.rollout import Rollout
 from heterorl.monitoring.background import Background
@@ -95,7 +94,7 @@ class GroupLines:
     incarnation: int
 
     def __post_init__(self) -> None:
-        self._tokenizer = load_tokenizer(self.exchange.model_dir)
+        self._tokenizer = self.exchange.tokenizer()
         self._lines = JsonLines(self.file)
 
     def write(self, record: Record) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.published_folder import replaced
-from heterorl_learner.engines.torch_ddp import TrainingEngine
+from heterorl.exchange.storage import persistently
+from heterorl_learner.engines.torch_ddp import TrainingEngine, save_tensors
 
 
 def save_model(exchange: Exchange, engine: TrainingEngine, folder: Path) -> None:
@@ -17,8 +16,8 @@ def save_model(exchange: Exchange, engine: TrainingEngine, folder: Path) -> None
     tensors = engine.full_state_dict()
     if engine.rank == 0:
         weights = shutil.ignore_patterns("*.safetensors*", "*.bin*")
-        shutil.copytree(exchange.model_dir, folder, ignore=weights, dirs_exist_ok=True)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        persistently(lambda: shutil.copytree(exchange.model_dir, folder, ignore=weights, dirs_exist_ok=True))
+        save_tensors(tensors, folder / "model.safetensors")
 
 
 def write_output(exchange: Exchange, engine: TrainingEngine) -> None:

@@ -122,7 +122,7 @@ class LearnerPod:
             "HETERORL_METRICS_HOST": "127.0.0.1",
             "HETERORL_METRICS_PORT": "0",  # any free one, which the rank notes in the file
         }
-        self._port_file.unlink(missing_ok=True)
+        self.exchange.files.remove(self._port_file)
         file = self.exchange.logs_dir / (f"learner-node{self._node}.log" if self._node else "learner.log")
         meeting = rendezvous_of(learner, self._env)
         self._attempts.begin()

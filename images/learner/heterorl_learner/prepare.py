@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from heterorl.data.datasets import PreparedData, prepare_rows, prepare_training
@@ -34,8 +34,9 @@ from heterorl.errors import ModelError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.published_folder import replaced
 from heterorl.exchange.records import DataCount, ModelOrigin, Prepared
-from heterorl.exchange.storage import Files
+from heterorl.exchange.storage import Files, persistently
 from heterorl.spec.run import ModelSpec, RunSpec
+from heterorl_learner.engines.torch_ddp import save_tensors
 from heterorl_learner.tiny import MAX_POSITIONS, build_model, build_tokenizer, examples_from, supervise
 
 logger = logging.getLogger(__name__)
@@ -184,10 +185,10 @@ def _make_tiny(
     outcome = supervise(model, examples_from(rows, tokenizer, boxed=spec.data.prompt_template != "raw"), tiny)
     # Not by model.save_pretrained, which imports DeepSpeed where it is installed: seconds, and an irrelevant message.
     tensors = {name: t for name, t in model.state_dict().items() if name not in model.all_tied_weights_keys}
-    save_file(tensors, staged / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, staged / "model.safetensors")
     model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
     for part in (model.config, model.generation_config, tokenizer):
-        part.save_pretrained(staged)
+        persistently(partial(part.save_pretrained, staged), what="the model")
     return {"supervised_steps": outcome.steps, "held_out_accuracy": outcome.accuracy}
 
 
@@ -198,7 +199,7 @@ def _copy(folder: Path, staged: Path, files: Files) -> None:
 
 def _digest(folder: Path, files: Files) -> str:
     """SHA-256 over names and contents of a flat folder."""
-    listing = "".join(f"{files.digest(path)}  {path.name}\n" for path in sorted(folder.iterdir()))
+    listing = "".join(f"{files.digest(path)}  {path.name}\n" for path in files.walk(folder))
     return hashlib.sha256(listing.encode()).hexdigest()
 
 

@@ -6,24 +6,21 @@ all ranks: gather tensors, score the canary ──copy──▶ rank 0's thread:
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
 import numpy as np
-from safetensors.torch import save_file
 from torch import Tensor
 
-from heterorl.data.tokenizer import load_tokenizer
 from heterorl.errors import CorruptFile, UnknownProtocol
 from heterorl.exchange.canary import CANARY_TOKENS, Canary, canary_texts
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.rollout import Version
 from heterorl.heterogeneity.delay import horizon
 from heterorl.spec.run import RunSpec
-from heterorl_learner.engines.torch_ddp import MicroBatch, Sequence, TrainingEngine, micro_batch
+from heterorl_learner.engines.torch_ddp import MicroBatch, Sequence, TrainingEngine, micro_batch, save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +76,7 @@ class Publisher:
 
     def _write(self, version: Version, tensors: dict[str, Tensor], canary: Canary) -> None:
         staged = self._exchange.stage_weights(version)
-        save_file(tensors, staged / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(tensors, staged / "model.safetensors")
         self._exchange.commit_weights(version, canary)
         self._times = {v: at for v in self._exchange.list_versions() if (at := self._published_at(v)) is not None}
         keep = versions_to_keep(self._exchange.spec, list(self._times.items()), self._exchange.now())
@@ -119,9 +116,8 @@ def versions_to_keep(spec: RunSpec, published: list[tuple[Version, float]], now_
 
 
 def _canary_texts(exchange: Exchange) -> list[list[int]]:
-    with open(exchange.data_file("train")) as file:
-        prompts = [json.loads(line)["prompt_ids"] for line in itertools.islice(file, 2 * CANARY_TOKENS)]
-    return canary_texts(load_tokenizer(exchange.model_dir), prompts)
+    prompts = [row["prompt_ids"] for row in itertools.islice(exchange.rows("train"), 2 * CANARY_TOKENS)]
+    return canary_texts(exchange.tokenizer(), prompts)
 
 
 def _as_micro_batch(text: list[int]) -> MicroBatch:

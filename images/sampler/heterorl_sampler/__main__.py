@@ -7,12 +7,12 @@ evaluate   --version VERSION: one published version on the run's evaluation sets
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import tempfile
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,8 +62,8 @@ def serve(exchange: Exchange, pool_name: str, index: int | None, stop: Stop) -> 
 
 def work_in(exchange: Exchange, lease: Lease, activity: Activity, stop: Stop) -> None:
     """Start the leased slot's engine and sample until `stop`, telling `activity` of it."""
-    from heterorl.data.tokenizer import load_tokenizer  # slow to import, and `--help` needs none of these
-    from heterorl.exchange.canary import CANARY_TOKENS
+    from heterorl.exchange.canary import CANARY_TOKENS  # slow to import, and `--help` needs none of these
+    from heterorl.exchange.storage import persistently
     from heterorl.monitoring.metrics import Metrics
     from heterorl_sampler.engines.build import build_engine
     from heterorl_sampler.rewards import build_rewards
@@ -75,8 +75,8 @@ def work_in(exchange: Exchange, lease: Lease, activity: Activity, stop: Stop) ->
     pool = spec.pool(lease.slot.pool)
     if spec.generation.is_truncated:
         log.warning("topP, topK, minP or repetitionPenalty change the distribution: importance ratios are biased")
-    rows = [json.loads(line) for line in exchange.data_file("train").read_text().splitlines()]
-    engine = build_engine(
+    build = partial(
+        build_engine,
         pool.engine,
         exchange.model_dir,
         dtype=spec.model.dtype,
@@ -86,6 +86,7 @@ def work_in(exchange: Exchange, lease: Lease, activity: Activity, stop: Stop) ->
         gpu_memory_utilization=pool.gpu_memory_utilization,
         kv_cache_bytes=pool.kv_cache_bytes,
     )
+    engine = persistently(build, what="the model")
     with (
         tempfile.TemporaryDirectory(prefix="heterorl-weights-") as scratch,
         Metrics.open(
@@ -94,7 +95,7 @@ def work_in(exchange: Exchange, lease: Lease, activity: Activity, stop: Stop) ->
         build_rewards(spec) as rewards,
     ):
         maker = RolloutMaker(
-            spec, exchange.provenance, lease, engine, load_tokenizer(exchange.model_dir), rewards, rows
+            spec, exchange.provenance, lease, engine, exchange.tokenizer(), rewards, list(exchange.rows("train"))
         )
         weights = WeightSync(exchange, engine, lease.slot, Path(scratch))
         sampler = Sampler(exchange, lease, activity, weights, maker, metrics, stop)

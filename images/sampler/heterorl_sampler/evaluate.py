@@ -7,24 +7,24 @@ python -m heterorl_sampler evaluate --root ROOT --version V     a published vers
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from heterorl.data.answers import AnswerChecker
 from heterorl.data.datasets import Row
-from heterorl.data.tokenizer import load_tokenizer
 from heterorl.errors import ExchangeError, UserError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation
 from heterorl.exchange.rollout import Completion, Sampling, Version
+from heterorl.exchange.storage import persistently
 from heterorl.monitoring.metrics import Metrics
 from heterorl.seeds import derive_seed
 from heterorl_sampler.engines.build import InferenceEngine, build_engine
@@ -126,9 +126,9 @@ def evaluate_version(exchange: Exchange, version: Version) -> Evaluation:
         _served(exchange, version, generation.max_prompt_tokens + measure.sampling.max_tokens) as engine,
         AnswerChecker(boxed_only=spec.data.prompt_template != "raw") as checker,
     ):
-        tokenizer = load_tokenizer(exchange.model_dir)
+        tokenizer = exchange.tokenizer()
         for dataset in spec.data.evals:
-            rows = [json.loads(line) for line in exchange.data_file(f"eval-{dataset.label}").read_text().splitlines()]
+            rows = list(exchange.rows(f"eval-{dataset.label}"))
             sets[dataset.label] = evaluate(engine, tokenizer, rows, checker, measure)
             log.info("%s on %s: mean@%d %.3f", version, dataset.label, measure.samples, sets[dataset.label]["mean"])
     average = fmean(values["mean"] for values in sets.values())
@@ -154,11 +154,12 @@ def _served(exchange: Exchange, version: Version, max_model_len: int) -> Iterato
             raise ExchangeError(
                 f"weights {version} are not on the volume; they were retired, or never published"
             ) from error
-        for path in exchange.model_dir.iterdir():
-            if path.is_file() and ".safetensors" not in path.suffixes:
+        for path in exchange.files.walk(exchange.model_dir):
+            if path.parent == exchange.model_dir and ".safetensors" not in path.suffixes:
                 (folder / path.name).symlink_to(path.resolve())
         gpus = spec.evaluation.gpus
-        engine = build_engine(
+        build = partial(
+            build_engine,
             spec.evaluation.engine,
             folder,
             dtype=spec.model.dtype,
@@ -166,6 +167,7 @@ def _served(exchange: Exchange, version: Version, max_model_len: int) -> Iterato
             gpus=gpus,
             tensor_parallel=max(1, gpus),
         )
+        engine = persistently(build, what="the model")
         with closing(engine):
             canary.check(version, engine.score, spec.canary_tolerance)
             yield engine

@@ -5,21 +5,28 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from builders import FAR, exchange_at, publish, put, rollout_name, rollout_of
-from heterorl.errors import RunFolderError
+from heterorl.blame import explain
+from heterorl.errors import ModelError, RunFolderError
 from heterorl.exchange import storage
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.mount import check_mount
 from heterorl.exchange.records import Evaluation, JournalEntry, LearnerHeartbeat
 from heterorl.exchange.rollout import Version
-from heterorl.exchange.storage import TRANSIENT, Files
+from heterorl.exchange.storage import TRANSIENT, Files, persistently
+from heterorl.local.processes import tail
+from heterorl.monitoring.json_lines import Tail, read_metrics
+from heterorl.monitoring.run_records import read_samplers
 
 NOT_OFFERED = [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS]
 DATA = b'{"line": 1}\n'
@@ -385,3 +392,120 @@ def test_a_line_of_the_journal_is_on_the_disk_when_it_is_appended(
     disk.synced.clear()
     exchange.append_journal(JournalEntry(step=1, incarnation=1, names=[rollout_name(1)]))
     assert disk.synced == {journal.stat().st_ino}
+
+
+# ── what libraries and other modules do on the volume ────────────────────────────────────────────────────────────────
+def made_of(error: Exception, reason: OSError) -> Exception:
+    """An error that was raised from another one."""
+    error.__cause__ = reason
+    return error
+
+
+STALE = OSError(errno.ESTALE, "Stale file handle", "model.safetensors")
+PASSES: list[Exception] = [
+    STALE,
+    made_of(ModelError("the tokenizer cannot be read"), STALE),
+    SafetensorError("Error while serializing: I/O error: Stale file handle (os error 116)"),
+    shutil.Error([("a", "b", "[Errno 5] Input/output error: 'a'")]),
+    RuntimeError("Input/output error (os error 5)"),
+]
+
+
+def raising_once(error: Exception) -> Callable[[], str]:
+    errors = [error]
+
+    def operation() -> str:
+        if errors:
+            raise errors.pop()
+        return "done"
+
+    return operation
+
+
+@pytest.mark.parametrize("error", PASSES, ids=repr)
+def test_what_passes_is_waited_for_in_whatever_a_library_says_of_it(error: Exception, slept: list[float]) -> None:
+    assert persistently(raising_once(error), sleep=slept.append) == "done"
+    assert slept == [0.1]
+
+
+@pytest.mark.parametrize("error", PASSES, ids=repr)
+def test_what_does_not_pass_after_all_is_no_users_error(error: Exception, slept: list[float], tmp_path: Path) -> None:
+    def operation() -> None:
+        raise error
+
+    with pytest.raises(OSError, match=r"error|Stale") as raised:
+        persistently(operation, sleep=slept.append)
+    assert raised.value.errno in TRANSIENT
+    assert explain(raised.value, tmp_path) is None
+    assert slept == [0.1, 0.5, 2.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("exit code 5"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory"),
+        made_of(ModelError("no weights"), FileNotFoundError(errno.ENOENT, "No such file or directory")),
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("No space left on device (os error 28)"),
+    ],
+    ids=repr,
+)
+def test_what_does_not_pass_is_raised_at_once_and_as_it_is(error: Exception, slept: list[float]) -> None:
+    with pytest.raises(type(error)) as raised:
+        persistently(raising_once(error), sleep=slept.append)
+    assert (raised.value, slept) == (error, [])
+
+
+READS: dict[str, Callable[[Exchange], Any]] = {
+    "prepared rows": lambda e: list(e.rows("train")),
+    "rows of the canary": lambda e: next(e.rows("train")),
+    "files of a folder": lambda e: e.files.walk(e.model_dir),
+    "a folder that is removed": lambda e: e.files.remove(e.model_dir),
+    "metrics": lambda e: read_metrics(e.metrics_dir / "learner.jsonl"),
+    "metrics of the samplers": lambda e: read_samplers(e.metrics_dir),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("call", ["io.open", "os.scandir", "os.stat"])
+def test_who_reads_the_volume_meets_nothing_that_passes(
+    read: str, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange = exchange_at(tmp_path / "run")
+    for path, content in {
+        "data/train.jsonl": '{"prompt_ids": [1]}\n{"prompt_ids": [2]}\n',
+        "model/config.json": "{}",
+        "metrics/learner.jsonl": '{"step": 1}\n',
+        "metrics/sampler-far-0.jsonl": '{"batch": 1}\n',
+    }.items():
+        exchange.files.make_dir((exchange.root / path).parent)
+        (exchange.root / path).write_text(content)
+    expected = READS[read](exchange) if "removed" not in read else None
+    module, name = call.split(".")
+    real = getattr(sys.modules[module], name)
+    left = [1]
+
+    def once(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if left and str(path).startswith(str(exchange.root)):
+            left.clear()
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(sys.modules[module], name, once)
+    if call == "io.open":
+        monkeypatch.setattr("builtins.open", once)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    assert READS[read](exchange) == expected
+
+
+def test_a_log_or_a_metrics_file_that_is_out_of_sight_for_a_moment_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "learner.log").write_text("last words\n")
+    (tmp_path / "learner.jsonl").write_text('{"step": 1}\n')
+    lines = Tail(tmp_path / "learner.jsonl")
+    with monkeypatch.context() as patched:
+        patched.setattr("builtins.open", Breaking(open, errno.EIO, float("inf")))
+        assert (tail(tmp_path / "learner.log"), lines.read()) == ("", [])
+    assert (tail(tmp_path / "learner.log"), lines.read()) == ("last words", [{"step": 1}])

@@ -68,7 +68,7 @@ def describe(files: Files, staged: Path) -> dict[str, FileEntry]:
 
 def _sync(files: Files, staged: Path) -> list[Path]:
     """Wait until the disk has every file below a folder; the files."""
-    paths = sorted(path for path in staged.rglob("*") if path.is_file())
+    paths = list(files.walk(staged))
     for path in paths:
         files.sync_file(path)
     for folder in {path.parent for path in paths} - {staged}:

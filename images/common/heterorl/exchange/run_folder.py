@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from heterorl.data.tokenizer import load_tokenizer
 from heterorl.errors import VOLUME_IN_USE, RunFolderError
 from heterorl.exchange.live_spec import LiveSpec
 from heterorl.exchange.mount import check_mount
 from heterorl.exchange.record_store import RecordStore
 from heterorl.exchange.records import DataCount, ModelOrigin, Prepared, RunnerState
 from heterorl.exchange.rollout import Provenance
-from heterorl.exchange.storage import Files
+from heterorl.exchange.storage import Files, persistently
 from heterorl.spec.mutability import IMMUTABLE, changes, within
 from heterorl.spec.run import HeteroRLRun, RunSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class RunFolder:
@@ -96,6 +101,14 @@ class RunFolder:
     def data_file(self, name: str) -> Path:
         """Tokenised problems: `train` or `eval-LABEL`."""
         return self.root / "data" / f"{name}.jsonl"
+
+    def rows(self, name: str) -> Iterator[dict[str, Any]]:
+        """The tokenised problems of a data file, in its order."""
+        return map(json.loads, self.files.read(self.data_file(name)).splitlines())
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The starting model's tokenizer; ModelError when there is none that can be read."""
+        return persistently(lambda: load_tokenizer(self.model_dir), what="the tokenizer")
 
     # ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def create(self, run: HeteroRLRun) -> None:

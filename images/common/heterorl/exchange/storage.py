@@ -6,7 +6,8 @@ keep none of these promises. What it relies on: rename within a mount is atomic,
 what was fsynced stays; `heterorl.exchange.mount` tries the first two before anything is entrusted to a mount.
 
 An error that passes by itself (`TRANSIENT`: a server that is away for a moment) is met here and nowhere else: every
-operation is tried again for some seconds, from its beginning, so that no half of it is left.
+operation is tried again for some seconds, from its beginning, so that no half of it is left. What a library reads or
+writes on the volume goes through `persistently`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import shutil
 import time
 import uuid
@@ -36,6 +38,8 @@ TRANSIENT = frozenset(
 """What passes by itself, or may: it is tried again."""
 _NOT_OFFERED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR})
 """What a mount says that does not have the operation."""
+RETRY_AFTER_S = (0.1, 0.5, 2.0, 5.0)
+_ERROR_NUMBER = re.compile(r"(?:\[Errno |\(os error )([0-9]+)[\])]")
 _CHUNK = 8 << 20
 _RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
@@ -44,21 +48,52 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
+def persistently(
+    operation: Callable[[], _T],
+    *,
+    what: str = "",
+    retry_after_s: Sequence[float] = RETRY_AFTER_S,
+    sleep: Callable[[float], None] = time.sleep,
+) -> _T:
+    """Do what reads or writes the volume, and do it again from its beginning where it failed for a reason that passes.
+
+    At last it raises that reason as an OSError, whatever a library or we made of it: it is nobody's wrong input.
+    """
+    for delay in (*retry_after_s, None):
+        try:
+            return operation()
+        except Exception as error:
+            if (reason := _transient_reason(error)) is None:
+                raise
+            if delay is None:
+                raise reason from None
+            log.warning("%s: %s; trying again in %.1f s", what or getattr(operation, "__name__", ""), reason, delay)
+            sleep(delay)
+    raise AssertionError
+
+
+def _transient_reason(error: BaseException | None) -> OSError | None:
+    """What passes by itself among an error and those that led to it; libraries often keep only its number, as text."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in TRANSIENT:
+            return error
+        for number in map(int, _ERROR_NUMBER.findall(str(error))):
+            if number in TRANSIENT:
+                return OSError(number, str(error).strip())
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
 def _persistent(operation: Callable[_P, _T]) -> Callable[_P, _T]:
-    """For a method of `Files`: try again what failed for a reason that may pass; the last error is raised."""
+    """For a method of `Files`: `persistently`."""
 
     @functools.wraps(operation)
     def tried(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         files = cast(Files, args[0])
-        for delay in files.retry_after_s:
-            try:
-                return operation(*args, **kwargs)
-            except OSError as error:
-                if error.errno not in TRANSIENT:
-                    raise
-                log.warning("%s: %s; trying again in %.1f s", operation.__name__.lstrip("_"), error, delay)
-                files.sleep(delay)
-        return operation(*args, **kwargs)
+        name = operation.__name__.lstrip("_")
+        return persistently(
+            lambda: operation(*args, **kwargs), what=name, retry_after_s=files.retry_after_s, sleep=files.sleep
+        )
 
     return tried
 
@@ -67,7 +102,7 @@ class Files:
     """File operations with the durability the protocol needs."""
 
     def __init__(
-        self, *, retry_after_s: Sequence[float] = (0.1, 0.5, 2.0, 5.0), sleep: Callable[[float], None] = time.sleep
+        self, *, retry_after_s: Sequence[float] = RETRY_AFTER_S, sleep: Callable[[float], None] = time.sleep
     ) -> None:
         self.retry_after_s = retry_after_s
         self.sleep = sleep
@@ -89,6 +124,11 @@ class Files:
             return sorted(path / name for name in os.listdir(path) if name.startswith(STAGING))
         except FileNotFoundError:
             return []
+
+    @_persistent
+    def walk(self, folder: Path) -> Sequence[Path]:
+        """Every file below a folder, sorted."""
+        return sorted(path for path in folder.rglob("*") if path.is_file())
 
     def read(self, path: Path) -> bytes:
         """The whole file; FileNotFoundError if it is gone."""
@@ -179,7 +219,7 @@ class Files:
             self.write(staged, data)
             self.move(staged, path)
         except BaseException:
-            staged.unlink(missing_ok=True)
+            self._unlink(staged)
             raise
         self.settle(path.parent)
 
@@ -196,7 +236,7 @@ class Files:
             existed = [path for path in contents if not self.publish(staged[path], path)]
         finally:
             for path in staged.values():
-                path.unlink(missing_ok=True)
+                self._unlink(path)
         self.settle(path.parent)
         return existed
 
@@ -240,7 +280,7 @@ class Files:
                 if error.errno == errno.ENOENT:
                     raise
                 return False
-            source.unlink(missing_ok=True)
+            self._unlink(source)
         return True
 
     def rename(self, source: Path, target: Path) -> None:
@@ -250,7 +290,7 @@ class Files:
 
     def remove(self, path: Path) -> None:
         """Remove a file or a folder with all in it; fine if it is gone. A folder vanishes from sight at once."""
-        if path.is_dir():
+        if self._is_dir(path):
             hidden = path.with_name(f"{STAGING}{uuid.uuid4().hex}")
             self.move(path, hidden)
             shutil.rmtree(hidden, ignore_errors=True)
@@ -308,6 +348,10 @@ class Files:
                 kind,
                 error.strerror,
             )
+
+    @_persistent
+    def _is_dir(self, path: Path) -> bool:
+        return path.is_dir()
 
     @_persistent
     def _unlink(self, path: Path) -> None:

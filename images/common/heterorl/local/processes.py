@@ -19,6 +19,7 @@ from enum import Enum
 from pathlib import Path
 from typing import IO
 
+from heterorl.exchange.storage import persistently
 from heterorl.exit_codes import SITE_ERROR, TOLD_TO_GO, USER_ERROR, describe_exit, failure_kind
 from heterorl.failure_policy import Failure, GivenUp, Role, given_up
 from heterorl.local.tee import Tee
@@ -64,12 +65,12 @@ class ManagedProcess:
     ) -> None:
         meeting = rendezvous or Rendezvous("127.0.0.1", _free_port(), 0, 1)
         logs = [log, *(log.with_name(f"{log.stem}-rank{rank}{log.suffix}") for rank in range(1, ranks))]
-        log.parent.mkdir(parents=True, exist_ok=True)
+        persistently(lambda: log.parent.mkdir(parents=True, exist_ok=True), what=log.parent.name)
         self._tees = [Tee(path) for path in logs] if echo else []
         self._ranks: list[subprocess.Popen[bytes]] = []
         for rank in range(ranks):
             distributed = _torchrun_env(rank, ranks, meeting) if ranks * meeting.nodes > 1 else {}
-            with self._tees[rank].pipe if echo else open(logs[rank], "ab") as output:
+            with self._tees[rank].pipe if echo else _opened(logs[rank]) as output:
                 self._ranks.append(_spawn(command, {**env, **distributed}, output, keep_open))
         self.pid = self._ranks[0].pid
         self.last_line = ""
@@ -205,15 +206,19 @@ def shown(path: Path) -> str:
 
 
 def tail(log: Path, lines: int = 15) -> str:
-    """The last lines of a log; empty if there is none."""
+    """The last lines of a log; empty if there is none that can be read."""
     try:
         with open(log, "rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - 16_384))
             text = file.read().decode(errors="replace")
-    except FileNotFoundError:
+    except OSError:
         return ""
     return "\n".join(text.rstrip().splitlines()[-lines:])
+
+
+def _opened(log: Path) -> IO[bytes]:
+    return persistently(lambda: open(log, "ab"), what=log.name)
 
 
 def _torchrun_env(rank: int, ranks: int, meeting: Rendezvous) -> dict[str, str]:

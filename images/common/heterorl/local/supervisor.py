@@ -110,7 +110,7 @@ class Runner:
             return None
         role = self._role("prepare", "learner", self.programs.prepare, cores())
         role.wanted, started = True, time.monotonic()
-        printed = role.log.stat().st_size if role.log.exists() else 0
+        printed = self.exchange.files.size(role.log) if self.exchange.files.exists(role.log) else 0
         while True:
             outcome = role.tick()
             printed = _print_from(role.log, printed)
@@ -295,11 +295,12 @@ def process_env(threads: int, gpus: Sequence[str]) -> dict[str, str]:
 
 def _print_from(log: Path, offset: int) -> int:
     """Show what was added to a log; returns the new offset."""
-    if not log.exists():
-        return offset
-    with open(log, "rb") as file:
-        file.seek(offset)
-        added = file.read()
+    try:
+        with open(log, "rb") as file:
+            file.seek(offset)
+            added = file.read()
+    except OSError:
+        return offset  # it is not there yet, or out of sight for a moment
     sys.stdout.write(added.decode(errors="replace"))
     sys.stdout.flush()
     return offset + len(added)

@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from heterorl.exchange.storage import persistently
+
 Record = dict[str, Any]
 
 
@@ -68,7 +70,7 @@ class Tail:
         """How often the file was shorter than before and is read anew: then it is another one."""
 
     def read(self) -> list[Record]:
-        """What was added since the last call; nothing while the file is absent."""
+        """What was added since the last call; nothing while the file is absent or cannot be read."""
         return [record for _, record in self.read_places()]
 
     def read_places(self) -> list[tuple[int, Record]]:
@@ -80,7 +82,7 @@ class Tail:
                     self.beginnings += 1
                 file.seek(self._offset)
                 added = file.read()
-        except FileNotFoundError:
+        except OSError:
             return []
         begin, self._offset = self._offset, self._offset + added.rfind(b"\n") + 1
         return [(begin + place, record) for place, record in _records(added[: self._offset - begin])]
@@ -92,7 +94,7 @@ def read_metrics(path: Path) -> list[Record]:
     Lines with a step supersede every earlier line of their own or a later step. Lines that are torn are left out.
     """
     try:
-        content = path.read_bytes()
+        content = persistently(path.read_bytes, what=path.name)
     except FileNotFoundError:
         return []
     records: list[Record] = []

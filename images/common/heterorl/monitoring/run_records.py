@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 
+from heterorl.exchange.storage import persistently
 from heterorl.monitoring.json_lines import Record, read_metrics
 from heterorl.spec.run import Slot
 
@@ -27,7 +28,7 @@ def read_steps(folder: Path) -> list[Record]:
 
 def read_samplers(folder: Path) -> dict[Slot, list[Record]]:
     """Every line of each slot that has any, events included."""
-    files = sorted(folder.glob("sampler-*.jsonl"))
+    files = persistently(lambda: sorted(folder.glob("sampler-*.jsonl")), what=folder.name)
     return {Slot.parse(path.stem.removeprefix("sampler-")): read_metrics(path) for path in files}
 
 

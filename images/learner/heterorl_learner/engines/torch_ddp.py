@@ -20,10 +20,12 @@ from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn.parallel import DistributedDataParallel
@@ -31,6 +33,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
 from heterorl.errors import NotFinite
+from heterorl.exchange.storage import persistently
 from heterorl.spec.run import LearnerSpec, RunSpec
 from heterorl_learner import ranks
 
@@ -304,6 +307,11 @@ def unique_tensors(policy: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write the model's tensors, by their Hugging Face names, into a file that no reader looks at yet."""
+    persistently(lambda: save_file(tensors, file, metadata={"format": "pt"}), what=file.name)
+
+
 # ── plain PyTorch ────────────────────────────────────────────────────────────────────────────────────────────────────
 class TorchEngine(TrainingEngine):
     """float32 weights throughout; with dtype bfloat16 they are the master weights of a bfloat16 autocast.
@@ -342,11 +350,11 @@ class TorchEngine(TrainingEngine):
     def save(self, folder: Path) -> None:
         if self.rank == 0:
             state = {"policy": self._bare.state_dict(), "optimizer": self._optimizer.state_dict()}
-            torch.save(state, folder / STATE_FILE)
+            persistently(lambda: _write(state, folder / STATE_FILE), what=STATE_FILE)
         ranks.barrier()
 
     def load(self, folder: Path) -> None:
-        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        state = persistently(lambda: torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True))
         self._bare.load_state_dict(state["policy"])
         self._optimizer.load_state_dict(state["optimizer"])
 
@@ -361,3 +369,8 @@ class TorchEngine(TrainingEngine):
 
     def _backward(self, loss: Tensor) -> None:
         (loss * self.world_size).backward()  # DDP averages over ranks; the shares are to be summed
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    with open(path, "wb") as file:  # torch's own writer tells no error's number
+        torch.save(state, file)
