@@ -16,14 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heterorl.errors import CanaryMismatch, CorruptFile, UnknownProtocol
+from heterorl.errors import CanaryMismatch, CorruptFile, SiteError, UnknownProtocol
 from heterorl.exchange.exchange import Exchange, Fetched
 from heterorl.exchange.rollout import Version
 from heterorl.heterogeneity.delay import Adoption
-from heterorl.spec.run import Slot
+from heterorl.spec.run import DelaySpec, Slot
 from heterorl_sampler.engines.build import InferenceEngine
 
 log = logging.getLogger(__name__)
+
+MAX_SKEW_S = 5.0
+"""How far two nodes' clocks may differ: far more than NTP leaves, little beside delays of minutes."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,8 @@ class WeightSync:
         seen: dict[Version, float] = {}
         versions = self._exchange.list_versions()
         self._listed = set(versions)
+        if versions and first_look:
+            check_clock(self._exchange, self.pool.delay, versions[-1])
         for version in versions:
             if version in self.rejected:
                 continue
@@ -177,3 +182,25 @@ class WeightSync:
         self.rejected[version] = reason
         kept = f"generation continues with {self.version}" if self.version else "waiting for another version"
         log.error("refused weights %s: %s; %s", version, reason, kept)
+
+
+def check_clock(exchange: Exchange, delay: DelaySpec, version: Version) -> None:
+    """SiteError where this node's clock and that of the learner which published `version` differ too much.
+
+    That is where the delay is in seconds: then ages of versions, and the time since a swap that another node made, are
+    told by both. Else nothing but what people read is off, and it is only logged. Leases compare no clocks.
+    """
+    learner, ahead_s = exchange.claim(version.incarnation), exchange.clock_ahead_s()
+    if learner is None or learner.clock_ahead_s is None or ahead_s is None:
+        return
+    skew_s = ahead_s - learner.clock_ahead_s
+    if abs(skew_s) <= MAX_SKEW_S:
+        return
+    message = (
+        f"this node's clock is {abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} that of the learner's node"
+        f" {learner.host} (by the file server's clock, this one is {ahead_s:+.0f} s off and the learner's"
+        f" {learner.clock_ahead_s:+.0f} s); expected at most {MAX_SKEW_S:g} s: synchronise the nodes' clocks (NTP)"
+    )
+    if delay.unit == "seconds" and delay.distribution != "none":
+        raise SiteError(message)
+    log.warning("%s", message)

@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import builders
 from builders import exchange_at, run_of
+from heterorl.errors import SiteError
 from heterorl.exchange import storage
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
@@ -204,3 +206,41 @@ def test_a_manifest_of_no_use_refuses_its_version_and_the_next_one_is_served(
     assert [swap.version for swap in settle(follower)] == [Version(1, 1)]
     assert list(follower.rejected) == [refused]
     assert exchange.list_versions() == [refused, Version(1, 1)]
+
+
+# ── clocks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+SECONDS = {"distribution": "constant", "lower": 60}
+
+
+def follower_whose_clock_is(skew_s: float, delay: dict[str, Any], root: Path) -> WeightSync:
+    """A sampler on another node than its learner, whose clock is right."""
+    run = run_of(model={"dtype": "float32"}, samplers=[{"name": "far", "delay": delay}])
+    learner = exchange_at(root / "run", run)
+    publish(learner, 0, -1.0, incarnation=learner.begin_incarnation())
+    here = Exchange(learner.root, clock=lambda: time.time() + skew_s)
+    return WeightSync(here, OneNumberEngine(), Slot("far", 0), root / "scratch")
+
+
+@pytest.mark.parametrize(("skew_s", "words"), [(300.0, "300 s ahead of"), (-20.0, "20 s behind")])
+def test_a_node_whose_clock_is_off_is_named_where_delays_are_in_seconds(
+    tmp_path: Path, skew_s: float, words: str
+) -> None:
+    with pytest.raises(SiteError, match=f"this node's clock is {words} that of the learner's node"):
+        follower_whose_clock_is(skew_s, SECONDS, tmp_path).advance()
+
+
+@pytest.mark.parametrize("delay", [{}, {**SECONDS, "unit": "steps", "model": "transit"}], ids=["none", "in steps"])
+def test_a_clock_that_no_delay_needs_is_only_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, delay: dict[str, Any]
+) -> None:
+    assert len(settle(follower_whose_clock_is(300.0, delay, tmp_path))) == 1
+    assert [record.levelname for record in caplog.records if "300 s ahead of" in record.message] == ["WARNING"]
+
+
+def test_clocks_that_differ_little_are_left_alone_whatever_the_file_servers_says(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stamp = Files.stamp
+    monkeypatch.setattr(Files, "stamp", lambda files, folder: stamp(files, folder) - 7200)
+    assert len(settle(follower_whose_clock_is(2.0, SECONDS, tmp_path))) == 1
+    assert "clock" not in caplog.text

@@ -73,6 +73,7 @@ class LearnerState(RunFolder):
                 host=socket.gethostname(),
                 pid=os.getpid(),
                 time=self.now(),
+                clock_ahead_s=self.clock_ahead_s(),
             )
             self.files.make_dir(self.root / "incarnations")
             if self.files.create(self.root / "incarnations" / f"i{number:04d}.json", claim.to_bytes()):
@@ -95,10 +96,10 @@ class LearnerState(RunFolder):
     def successor_of_launcher(self) -> str | None:
         """Who took over for good from the learners of this launcher, in words; None while they may go on."""
         claims = self._claims()
-        newest = self._claim(claims[-1]) if claims else None
+        newest = self.claim(claims[-1]) if claims else None
         if newest is None or newest.launcher == self.launcher or not self.launcher:
             return None
-        if not any(claim and claim.launcher == self.launcher for claim in map(self._claim, reversed(claims))):
+        if not any(claim and claim.launcher == self.launcher for claim in map(self.claim, reversed(claims))):
             return None
         return (
             f"another learner (incarnation {claims[-1]}, process {newest.pid} of host {newest.host}) has taken over"
@@ -108,7 +109,8 @@ class LearnerState(RunFolder):
     def _claims(self) -> list[int]:
         return sorted(self._records.names(self.root / "incarnations", _numbered(_INCARNATION)))
 
-    def _claim(self, number: int) -> Incarnation | None:
+    def claim(self, number: int) -> Incarnation | None:
+        """Who claimed an incarnation of the learner, and where; None where that cannot be told."""
         return self._records.read(self.root / "incarnations" / f"i{number:04d}.json", Incarnation)
 
     def require_incarnation(self) -> None:

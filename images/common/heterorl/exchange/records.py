@@ -100,6 +100,8 @@ class Incarnation(Record):
     host: str
     pid: int
     time: float
+    clock_ahead_s: float | None = None
+    """How far its host's clock was ahead of the file server's (`RunFolder.clock_ahead_s`)."""
 
 
 class JournalEntry(Record):

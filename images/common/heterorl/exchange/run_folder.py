@@ -157,6 +157,19 @@ class RunFolder:
         """Try what the protocol needs of the mount, before anything is entrusted to it; RunFolderError if it cannot."""
         check_mount(self.files, self.root, *(self.root / name for name in ("rollouts", "archive", "quarantine")))
 
+    def clock_ahead_s(self) -> float | None:
+        """How far this machine's clock is ahead of the file server's, within half a second; None where that takes long.
+
+        All machines ask the same server, so their answers can be compared, whatever its own clock says.
+        """
+        for _ in range(3):
+            before = self.now()
+            stamp = self.files.stamp(self.root)
+            after = self.now()
+            if 0 <= after - before <= 1.0:
+                return (before + after) / 2 - stamp
+        return None
+
     @property
     def run(self) -> HeteroRLRun:
         """The resolved manifest as it is now: what may change in a live run follows the edits of its file."""

@@ -155,6 +155,15 @@ class Files:
         """When it was last written, by the file server's clock: to be compared with nothing but another file's."""
         return self._unless_stale(path, self._stat).st_mtime
 
+    def stamp(self, folder: Path) -> float:
+        """What the file server's clock says: of a file that is written into the folder, and removed."""
+        trial = folder / f"{STAGING}clock-{uuid.uuid4().hex}"
+        try:
+            self.write(trial, b"")
+            return self.modified(trial)
+        finally:
+            self._unlink(trial)
+
     def digest(self, path: Path) -> str:
         """SHA-256 of a file, in hex."""
         return self._unless_stale(path, self._digest)
