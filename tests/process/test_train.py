@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from heterorl.exchange.rollout import Rollout, Version
 from heterorl.monitoring.metrics import Metrics
 from heterorl.spec.run import HeteroRLRun
 from heterorl_learner.engines.build import build_engine
-from heterorl_learner.engines.torch_ddp import Sequence, TrainingEngine, micro_batch
+from heterorl_learner.engines.torch_ddp import LossFunction, Sequence, TrainingEngine, micro_batch
 from heterorl_learner.rollout_feed import StepBatch
 from heterorl_learner.train import Trainer
 from heterorl_learner.train_step import train_on
@@ -299,6 +300,27 @@ def test_a_poison_batch_is_set_aside_journalled_and_counted_and_training_goes_on
     assert (second.names, second.poisoned) == ([rollout_name(2)], [])
     # The optimizer saw nothing of it: the step's gradient is that of a run without it.
     assert all(math.isfinite(record["grad_norm"]) for record in records)
+
+
+def test_a_loss_that_is_not_finite_once_leaves_no_trace(
+    exchange: Exchange, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    undisturbed = Exchange(shutil.copytree(exchange.root, exchange.root.with_name("undisturbed"), symlinks=True))
+    expected = records_of(undisturbed)
+    forward_backward, factors = TrainingEngine.forward_backward, [math.nan]
+
+    def disturbed(engine: TrainingEngine, batches: Any, loss_function: LossFunction) -> float:
+        factor = factors.pop() if factors else 1.0
+        return forward_backward(engine, batches, lambda micro, logp: loss_function(micro, logp) * factor)
+
+    monkeypatch.setattr(TrainingEngine, "forward_backward", disturbed)
+    found = records_of(exchange)
+    assert caplog.text.count("loss and gradient must be finite") == 1
+    for key in ("loss", "grad_norm", "learning_rate", "num_tokens", "rollouts/poisoned"):
+        assert [record[key] for record in found] == pytest.approx([record[key] for record in expected]), key
+    assert [record["rollouts/poisoned"] for record in found] == [0, 0]
+    assert exchange.list_quarantined() == []
+    assert exchange.read_journal() == undisturbed.read_journal()
 
 
 def test_a_policy_that_has_diverged_is_told_from_poison_also_after_a_restart(exchange: Exchange) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,8 +13,8 @@ import builders
 from builders import FAR, exchange_at, rollout_name, rollout_of, run_of
 from heterorl.errors import TrainingError, UserError
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.records import SlotStatus
-from heterorl.exchange.rollout import RolloutName, Version
+from heterorl.exchange.records import DataCount, SlotStatus
+from heterorl.exchange.rollout import Provenance, RolloutName, Version
 from heterorl_learner.rollout_feed import RolloutFeed
 
 
@@ -255,6 +256,31 @@ def test_a_journalled_step_of_other_prompts_is_not_replayed(
     assert take(feed, 0) == [2, 3]
     assert edited.read_journal()[0].dropped == names
     assert (feed.mismatched, feed.dropped) == (2, 2)
+
+
+OTHER_PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
+    "template": ({"promptTemplate": "think"}, "as before"),
+    "data": ({}, "another digest"),
+}
+
+
+@pytest.mark.parametrize("changed", OTHER_PROMPTS)
+def test_rollouts_of_other_prompts_are_dropped_journalled_and_counted(
+    exchange: Exchange, put: Callable[..., RolloutName], changed: str
+) -> None:
+    data, digest = OTHER_PROMPTS[changed]
+    before = Provenance.of(exchange.spec, "as before")
+    builders.put(exchange, {rollout_name(seq): rollout_of([1.0, 1.0], provenance=before) for seq in range(3)})
+    run = run_of(learner={"batch": {"groups": 2}}, algorithm={"groupSize": 2}, data=data)
+    edited = exchange_at(exchange.root, run, sleep=no_sleep)
+    edited.mark_prepared(data={"train": DataCount(rows=1, skipped=0, digest=digest)})
+    wanted = {rollout_name(seq): rollout_of([1.0, 1.0], provenance=edited.provenance) for seq in (3, 4)}
+    builders.put(edited, wanted)
+    feed = RolloutFeed(edited, 0, 1, never)
+    assert take(feed, 0) == [3, 4]
+    entry = edited.read_journal()[0]
+    assert (entry.dropped, entry.mismatched) == ([rollout_name(seq) for seq in range(3)], 3)
+    assert (feed.mismatched, feed.dropped, edited.list_quarantined()) == (3, 3, [])
 
 
 def test_what_poison_a_restarted_learner_finds_in_the_journal_counts_as_the_first(
