@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from heterorl.data.tokenizer import load_tokenizer
 from heterorl.errors import CorruptFile, ModelError
+from heterorl.exchange.storage import persistently
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -27,7 +28,7 @@ class StopTexts:
         self._texts = texts
         self.window = max((len(text.encode()) for text in texts), default=0) + 4
         """How many of the last tokens are looked at."""
-        self._tokenizer = load_tokenizer(model_dir) if texts else None
+        self._tokenizer = persistently(lambda: load_tokenizer(model_dir)) if texts else None
 
     def said(self, completions: Sequence[Sequence[int]]) -> list[bool]:
         """Whether each completion, asked after every token of it, has said one."""
