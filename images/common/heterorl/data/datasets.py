@@ -110,9 +110,8 @@ def prepare_rows(
     with AnswerChecker(time_limit_s=20) if need_gold_parse else nullcontext() as checker:
 
         def finish(row: Row) -> None:
-            if checker and not checker.parses(row["answer"]):
-                shown = f" {_shortened(row['answer'])!r}"
-                raise _BadRow("the answer cannot be parsed by math-verify", f":{shown}")
+            if checker and (why := checker.why_no_reference(row["answer"])):
+                raise _BadRow(f"the answer {why}", f": {_shortened(row['answer'])!r}")
             try:
                 row["prompt_ids"] = render(template, tokenizer, row["prompt"])
             except ModelError as error:

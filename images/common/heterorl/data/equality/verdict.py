@@ -1,0 +1,317 @@
+r"""Do two answers say the same? And may a reference be compared at all?"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import sympy
+
+from heterorl.data.equality.exact import proportional, rounds_to, same
+from heterorl.data.equality.expressions import Flags, Unknown
+from heterorl.data.equality.grammar import read
+from heterorl.data.equality.regions import merged, pieces_of
+from heterorl.data.equality.tokens import Broken, Unreadable, tokens
+from heterorl.data.equality.typography import printed
+from heterorl.data.equality.units import Unit
+from heterorl.data.equality.values import (
+    Equation,
+    Foreign,
+    Grid,
+    Inequality,
+    Named,
+    Ratio,
+    Region,
+    Scalar,
+    Several,
+    Value,
+    Word,
+)
+from heterorl.data.equality.words import canonical, why_no_answer
+
+_CHOICE = re.compile(r"(?:\\text(?:bf|rm)?\{|\\mathbf\{|\\mathrm\{)?\s*\(([A-J])\)\s*\}?[\s:.]+(?=\S)(.+)", re.DOTALL)
+
+
+def equal(gold: str, answer: str, require_value: bool = False) -> bool:
+    """Whether an answer says what the reference says; with `require_value` a number must be written, not a computation.
+
+    Has no time limit of its own: run it where it can be killed.
+    """
+    try:
+        if canonical(tokens(gold)) == canonical(tokens(answer)):
+            return True
+        golds, answers = _readings(gold), _readings(answer)
+    except Unreadable:
+        return False
+    judge = _Judge(require_value)
+    return any(
+        judge.says(gold_value, answer_value)
+        for gold_flags, gold_value in golds
+        for answer_flags, answer_value in answers
+        if None in (gold_flags.log10, answer_flags.log10) or gold_flags.log10 == answer_flags.log10
+        if _units_agree(gold_flags, gold_value, answer_flags, answer_value)
+    )
+
+
+def why_no_reference(gold: str) -> str | None:
+    """Why a text cannot be a reference answer, as the end of a sentence; None where it can."""
+    if not printed(gold):
+        return "is empty"
+    if reason := why_no_answer(gold):
+        return reason
+    try:
+        _readings(gold)
+    except Broken as error:
+        return f"cannot be read: {error}"
+    except Unreadable:
+        return None  # it is compared by what it prints
+    return None
+
+
+# ── readings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+@lru_cache(64)
+def _readings(text: str) -> tuple[tuple[Flags, Value], ...]:
+    """Everything that a text may say; raises `Broken`, `Unknown` or `Unreadable` where that is nothing."""
+    found: list[tuple[Flags, Value]] = []
+    errors: list[Unreadable] = []
+    choice = _CHOICE.fullmatch(printed(text))
+    for variant in choice.groups() if choice else (text,):
+        for flags in _flags(variant):
+            try:
+                found.append((flags, read(variant, flags)))
+            except Unreadable as error:
+                errors.append(error)
+    if not found and any(isinstance(error, Unknown) for error in errors):
+        found = [(Flags(), _foreign(text))]
+    if not found:
+        raise next((error for error in errors if not isinstance(error, Broken)), errors[0])
+    return tuple(found)
+
+
+def _flags(text: str) -> Iterator[Flags]:
+    plain = printed(text)
+    log = re.search(r"log(?!\s*_)", plain)
+    for grouped in (True, False) if re.search(r"\d,\s*\d{3}", plain) else (True,):
+        for tight in (False, True) if re.search(r"/\s*\d+\s*[a-zA-Z(\\]", plain) else (False,):
+            for log10 in (False, True) if log else (None,):
+                for units in ("spaced", "glued", "none") if re.search(r"\d\s*[A-Za-z]", plain) else ("spaced",):
+                    yield Flags(grouped, tight, log10, units)
+
+
+def _units_agree(gold_flags: Flags, gold: Value, answer_flags: Flags, answer: Value) -> bool:
+    """A letter glued to a number is a unit only beside a unit: `3m` says 3 meters where `3\\text{ m}` is asked for."""
+    return (gold_flags.units != "glued" or _has_unit(answer)) and (answer_flags.units != "glued" or _has_unit(gold))
+
+
+def _has_unit(value: Value) -> bool:
+    if isinstance(value, Named):
+        return _has_unit(value.value)
+    if isinstance(value, Several):
+        return any(_has_unit(item) for item in value.items)
+    return isinstance(value, Scalar) and value.unit is not None and bool(value.unit.dimensions)
+
+
+def _foreign(text: str) -> Value:
+    """What math-verify reads in a text with commands that the grammar does not know."""
+    from math_verify import LatexExtractionConfig, parse
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL + 1)  # it warns that its own time limit is off
+    found: list[object] = parse(
+        f"\\boxed{{{printed(text)}}}", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None
+    )
+    expression = found[0] if found else None
+    if not isinstance(expression, sympy.Basic | sympy.MatrixBase):
+        raise Unknown("neither this grammar nor math-verify knows its commands")
+    if isinstance(expression, sympy.Expr):
+        return Scalar(expression.doit())
+    return Foreign(expression)
+
+
+# ── comparison ───────────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True)
+class _Judge:
+    require_value: bool
+
+    def says(self, gold: Value, answer: Value) -> bool:
+        """Whether the answer says what the reference says."""
+        try:
+            return self._compare(gold, answer)
+        except Unreadable:
+            return False
+
+    def _compare(self, gold: Value, answer: Value) -> bool:
+        if isinstance(gold, Foreign) or isinstance(answer, Foreign):
+            return _verified(gold, answer)
+        if isinstance(gold, Named) and isinstance(answer, Named):
+            return self._named(gold, answer)
+        if isinstance(gold, Named):
+            if isinstance(answer, Equation):
+                return proportional(_equation(gold).difference, answer.difference)
+            if isinstance(answer, Region) and answer.name not in (None, gold.name):
+                return False
+            return self.says(gold.value, answer)
+        if isinstance(answer, Named):
+            if isinstance(gold, Equation):
+                return proportional(gold.difference, _equation(answer).difference)
+            if isinstance(gold, Region) and gold.name not in (None, answer.name):
+                return False
+            return not isinstance(gold, Inequality) and self.says(gold, answer.value)
+        return self._unnamed(gold, answer)
+
+    def _unnamed(self, gold: Value, answer: Value) -> bool:
+        if isinstance(gold, Scalar) and isinstance(answer, Scalar):
+            return self._scalars(gold, answer)
+        if isinstance(gold, Equation) and isinstance(answer, Equation):
+            return proportional(gold.difference, answer.difference)
+        if isinstance(gold, Inequality) and isinstance(answer, Inequality):
+            positive = proportional(gold.difference, answer.difference, positive=True)
+            return gold.strict == answer.strict and positive
+        if isinstance(gold, Word) and isinstance(answer, Word):
+            return gold.text == answer.text
+        if isinstance(gold, Ratio) or isinstance(answer, Ratio):
+            return _ratios(gold, answer)
+        if isinstance(gold, Grid) or isinstance(answer, Grid):
+            return self._grids(gold, answer)
+        if _is_region(gold) or _is_region(answer):
+            return _regions(gold, answer)
+        return self._collections(gold, answer)
+
+    def _named(self, gold: Named, answer: Named) -> bool:
+        alike = gold.name == answer.name or gold.name.startswith(" ") or answer.name.startswith(" ")
+        if alike and self.says(gold.value, answer.value):
+            return True
+        if gold.symbol is None or answer.symbol is None:
+            return False
+        return proportional(_equation(gold).difference, _equation(answer).difference)
+
+    def _scalars(self, gold: Scalar, answer: Scalar) -> bool:
+        if self.require_value and gold.literal and not answer.literal:
+            return False
+        ours, theirs = gold.unit or Unit(), answer.unit or Unit()
+        if gold.unit is None or answer.unit is None:
+            if _numbers(gold, answer.value):
+                return True
+            scales = bool(ours.kind or theirs.kind) and not (ours.dimensions or theirs.dimensions)
+            return scales and _numbers(gold, answer.value * _pure(theirs) / _pure(ours), gold.unit)
+        if {ours.kind, theirs.kind} & {"degree"} and (ours.dimensions or theirs.dimensions):
+            temperatures = {"celsius", "fahrenheit"} & {base for base, _ in (*ours.dimensions, *theirs.dimensions)}
+            return bool(temperatures) and ours.kind != theirs.kind and _numbers(gold, answer.value)
+        if ours.dimensions != theirs.dimensions or not (ours.nouns <= theirs.nouns or theirs.nouns <= ours.nouns):
+            return False
+        if ours.kind != theirs.kind and ("percent" in (ours.kind, theirs.kind) or not (ours.kind and theirs.kind)):
+            return False
+        factor = sympy.Rational(1) * _rational(theirs) / _rational(ours) * _pure(theirs) / _pure(ours)
+        return _numbers(gold, answer.value * factor)
+
+    def _grids(self, gold: Value, answer: Value) -> bool:
+        if isinstance(gold, Grid) and isinstance(answer, Grid):
+            if [len(row) for row in gold.rows] != [len(row) for row in answer.rows]:
+                return False
+            pairs = [pair for rows in zip(gold.rows, answer.rows) for pair in zip(*rows)]
+            return all(self.says(*pair) for pair in pairs)
+        grid, other = (gold, answer) if isinstance(gold, Grid) else (answer, gold)
+        assert isinstance(grid, Grid)
+        cells = [cell for row in grid.rows for cell in row]
+        is_vector = len(cells) in (len(grid.rows), len(grid.rows[0])) and len(cells) > 1
+        if not (is_vector and isinstance(other, Several) and other.bracket in ("(", "[")):
+            return False
+        return self._in_order(cells, other.items) if grid is gold else self._in_order(other.items, cells)
+
+    def _collections(self, gold: Value, answer: Value) -> bool:
+        ours, theirs = _items(gold), _items(answer)
+        if ours is None or theirs is None or not (isinstance(gold, Several) or isinstance(answer, Several)):
+            return False
+        if len(ours.items) != len(theirs.items):
+            return False
+        brackets = {ours.bracket, theirs.bracket}
+        if len(ours.items) == 1:
+            return self.says(ours.items[0], theirs.items[0])
+        if brackets <= {"", "{"}:
+            return self._in_any_order(ours.items, theirs.items)
+        if "{" in brackets or ("[" in brackets and len(brackets) > 1 and len(ours.items) < 3):
+            return False
+        return self._in_order(ours.items, theirs.items)
+
+    def _in_order(self, golds: Sequence[Value], answers: Sequence[Value]) -> bool:
+        return len(golds) == len(answers) and all(self.says(*pair) for pair in zip(golds, answers))
+
+    def _in_any_order(self, golds: Sequence[Value], answers: Sequence[Value]) -> bool:
+        left = list(answers)
+        for gold in golds:
+            match = next((i for i, answer in enumerate(left) if self.says(gold, answer)), None)
+            if match is None:
+                return False
+            del left[match]
+        return not left
+
+
+def _numbers(gold: Scalar, value: sympy.Expr, unit: Unit | None = None) -> bool:
+    if same(gold.value, value):
+        return True
+    return gold.places is not None and gold.value.is_Rational and rounds_to(value, gold.value, gold.places)
+
+
+def _pure(unit: Unit) -> sympy.Expr:
+    return {"percent": sympy.Rational(1, 100), "degree": sympy.pi / 180}.get(unit.kind, sympy.Integer(1))
+
+
+def _rational(unit: Unit) -> sympy.Rational:
+    pure = unit.kind == "percent"  # its factor is in `_pure`
+    return sympy.Integer(1) if pure else sympy.Rational(unit.factor.numerator, unit.factor.denominator)
+
+
+def _equation(named: Named) -> Equation:
+    if named.symbol is None or not isinstance(named.value, Scalar):
+        raise Unreadable("it names a value and is no equation")
+    return Equation(named.symbol - named.value.value)
+
+
+def _is_region(value: Value) -> bool:
+    if isinstance(value, Several) and value.bracket == "":
+        return any(isinstance(item, Region) for item in value.items)
+    return isinstance(value, Region)
+
+
+def _regions(gold: Value, answer: Value) -> bool:
+    names = {value.name for value in (gold, answer) if isinstance(value, Region)} - {None}
+    if len(names) > 1:
+        return False
+    ours, theirs = merged(pieces_of(gold)), merged(pieces_of(answer))
+    return len(ours) == len(theirs) and all(
+        (a.low_open, a.high_open) == (b.low_open, b.high_open) and same(a.low, b.low) and same(a.high, b.high)
+        for a, b in zip(ours, theirs)
+    )
+
+
+def _ratios(gold: Value, answer: Value) -> bool:
+    parts = [_parts(value) for value in (gold, answer)]
+    ours, theirs = parts
+    if any(isinstance(value, Ratio) and value.is_clock for value in (gold, answer)):
+        both = isinstance(gold, Ratio) and isinstance(answer, Ratio)
+        return both and len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return len(ours) == len(theirs) and all(same(a * theirs[0], b * ours[0]) for a, b in zip(ours, theirs))
+
+
+def _parts(value: Value) -> tuple[sympy.Expr, ...]:
+    if isinstance(value, Ratio):
+        return value.parts
+    if isinstance(value, Scalar) and value.unit is None:
+        return (value.value, sympy.Integer(1))
+    raise Unreadable("it is no ratio")
+
+
+def _items(value: Value) -> Several | None:
+    if isinstance(value, Several):
+        return value
+    return None if isinstance(value, Region | Grid | Ratio) else Several("", (value,))
+
+
+def _verified(gold: Value, answer: Value) -> bool:
+    from math_verify import verify
+
+    if not (isinstance(gold, Foreign) and isinstance(answer, Foreign)):
+        return False
+    return bool(verify([gold.expression], [answer.expression], timeout_seconds=None))
