@@ -42,6 +42,10 @@ def hurried() -> Iterator[AnswerChecker]:
         (r"\boxed{\boxed{6}}", "6"),
         (r"\boxed{}", ""),
         ("46", None),
+        (r"\fbox{5}", "5"),
+        (r"\boxed{4} or rather \fbox{5}", "5"),
+        (r"\fbox{\boxed{6}}", "6"),
+        (r"\boxed{4}, that is \boxed{}", ""),  # the last box counts, also when it is empty
         (r"\boxed 4", None),
         (r"\boxed{4", None),
     ],
@@ -109,30 +113,76 @@ def test_without_a_box_only_the_raw_template_has_an_answer(checker: AnswerChecke
         assert not raw.check("46", "47")
 
 
-def test_a_gold_parses_unless_its_latex_is_broken(checker: AnswerChecker) -> None:
-    assert checker.parses("72")
-    assert checker.parses(r"\frac{14}{3}")
-    assert not checker.parses(r"\frac{1}{")
-    assert not checker.parses("")
+@pytest.mark.parametrize("empty", [r"\boxed{}", r"\boxed{4} \boxed{ }", r"\fbox{}", r"\boxed{\,}", r"\boxed{$$}"])
+def test_an_empty_box_is_no_answer(checker: AnswerChecker, empty: str) -> None:
+    assert not checker.check("4", empty)
+
+
+@pytest.mark.parametrize("gold", ["72", r"\frac{14}{3}", "east", "1" * 5000, "1e+22", r"0.\overline{3}"])
+def test_a_reference_that_can_be_compared_loads(checker: AnswerChecker, gold: str) -> None:
+    assert checker.why_no_reference(gold) is None
+
+
+@pytest.mark.parametrize(
+    ("gold", "why"),
+    [
+        (r"\frac{1}{", "cannot be read: a brace is never closed"),
+        ("", "is empty"),
+        ("N/A", "says that there is no answer"),
+        ("(" * 20_000 + "1" + ")" * 20_000, "has 40001 characters, more than an answer's 1000"),
+    ],
+)
+def test_a_reference_that_cannot_be_compared_is_refused_with_a_reason(
+    checker: AnswerChecker, gold: str, why: str
+) -> None:
+    assert checker.why_no_reference(gold) == why
+
+
+def test_integers_of_any_length_are_compared_digit_by_digit(checker: AnswerChecker) -> None:
+    digits = "9" * 5000
+    assert checker.equal(digits, f"{int(digits[:3]):,}{digits[3:]}")
+    assert checker.equal(digits, "+00" + digits)
+    assert checker.equal("-0", "0")
+    assert not checker.equal(digits, digits[:-1] + "8")
+    assert not checker.equal(digits, "-" + digits)
+
+
+def test_what_prints_as_an_integer_may_be_a_list(checker: AnswerChecker) -> None:
+    assert checker.equal("100,200", "200,100")
+    assert not checker.equal("100,200", "200,101")
+
+
+def test_where_a_value_is_required_a_computation_earns_nothing(checker: AnswerChecker) -> None:
+    assert checker.equal("12", "5+7")
+    with AnswerChecker(time_limit_s=20, require_value=True) as strict:
+        assert not strict.equal("12", "5+7")
+        assert strict.equal("12", "12.0")
 
 
 def test_integers_and_identical_texts_start_no_worker() -> None:
-    workers = children_of(os.getpid(), "heterorl.data.answers.compare")
+    workers = children_of(os.getpid(), "heterorl.data.equality.verdict.equal")
     with AnswerChecker() as checker:
         started = time.perf_counter()
         for number in range(1000):
             assert checker.check("500", rf"\boxed{{{number}}}") == (number == 500)
         assert checker.check(r"\sqrt{2}", r"\boxed{ \sqrt{2} }")
         assert time.perf_counter() - started < 1
-        assert children_of(os.getpid(), "heterorl.data.answers.compare") == workers
+        assert children_of(os.getpid(), "heterorl.data.equality.verdict.equal") == workers
+
+
+@pytest.mark.parametrize("huge", ["9^{9^{9}}", "(" * 300 + "1" + ")" * 300, "(1000000)!", "1e999999999", "9" * 5000])
+def test_what_is_too_large_to_be_an_answer_is_wrong_at_once(checker: AnswerChecker, huge: str) -> None:
+    cut_off = checker.cut_off
+    assert not checker.equal("4", huge)
+    assert checker.cut_off == cut_off
 
 
 @pytest.mark.parametrize(
     "hostile",
     [
-        "9^{9^{9}}",  # one integer power: minutes inside C, deaf to Python's signals
-        "(" * 300 + "1" + ")" * 300,  # the grammar backtracks
-        "(1000000)!",
+        r"\int 9^{9^{9^9}} \, dx",  # one integer power: minutes inside C, deaf to Python's signals
+        r"\prod_{n=1}^{100000000} n",
+        r"\sum_{n=1}^{10^8} \frac{1}{n^2+1}",
     ],
 )
 def test_hostile_latex_is_cut_off_in_time(hurried: AnswerChecker, hostile: str) -> None:
@@ -161,7 +211,7 @@ def test_threads_may_share_a_checker(checker: AnswerChecker) -> None:
 
 def test_a_killed_worker_is_replaced(checker: AnswerChecker) -> None:
     assert checker.equal(r"\frac{1}{8}", "0.125")
-    for worker in children_of(os.getpid(), "heterorl.data.answers.compare"):
+    for worker in children_of(os.getpid(), "heterorl.data.equality.verdict.equal"):
         worker.kill()
     assert checker.equal(r"\frac{3}{8}", "0.375")
 

@@ -11,6 +11,7 @@ import importlib.util
 import re
 from typing import Self
 
+from heterorl.data.equality.words import why_no_answer
 from heterorl.errors import UserError
 from heterorl.worker import CallFailed, Worker
 
@@ -65,7 +66,7 @@ class AnswerChecker:
         self._time_limit_s = time_limit_s
         self._require_value = require_value
         self._comparer = Worker("heterorl.data.equality.verdict.equal", warm_up=[r"\frac{x^2+1}{3}", r"\int_0^1 x dx"])
-        self._referee = Worker("heterorl.data.equality.verdict.why_no_reference", warm_up=[r"\int_0^1 x dx"])
+        self._referee = Worker("heterorl.data.equality.verdict.why_unreadable", warm_up=[r"\int_0^1 x dx"])
         self._ask = functools.lru_cache(CACHED_VERDICTS)(self._ask_comparer)
 
     def check(self, gold: str, completion: str) -> bool:
@@ -97,11 +98,13 @@ class AnswerChecker:
             return None
         if len(gold) > MAX_ANSWER_CHARS:
             return f"has {len(gold)} characters, more than an answer's {MAX_ANSWER_CHARS}"
+        if reason := why_no_answer(gold):
+            return reason
         try:
-            reason: str | None = self._referee.call(gold, time_limit_s=self._time_limit_s)
+            why: str | None = self._referee.call(gold, time_limit_s=self._time_limit_s)
         except CallFailed as failure:
             return f"cannot be read: {failure}"
-        return reason
+        return why
 
     def close(self) -> None:
         """End the workers."""

@@ -30,7 +30,7 @@ from heterorl.data.equality.values import (
     Value,
     Word,
 )
-from heterorl.data.equality.words import canonical, why_no_answer
+from heterorl.data.equality.words import canonical
 
 _CHOICE = re.compile(r"(?:\\text(?:bf|rm)?\{|\\mathbf\{|\\mathrm\{)?\s*\(([A-J])\)\s*\}?[\s:.]+(?=\S)(.+)", re.DOTALL)
 
@@ -56,18 +56,14 @@ def equal(gold: str, answer: str, require_value: bool = False) -> bool:
     )
 
 
-def why_no_reference(gold: str) -> str | None:
-    """Why a text cannot be a reference answer, as the end of a sentence; None where it can."""
-    if not printed(gold):
-        return "is empty"
-    if reason := why_no_answer(gold):
-        return reason
+def why_unreadable(gold: str) -> str | None:
+    """Why a reference is no mathematics, as the end of a sentence; None where it is, or is compared as it prints."""
     try:
         _readings(gold)
     except Broken as error:
         return f"cannot be read: {error}"
     except Unreadable:
-        return None  # it is compared by what it prints
+        return None
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from heterorl.data.equality.tokens import Tokens
+from heterorl.data.equality.tokens import Broken, Tokens, Unreadable, tokens
 
 _TWO = "no on of or is it in at up we me my by to go do so if as an am be he us ox hi oh pm"
 _THREE = (
@@ -113,7 +113,14 @@ def canonical(found: Tokens) -> str:
 
 
 def why_no_answer(text: str) -> str | None:
-    """Why a reference says no answer: `N/A`, `proof`, NaN, or prose; None where it may be one."""
+    """Why a reference says no answer: it is empty, broken, `N/A`, `proof`, NaN, or prose; None where it may be one."""
+    try:
+        if not tokens(text):
+            return "is empty"
+    except Broken as error:
+        return f"cannot be read: {error}"
+    except Unreadable as error:
+        return f"is no answer: {error}"
     bare = re.sub(r"\\(?:text|mathrm|textbf|textit|mbox)\s*\{([^{}]*)\}", r"\1", text)
     short = " ".join(bare.strip(" .:!()[]{}$*\"'<>").casefold().split())
     if not short or short in _NO_ANSWER or bare.strip() in _NO_ANSWER:
