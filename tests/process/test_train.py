@@ -19,6 +19,7 @@ from builders import exchange_at, put, rollout_name, rollout_of, run_of, spec_of
 from heterorl.errors import RunFolderError, TrainingError
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import Evaluation
 from heterorl.exchange.rollout import Rollout, Version
 from heterorl.monitoring.metrics import Metrics
 from heterorl.spec.run import HeteroRLRun
@@ -185,6 +186,21 @@ def test_rollouts_made_with_other_rewards_are_dropped_and_counted(exchange: Exch
     assert [record["lag/dropped"] for record in records] == [0, 0]
     assert [[name.seq for name in entry.names] for entry in exchange.read_journal()] == [[5], [6]]
     assert [name.seq for name in exchange.read_journal()[0].dropped] == [0, 1, 2, 3, 4]
+
+
+def test_the_best_checkpoint_by_an_evaluation_stays(exchange: Exchange) -> None:
+    learner = {**SMALL, "checkpoint": {"everySteps": 1, "keep": 1, "keepBest": "sums"}}
+    evaluated = {"data": {"evals": [{"label": "sums"}]}, "evaluation": {"everySteps": 1}}
+    exchange = exchange_at(exchange.root, run_with(4, learner, **evaluated))
+
+    def evaluate(step: int) -> None:
+        if step < 4:
+            mean = {1: 0.2, 2: 0.7, 3: 0.4}[step]
+            exchange.write_eval(Version(step, 1), Evaluation(average=mean, sets={"sums": {"mean": mean}}))
+
+    engine = build_engine(exchange.model_dir, exchange.spec)
+    assert Trainer(exchange, engine, Metrics([Watch(evaluate)]), lambda: False).train()
+    assert exchange.list_checkpoints() == [2, 4]
 
 
 # ── what it keeps and deletes ────────────────────────────────────────────────────────────────────────────────────────

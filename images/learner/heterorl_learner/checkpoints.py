@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from heterorl.exchange.exchange import Exchange
+from heterorl.spec.run import RunSpec
 from heterorl_learner import ranks
 from heterorl_learner.engines.torch_ddp import TrainingEngine
 from heterorl_learner.hf_export import save_model
@@ -49,7 +50,7 @@ class Checkpoints:
         return TrainerState(**state)
 
     def save(self, state: TrainerState) -> None:
-        """Save the engine and the state, then delete the oldest checkpoints beyond `learner.checkpoint.keep`."""
+        """Save the engine and the state, then delete the checkpoints that need not be kept."""
         if self._engine.rank == 0:
             self._exchange.stage_checkpoint(state.step)
         ranks.barrier()
@@ -59,9 +60,17 @@ class Checkpoints:
         ranks.barrier()
         if self._engine.rank == 0:
             self._exchange.commit_checkpoint(state.step, asdict(state))
-            for old in self._exchange.list_checkpoints()[: -self._exchange.spec.learner.checkpoint.keep]:
+            saved = self._exchange.list_checkpoints()
+            for old in sorted(set(saved) - set(to_keep(self._exchange.spec, saved, self._scores()))):
                 self._exchange.remove_checkpoint(old)
         ranks.barrier()
+
+    def _scores(self) -> dict[int, float]:
+        """Each evaluated step's mean@k on the set of `keepBest`; of a step made anew that of its newest weights."""
+        label, results = self._exchange.spec.learner.checkpoint.keep_best, self._exchange.read_evals()
+        if label is None:
+            return {}
+        return {version.step: result.sets[label]["mean"] for version, result in results.items() if label in result.sets}
 
     @property
     def newest(self) -> int | None:
@@ -70,5 +79,25 @@ class Checkpoints:
 
     @property
     def covered(self) -> int:
-        """Steps before this one are in the weights of every checkpoint that is kept: their rollouts can be retired."""
-        return min(self._exchange.list_checkpoints(), default=0)
+        """Steps before this one are in the weights of the newest checkpoints: their rollouts can be retired."""
+        return min(resumable(self._exchange.spec, self._exchange.list_checkpoints()), default=0)
+
+
+def resumable(spec: RunSpec, steps: list[int]) -> list[int]:
+    """The checkpoints that a run resumes from, of those with these steps."""
+    return sorted(steps)[-spec.learner.checkpoint.keep :]
+
+
+def to_keep(spec: RunSpec, steps: list[int], scores: dict[int, float]) -> list[int]:
+    """The newest checkpoints, and with `keepBest` the one with the best score (of equals the later).
+
+    One whose step is yet to be evaluated may be the best: it stays until a later step has its score.
+    """
+    kept = resumable(spec, steps)
+    if spec.learner.checkpoint.keep_best is None:
+        return kept
+    evaluated = max(scores, default=-1)
+    pending = [step for step in steps if step > evaluated and step % spec.evaluation.every_steps == 0]
+    scored = [step for step in steps if step in scores]
+    best = sorted(scored, key=lambda step: (scores[step], step))[-1:]
+    return sorted({*kept, *pending, *best})

@@ -149,6 +149,16 @@ RULES: dict[str, list[Rule]] = {
     ],
     "RunSpec": [
         (
+            "!has(self.learner.checkpoint.keepBest)"
+            " || self.data.evals.exists(set, set.label == self.learner.checkpoint.keepBest)",
+            "learner.checkpoint.keepBest must be the label of one of data.evals",
+        ),
+        (
+            "!has(self.learner.checkpoint.keepBest) || (self.evaluation.everySteps > 0"
+            " && self.evaluation.everySteps % self.learner.checkpoint.everySteps == 0)",
+            "with learner.checkpoint.keepBest, evaluation.everySteps must be a multiple of checkpoint.everySteps",
+        ),
+        (
             "self.rewards.all(a, self.rewards.exists_one(b,"
             " (has(a.path) ? a.path : a.name) == (has(b.path) ? b.path : b.name)))",
             "a reward is listed more than once in rewards",

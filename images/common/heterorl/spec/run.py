@@ -614,6 +614,8 @@ class CheckpointSpec(Block):
     """Save a checkpoint every N optimizer steps; a restart repeats at most N steps."""
     keep: int = Field(2, ge=1, le=1000)
     """Number of newest checkpoints to keep."""
+    keep_best: PoolName | None = None
+    """Label of an evaluation set: the checkpoint with the best mean@k on it is kept as well."""
 
 
 class LogCompletionsSpec(Block):
@@ -1084,6 +1086,7 @@ class RunSpec(Block):
             yield "samplers", "have 0 replicas in total, so nothing would be generated; set replicas: 1"
         if self.evaluation.every_steps and not self.data.evals:
             yield "data.evals", "is empty, but evaluation.everySteps is set; add a dataset, or set everySteps: 0"
+        yield from self._broken_rules_of_the_best()
         capacity = self.exchange.max_pending_groups * len(self.slots)
         if 0 < capacity < self.learner.batch.groups:
             yield (
@@ -1091,6 +1094,24 @@ class RunSpec(Block):
                 (
                     f"is {self.learner.batch.groups}, but the {len(self.slots)} samplers pause once {capacity} groups"
                     f" are waiting; raise exchange.maxPendingGroups from {self.exchange.max_pending_groups}"
+                ),
+            )
+
+    def _broken_rules_of_the_best(self) -> Iterable[BrokenRule]:
+        checkpoint, every = self.learner.checkpoint, self.evaluation.every_steps
+        if checkpoint.keep_best is None:
+            return
+        if checkpoint.keep_best not in [dataset.label for dataset in self.data.evals]:
+            yield (
+                "learner.checkpoint.keepBest",
+                f"is {checkpoint.keep_best}, which is no label of data.evals; set it to one of theirs",
+            )
+        if every == 0 or every % checkpoint.every_steps:
+            yield (
+                "learner.checkpoint.everySteps",
+                (
+                    f"is {checkpoint.every_steps} and evaluation.everySteps is {every}, but keepBest needs a checkpoint"
+                    " of every evaluated step; set evaluation.everySteps to a multiple of checkpoint.everySteps"
                 ),
             )
 
