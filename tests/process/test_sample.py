@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import threading
@@ -24,11 +25,12 @@ from heterorl.monitoring.metrics import Metrics
 from heterorl.spec.run import HeteroRLRun, Slot
 from heterorl_sampler.__main__ import Heartbeat, serve
 from heterorl_sampler.activity import Activity
+from heterorl_sampler.decoding import Decoder
 from heterorl_sampler.engines.build import build_engine
 from heterorl_sampler.engines.transformers import TransformersEngine
-from heterorl_sampler.rewards import build_rewards
-from heterorl_sampler.rollout_maker import RolloutMaker
-from heterorl_sampler.sample import Sampler
+from heterorl_sampler.prompt_order import PromptOrder
+from heterorl_sampler.sample import Sampler, load_rewards
+from heterorl_sampler.scoring import build_rewards
 from heterorl_sampler.weight_sync import WeightSync
 
 FAR = Slot("far", 0)
@@ -54,12 +56,21 @@ def exchange(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Exchange:
     return exchange
 
 
-class Until(Stop):
-    """Stops the sampler after so many batches, as SIGTERM would, or once it has waited so often for something."""
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine scores the last batch as well."""
+    monkeypatch.setattr("heterorl_sampler.sample.LAST_SCORES_S", 60.0)
 
-    def __init__(self, batches: int, waits: int = 20) -> None:
+
+class Until(Stop):
+    """Stops the sampler after so many batches, as SIGTERM would, or once it has waited so often for something.
+
+    While it waits for rewards, something may still come.
+    """
+
+    def __init__(self, batches: int, waits: int = 20, status: SlotStatus | None = None) -> None:
         super().__init__()
-        self.batches, self.waits = batches, waits
+        self.batches, self.waits, self.status = batches, waits, status or SlotStatus()
 
     def batch_done(self) -> None:
         self.batches -= 1
@@ -67,7 +78,7 @@ class Until(Stop):
             self.set()
 
     def wait(self, timeout: float | None = None) -> bool:
-        self.waits -= 1
+        self.waits -= self.status.state != "waiting: rewards"
         if self.waits == 0:
             self.set()
         return super().wait(timeout)
@@ -84,22 +95,32 @@ class Watched(TransformersEngine):
         return groups
 
 
+PROMPTS = PromptOrder(ROWS, seed=0, share=0, shares=1)
+
+
 def work(
-    exchange: Exchange, model: Path, tmp_path: Path, batches: int, make_engine: type[Watched] = Watched
+    exchange: Exchange,
+    model: Path,
+    tmp_path: Path,
+    batches: int,
+    make_engine: type[Watched] = Watched,
 ) -> SlotStatus:
     """Lease the slot and sample so many batches, or until nothing but waiting is left; returns the slot's status."""
     lease, status = exchange.acquire_slot(lambda: [FAR]), SlotStatus()
     assert lease is not None
     scratch = tmp_path / "scratch"
     engine = make_engine(model, dtype="float32")
-    engine.until = Until(batches)
-    with build_rewards(exchange.spec) as rewards:
-        maker = RolloutMaker(
-            exchange.spec, exchange.provenance, lease, engine, AutoTokenizer.from_pretrained(model), rewards, ROWS
-        )
-        weights = WeightSync(exchange, engine, lease.slot, scratch)
-        Sampler(exchange, lease, Activity(status), weights, maker, Metrics(), engine.until).run()
-    exchange.beat(lease, status, released=True)
+    engine.until = Until(batches, status=status)
+    decoder = Decoder(AutoTokenizer.from_pretrained(model))
+    try:
+        with build_rewards(exchange.spec) as rewards:
+            load_rewards(exchange, rewards)
+            weights = WeightSync(exchange, engine, lease.slot, scratch)
+            Sampler(
+                exchange, lease, Activity(status), weights, engine, PROMPTS, decoder, rewards, Metrics(), engine.until
+            ).run()
+    finally:
+        exchange.beat(lease, status, released=True)
     return status
 
 
@@ -222,22 +243,26 @@ def test_a_sampler_waits_until_its_pool_is_in_the_spec_and_the_run_is_prepared(e
 # ── rewards that fail, work that hangs ───────────────────────────────────────────────────────────────────────────────
 @pytest.fixture
 def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Exchange]:
-    """Factory of the run with a custom reward that fails on these rows."""
+    """Factory of the run with a custom reward: `on_row` is the statement that it begins with, `n` the row's number."""
 
-    def make(exchange: Exchange, failing: list[int]) -> Exchange:
-        module = f"judge_{'_'.join(map(str, failing))}"
+    def make(exchange: Exchange, on_row: str, **reward: object) -> Exchange:
+        module = f"judge_{next(numbers)}"
         (tmp_path / f"{module}.py").write_text(
+            "import pathlib, time\n"
             "def judge(completions, answer, **columns):\n"
-            f"    if int(answer[0]) in {failing}: raise ValueError('no verdict')\n"
+            "    n = int(answer[0])\n"
+            f"    {on_row}\n"
             "    return [1.0 for _ in completions]\n"
         )
         monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr("heterorl_sampler.scoring.RETRY_S", 0.01)
         tree = exchange.run.resolved()
-        tree["spec"]["rewards"] = [{"name": "custom", "path": f"{module}.judge"}]
+        tree["spec"]["rewards"] = [{"name": "custom", "path": f"{module}.judge", **reward}]
         tree["spec"]["exchange"]["maxPendingGroups"] = 99
         exchange.create(HeteroRLRun.model_validate(tree))
         return Exchange(exchange.root)  # as a process that starts now
 
+    numbers = itertools.count()
     return make
 
 
@@ -248,20 +273,30 @@ def test_a_reward_that_fails_on_one_row_costs_that_group_only(
     judged: Callable[..., Exchange],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    status = work(judged(exchange, [3]), tiny_model_dir(tokenizer=True), tmp_path, 3)
+    fails = judged(exchange, "if n == 3: raise ValueError('no verdict')")
+    status = work(fails, tiny_model_dir(tokenizer=True), tmp_path, 3)
     rows = [row for _, row in walked(exchange)]
     assert len(rows) + status.unrewarded == 9  # three batches of three; eight rows are an epoch
     assert 3 not in rows
     assert status.unrewarded in (1, 2)
+    assert status.reward_failures == {"judge/error": 3 * status.unrewarded}  # each called three times
     assert "failed on row 3: ValueError: no verdict" in caplog.text
+    assert ", line 4, in judge" in caplog.text
 
 
-def test_a_reward_that_fails_on_every_row_is_the_users_error_and_names_the_row(
-    exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path, judged: Callable[..., Exchange]
+@pytest.mark.parametrize("policy", ["retry", "zero", "fail"])
+def test_a_reward_that_fails_on_every_row_is_the_users_error_and_names_row_and_line(
+    exchange: Exchange,
+    tiny_model_dir: Callable[..., Path],
+    tmp_path: Path,
+    judged: Callable[..., Exchange],
+    policy: str,
 ) -> None:
-    with pytest.raises(UserError, match=r"failed on row \d: ValueError: no verdict.*all of the first 6 groups"):
-        work(judged(exchange, list(range(8))), tiny_model_dir(tokenizer=True), tmp_path, 99)
-    assert exchange.list_rollouts() == []
+    fails = judged(exchange, "raise ValueError('no verdict')", onError=policy, errorBudget=3)
+    with pytest.raises(UserError, match=r"failed on row \d: ValueError: no verdict \(.*judge_0.py, line 4\)"):
+        work(fails, tiny_model_dir(tokenizer=True), tmp_path, 99)
+    made = [exchange.read_rollout(name).rewards.tolist() for name in exchange.list_rollouts()]
+    assert made == ([[0, 0]] * 2 if policy == "zero" else [])
 
 
 def test_a_reward_that_works_elsewhere_and_not_here_is_this_nodes_failure(
@@ -269,8 +304,80 @@ def test_a_reward_that_works_elsewhere_and_not_here_is_this_nodes_failure(
 ) -> None:
     model = tiny_model_dir(tokenizer=True)
     work(exchange, model, tmp_path, 1)
-    with pytest.raises(SiteError, match="failed here, others did not"):
-        work(judged(exchange, list(range(8))), model, tmp_path, 99)
+    with pytest.raises(SiteError, match=r"no verdict.*fails here"):
+        work(judged(exchange, "raise ValueError('no verdict')", onError="fail"), model, tmp_path, 99)
+    with pytest.raises(SiteError, match=r"cannot be imported.*fails here"):
+        work(judged(exchange, ") not Python"), model, tmp_path, 99)
+
+
+def test_a_reward_that_cannot_be_imported_is_the_users_error_before_anything_is_generated(
+    exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path, judged: Callable[..., Exchange]
+) -> None:
+    with pytest.raises(UserError, match=r"cannot be imported: SyntaxError: .*judge_0.py, line 4"):
+        work(judged(exchange, ") not Python"), tiny_model_dir(tokenizer=True), tmp_path, 99)
+
+
+def test_generation_goes_on_while_rewards_are_computed_until_the_queue_is_full(
+    exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path, judged: Callable[..., Exchange]
+) -> None:
+    """Nothing is scored before the third of the batches is generated."""
+    third = tmp_path / "third"
+
+    class Telling(Watched):
+        def generate(self, *args: object, **kwargs: object) -> list[list[Completion] | None]:
+            groups = super().generate(*args, **kwargs)
+            if self.until.batches == 96:
+                assert exchange.list_rollouts() == []
+                third.touch()
+            return groups
+
+    waits = f"while not pathlib.Path({str(third)!r}).exists(): time.sleep(0.01)"
+    status = work(judged(exchange, waits), tiny_model_dir(tokenizer=True), tmp_path, 99, Telling)
+    assert [seq for seq, _ in walked(exchange)][:9] == list(range(9))
+    assert status.unrewarded == 0
+
+
+def test_what_is_being_scored_counts_as_queued(
+    exchange: Exchange,
+    tiny_model_dir: Callable[..., Path],
+    tmp_path: Path,
+    judged: Callable[..., Exchange],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("heterorl_sampler.sample.LAST_SCORES_S", 0.1)
+    hangs = judged(exchange, "time.sleep(1000)", timeLimitSeconds=900)
+    tree = hangs.run.resolved()
+    tree["spec"]["exchange"]["maxPendingGroups"] = 6
+    hangs.create(HeteroRLRun.model_validate(tree))
+
+    def stop_there(until: Until, timeout: float | None = None) -> bool:
+        if until.status.state == "waiting: rewards":
+            until.set()
+        return until.is_set()
+
+    monkeypatch.setattr(Until, "wait", stop_there)
+    status = work(Exchange(hangs.root), tiny_model_dir(tokenizer=True), tmp_path, 99)
+    assert status.state == "waiting: rewards"
+    assert status.rollouts == 6
+    assert exchange.list_rollouts() == []
+
+
+def test_the_numbers_of_what_was_not_scored_at_a_stop_go_to_the_next_holder(
+    exchange: Exchange,
+    tiny_model_dir: Callable[..., Path],
+    tmp_path: Path,
+    judged: Callable[..., Exchange],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("heterorl_sampler.sample.LAST_SCORES_S", 3.0)
+    model, order = tiny_model_dir(tokenizer=True), [row["id"] for row in (PROMPTS.row(seq) for seq in range(6))]
+    work(judged(exchange, f"if n == {order[1]}: time.sleep(1000)", timeLimitSeconds=900), model, tmp_path, 2)
+    assert walked(exchange) == [(0, order[0])]
+    saved = exchange.load_slot(FAR)
+    assert saved is not None
+    assert saved.next_seq == 1
+    work(judged(exchange, "pass"), model, tmp_path, 1)
+    assert walked(exchange) == list(enumerate(order[:4]))
 
 
 def test_a_sampler_that_is_stuck_says_where_and_ends_as_a_failure_of_its_node(

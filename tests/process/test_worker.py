@@ -163,15 +163,15 @@ def test_what_a_lost_call_started_goes_with_it(worker: Worker, tmp_path: Path) -
 
 
 def test_a_new_child_loads_first_and_its_time_does_not_count(module: Path) -> None:
-    with Worker("acts.act", load=["keep", "loaded"]) as worker:
-        worker.load()
+    with Worker("acts.act", load=["acts.act", "keep", "loaded"]) as worker:
+        assert worker.load() == 2
         assert worker.call("keep", time_limit_s=PATIENT_S) == 3
         assert failure(worker, "sleep", time_limit_s=0.2).reason == "time"
         assert worker.call("keep", time_limit_s=PATIENT_S) == 3  # loaded again
 
 
 def test_what_does_not_load_says_so_each_time(module: Path) -> None:
-    with Worker("acts.act", load=["wrong"]) as worker:
+    with Worker("acts.act", load=["acts.wrong"]) as worker:
         for _ in range(2):
             with pytest.raises(CallFailed, match="ZeroDivisionError"):
                 worker.load()

@@ -38,6 +38,8 @@ LOAD_LIMIT_S = 300.0
 _LEAVING_S = 5.0
 
 Reason = Literal["error", "time", "memory", "crash"]
+_Call = Callable[[Sequence[Any] | None], Any]
+"""What a child does with the arguments of a call, or, without any, to load."""
 _PR_SET_PDEATHSIG = 1
 _prctl = getattr(ctypes.CDLL(None), "prctl", None)  # absent off Linux
 
@@ -56,9 +58,9 @@ class Worker:
     """Calls one function, named by its dotted path, in a process of its own: one call at a time, from any thread.
 
     Arguments and values are JSON. `warm_up`: arguments of a call made once, before the first fork, for imports and
-    caches that every child then inherits. `load`: arguments of a call that every new child makes first, for what does
-    not survive a fork (threads, a GPU, connections); `LOAD_LIMIT_S` bounds it. What the function prints goes to this
-    process's stderr. The process starts with the first call; close it, or use it as a context manager.
+    caches that every child then inherits. `load`: dotted path and arguments of a call that every new child makes first,
+    for what does not survive a fork (threads, a GPU, connections); `LOAD_LIMIT_S` bounds it. What the function prints
+    goes to this process's stderr. The process starts with the first call; close it, or use it as a context manager.
     """
 
     def __init__(
@@ -79,9 +81,9 @@ class Worker:
         """The function's value. Raises `CallFailed`; the next call finds a child that works."""
         return self._ask(args, time_limit_s)
 
-    def load(self) -> None:
-        """Start the process and a child, and make its `load` call. Raises `CallFailed`."""
-        self._ask(None, LOAD_LIMIT_S)
+    def load(self) -> Any:
+        """Start a child, unless there is one, and return what its `load` call gave. Raises `CallFailed`."""
+        return self._ask(None, LOAD_LIMIT_S)
 
     def close(self) -> None:
         """End the process and a call that it is busy with."""
@@ -175,21 +177,21 @@ def _failure(reason: Reason, message: str, trace: str = "") -> dict[str, Any]:
 class _Child:
     """A forked child that calls the function, seen from the process that watches it."""
 
-    def __init__(self, function: Callable[..., Any], memory_bytes: int) -> None:
+    def __init__(self, call: _Call, memory_bytes: int) -> None:
         question_end, questions = os.pipe()
         replies, reply_end = os.pipe()
         self._pid = os.fork()
         if self._pid == 0:
             os.close(questions)
             os.close(replies)
-            _answer(function, question_end, reply_end, memory_bytes)
+            _answer(call, question_end, reply_end, memory_bytes)
         os.close(question_end)
         os.close(reply_end)
         self._questions, self._replies = os.fdopen(questions, "wb", 0), os.fdopen(replies, "rb", 0)
         self.alive = True
 
-    def ask(self, args: Sequence[Any], time_limit_s: float) -> dict[str, Any]:
-        """Its reply, or why there is none; `SystemExit` when the parent is gone."""
+    def ask(self, args: Sequence[Any] | None, time_limit_s: float) -> dict[str, Any]:
+        """Its reply, or why there is none; `SystemExit` when the parent is gone. Without `args` it loads."""
         until = time.monotonic() + time_limit_s
         reply = b""
         with contextlib.suppress(BrokenPipeError):
@@ -234,29 +236,34 @@ def _serve(
     signal.pthread_sigmask(signal.SIG_SETMASK, [])  # what the parent's thread had blocked
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever is printed must not stand among the replies
-    module, _, attribute = name.rpartition(".")
-    function = getattr(importlib.import_module(module), attribute)
+    function = _resolved(name)
+
+    def call(args: Sequence[Any] | None) -> Any:
+        if args is not None:
+            return function(*args)
+        return _resolved(load[0])(*load[1:]) if load is not None else None
+
     if warm_up is not None:
         function(*warm_up)
     replies.write("ready\n")
     replies.flush()
     child: _Child | None = None
+    loaded: dict[str, Any] = {"value": None}
     while question := sys.stdin.readline():
         args, time_limit_s = json.loads(question)
-        reply: dict[str, Any] = {"value": None}
         if child is None or not child.alive:
-            child = _Child(function, memory_bytes)
-            if load is not None and "failed" in (reply := child.ask(load, LOAD_LIMIT_S)) and child.alive:
+            child = _Child(call, memory_bytes)
+            loaded = child.ask(None, LOAD_LIMIT_S)
+            if "failed" in loaded and child.alive:
                 child.kill()
-        if child.alive and args is not None:
-            reply = child.ask(args, time_limit_s)
+        reply = child.ask(args, time_limit_s) if child.alive and args is not None else loaded
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
     if child is not None and child.alive:
         child.kill()
 
 
-def _answer(function: Callable[..., Any], question_end: int, reply_end: int, memory_bytes: int) -> NoReturn:
+def _answer(call: _Call, question_end: int, reply_end: int, memory_bytes: int) -> NoReturn:
     """The child: answer the questions until the pipe closes."""
     os.setpgid(0, 0)
     if _prctl is not None:
@@ -265,21 +272,26 @@ def _answer(function: Callable[..., Any], question_end: int, reply_end: int, mem
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     try:
         for question in os.fdopen(question_end, "rb"):
-            reply = _reply(function, json.loads(question)) + "\n"
-            for at in range(0, len(reply), 1 << 16):
-                os.write(reply_end, reply[at : at + (1 << 16)].encode())
+            with os.fdopen(os.dup(reply_end), "w") as replies:
+                replies.write(_reply(call, json.loads(question)) + "\n")
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
 
 
-def _reply(function: Callable[..., Any], args: Sequence[Any]) -> str:
+def _reply(call: _Call, args: Sequence[Any] | None) -> str:
     try:
-        return json.dumps({"value": function(*args)})
+        return json.dumps({"value": call(args)})
     except BaseException as error:
         reason: Reason = "memory" if isinstance(error, MemoryError) else "error"
         return json.dumps(_failure(reason, f"{type(error).__name__}: {error}", _trace(error)))
+
+
+def _resolved(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.rpartition(".")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return function
 
 
 def _trace(error: BaseException) -> str:

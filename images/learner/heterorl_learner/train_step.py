@@ -292,11 +292,14 @@ def rollout_metrics(spec: RunSpec, batch: StepBatch) -> dict[str, Any]:
         "lag/mean": lags.mean(),
         "lag/max": lags.max(),
         "rollouts/other_sampling": sum(r.provenance.sampling != sampling for r in batch.rollouts),
+        "rollouts/reward_sources": len({r.provenance.reward_sources for r in batch.rollouts}),
         "perf/rollout_wait_s": batch.wait_s,
     }
     for name in sorted({name for r in batch.rollouts for name in r.reward_terms}):  # rewards may change between runs
         term = np.concatenate([r.reward_terms[name] for r in batch.rollouts if name in r.reward_terms])
-        metrics |= {f"rewards/{name}/mean": term.mean(), f"rewards/{name}/std": term.std()}
+        term = term[~np.isnan(term)]  # where the reward applies
+        if len(term):
+            metrics |= {f"rewards/{name}/mean": term.mean(), f"rewards/{name}/std": term.std()}
     sets = np.array([r.meta.get("set", "") for r in batch.rollouts])
     for name in sorted(set(sets) - {""}):  # of a mix
         chosen = [r.rewards for r, of_set in zip(batch.rollouts, sets) if of_set == name]

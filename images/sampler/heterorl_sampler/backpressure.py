@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from heterorl.exchange.records import LearnerHeartbeat
@@ -11,7 +12,10 @@ from heterorl.spec.run import RunSpec, Slot
 
 @dataclass(frozen=True)
 class Queue:
-    """Published rollouts that the learner has yet to take: not trained, not dropped, not too old to be."""
+    """Groups that the learner has yet to take: not trained, not dropped, not too old to be.
+
+    Those count as well that this slot has generated and that are being scored.
+    """
 
     own: int
     """This slot's."""
@@ -19,26 +23,33 @@ class Queue:
     """All slots'."""
     of_version: int
     """All slots', of the version this slot holds."""
+    in_scoring: int = 0
+    """This slot's that are not published yet."""
 
 
 def pending(
-    spec: RunSpec, rollouts: list[RolloutName], learner: LearnerHeartbeat, slot: Slot, version: Version
+    spec: RunSpec,
+    published: Iterable[RolloutName],
+    in_scoring: Collection[RolloutName],
+    learner: LearnerHeartbeat,
+    slot: Slot,
+    version: Version,
 ) -> Queue:
     """Count what waits. A slot's rollouts are taken in order, so its last taken number tells the rest."""
     taken, step = learner.taken, learner.step
     waiting = [
         name
-        for name in rollouts
+        for name in {*published, *in_scoring}
         if name.seq > taken.get(str(name.slot), -1) and step - name.version.step <= spec.max_lag
     ]
     own = sum(name.slot == slot for name in waiting)
-    return Queue(own, len(waiting), sum(name.version == version for name in waiting))
+    return Queue(own, len(waiting), sum(name.version == version for name in waiting), len(in_scoring))
 
 
 def reason_to_wait(
     spec: RunSpec, version: Version, newest: Version, learner: LearnerHeartbeat, queue: Queue
 ) -> str | None:
-    """Why not to generate now (`finished`, `weights`, `queue`, `staleness`), or None to go ahead.
+    """Why not to generate now (`finished`, `weights`, `rewards`, `queue`, `staleness`), or None to go ahead.
 
     Online, a version gets as many groups as a step trains and then all samplers wait for the next. A full queue holds a
     slot back only while the learner has enough for a step, so that no slot ever waits for one that is gone. Weights
@@ -49,6 +60,8 @@ def reason_to_wait(
         return "finished"
     if spec.mode == "online" and (version != newest or queue.of_version >= spec.learner.batch.groups):
         return "weights"
+    if queue.in_scoring >= spec.exchange.max_pending_groups:
+        return "rewards"
     if queue.own >= spec.exchange.max_pending_groups and queue.total >= spec.learner.batch.groups:
         return "queue"
     turn = learner.step

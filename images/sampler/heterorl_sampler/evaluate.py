@@ -27,6 +27,7 @@ from heterorl.exchange.rollout import Completion, Sampling, Version
 from heterorl.exchange.storage import persistently
 from heterorl.monitoring.metrics import Metrics
 from heterorl.seeds import derive_seed
+from heterorl_sampler.decoding import Decoder
 from heterorl_sampler.engines.build import InferenceEngine, build_engine
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def evaluate(
     `rows` are prepared ones, with `prompt_ids` and `answer`.
     """
     made = 1 if measure.sampling.temperature == 0 else measure.samples
+    decoder = Decoder(tokenizer)
     correct: list[float] = []
     completions: list[Completion] = []
     for start in range(0, len(rows), measure.batch_prompts):
@@ -80,8 +82,7 @@ def evaluate(
         groups = engine.generate([row["prompt_ids"] for row in batch], made, measure.sampling, seed)
         for row, group in zip(batch, groups):
             assert group is not None  # nothing stops this generation
-            texts = tokenizer.batch_decode([c.token_ids for c in group], skip_special_tokens=True)
-            correct.append(fmean(checker.check(row["answer"], text) for text in texts))
+            correct.append(fmean(checker.check(row["answer"], decoder.text(c.token_ids)) for c in group))
             completions += group
         log.info("%d of %d problems", len(correct), len(rows))
     lengths = [len(completion.token_ids) for completion in completions]

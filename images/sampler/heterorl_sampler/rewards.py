@@ -2,70 +2,64 @@ r"""Rewards: plain functions from the completions of one prompt to one number ea
 
 A new reward is one function `(group, params) -> list[float]`, one line in `REWARDS`, one name in `heterorl.spec.run`.
 L is a completion's length in tokens, M the reward's `maxLength`, and "correct" is what `accuracy` says.
-`docs/rewards.md` has the table.
+`docs/rewards.md` has the table. All of this runs in the workers of `heterorl_sampler.scoring`, which call `values`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import hashlib
 import importlib
+import inspect
 import math
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from heterorl.data.answers import AnswerChecker, extract_boxed
-from heterorl.errors import UserError
-from heterorl.spec.run import RewardSpec, RunSpec
+from heterorl.data.answers import extract_boxed
+from heterorl.spec.run import RewardSpec
 
 Row = dict[str, Any]
-Floats = npt.NDArray[np.float32]
 
 
-@dataclass
-class CompletionGroup:
+@dataclass(frozen=True)
+class Group:
     """What a reward sees: G completions of one prompt, with the row they answer."""
 
     texts: list[str]
+    """What the model wrote, without the tokens that end or pad it."""
+    turns: list[str]
+    """Its whole turns: the same after what the chat template had opened for it, such as `<think>`."""
     lengths: list[int]
     """Tokens of each completion, its end token included."""
-    truncated: list[bool]
-    """Whether the length limit cut it."""
     row: Row
-    """`prompt`, `answer` and the original `columns`."""
-    checker: AnswerChecker
-
-    @cached_property
-    def correct(self) -> list[bool]:
-        """Whether each completion's answer equals the reference; computed once for all rewards that ask."""
-        return [self.checker.check(self.row["answer"], text) for text in self.texts]
+    """`id`, `prompt`, `answer` and the original `columns`."""
+    token_ids: list[list[int]] = field(default_factory=list)
+    """Of each completion; for custom rewards only."""
+    correct: list[bool] = field(default_factory=list)
+    """Whether each completion's answer equals the reference; for `COMPARING` only."""
 
 
-class RewardFailed(UserError):
-    """A custom reward did not give one finite number for each completion of a group."""
-
-
-RewardFunction = Callable[[CompletionGroup, RewardSpec], list[float]]
+RewardFunction = Callable[[Group, RewardSpec], list[float]]
 
 
 # ── of the answer ────────────────────────────────────────────────────────────────────────────────────────────────────
-def accuracy(group: CompletionGroup, params: RewardSpec) -> list[float]:
+def accuracy(group: Group, params: RewardSpec) -> list[float]:
     """1 where the answer equals the reference, otherwise 0."""
     return [float(correct) for correct in group.correct]
 
 
-def boxed(group: CompletionGroup, params: RewardSpec) -> list[float]:
+def boxed(group: Group, params: RewardSpec) -> list[float]:
     r"""1 where the completion holds a `\boxed{...}` that is not empty, otherwise 0."""
     return [float(bool(extract_boxed(text))) for text in group.texts]
 
 
 # ── of the form ──────────────────────────────────────────────────────────────────────────────────────────────────────
-def format_(group: CompletionGroup, params: RewardSpec) -> list[float]:
+def format_(group: Group, params: RewardSpec) -> list[float]:
     """1 for `<think>...</think>` and then an answer: each tag once, nothing before, something after; otherwise 0."""
 
     def well_formed(text: str) -> bool:
@@ -73,12 +67,12 @@ def format_(group: CompletionGroup, params: RewardSpec) -> list[float]:
         once = thought.count("<think>") == 1 and "think>" not in answer
         return bool(closing) and thought.startswith("<think>") and once and bool(answer.strip())
 
-    return [float(well_formed(text)) for text in group.texts]
+    return [float(well_formed(turn)) for turn in group.turns]
 
 
-def tag_count(group: CompletionGroup, params: RewardSpec) -> list[float]:
+def tag_count(group: Group, params: RewardSpec) -> list[float]:
     """1/2 for exactly one `<think>`, 1/2 for exactly one `</think>`: a step on the way to `format`."""
-    return [0.5 * (text.count("<think>") == 1) + 0.5 * (text.count("</think>") == 1) for text in group.texts]
+    return [0.5 * (turn.count("<think>") == 1) + 0.5 * (turn.count("</think>") == 1) for turn in group.turns]
 
 
 _STEP = re.compile(
@@ -87,13 +81,13 @@ _STEP = re.compile(
 )
 
 
-def reasoning_steps(group: CompletionGroup, params: RewardSpec) -> list[float]:
+def reasoning_steps(group: Group, params: RewardSpec) -> list[float]:
     """min(1, steps / 3): lines that begin with "Step 2", "2." or a bullet, and words such as "First," or "Finally,"."""
     return [min(1.0, len(_STEP.findall(text)) / 3) for text in group.texts]
 
 
 # ── of the length ────────────────────────────────────────────────────────────────────────────────────────────────────
-def length(group: CompletionGroup, params: RewardSpec) -> list[float]:
+def length(group: Group, params: RewardSpec) -> list[float]:
     """With d = 1/2 - min(L, M)/M: d where correct, min(0, d) where wrong, so that only short and right is praised.
 
     Kimi k1.5 (arXiv 2501.12599) with the bounds 0 and M in place of the group's shortest and longest.
@@ -106,7 +100,7 @@ def length(group: CompletionGroup, params: RewardSpec) -> list[float]:
     return [value(n, correct) for n, correct in zip(group.lengths, group.correct)]
 
 
-def cosine(group: CompletionGroup, params: RewardSpec) -> list[float]:
+def cosine(group: Group, params: RewardSpec) -> list[float]:
     """A half cosine of L, ending at M: correct from 1 down to 0.5, wrong from -1 up to -0.5 (arXiv 2502.03373).
 
     Short is better when right; when wrong, thinking longer is. The end values are those in common use, not the paper's.
@@ -121,7 +115,7 @@ def cosine(group: CompletionGroup, params: RewardSpec) -> list[float]:
 
 
 # ── of the text ──────────────────────────────────────────────────────────────────────────────────────────────────────
-def repetition(group: CompletionGroup, params: RewardSpec) -> list[float]:
+def repetition(group: Group, params: RewardSpec) -> list[float]:
     """Penalty `maxPenalty` x (1 - distinct / all n-grams of words); 0 below n words (arXiv 2502.03373)."""
 
     def value(text: str) -> float:
@@ -136,7 +130,7 @@ _NO_LANGUAGE = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[A-Za-z]+|</?thi
 _LETTERS = {"en": re.compile("[A-Za-zÀ-ɏ]"), "zh": re.compile("[㐀-䶿一-鿿]")}
 
 
-def language(group: CompletionGroup, params: RewardSpec) -> list[float]:
+def language(group: Group, params: RewardSpec) -> list[float]:
     """Share of the letters outside formulas that are of the language's script; 1 for a text without letters.
 
     DeepSeek-R1's language consistency (arXiv 2501.12948), counted in letters, which needs no word breaker.
@@ -150,39 +144,6 @@ def language(group: CompletionGroup, params: RewardSpec) -> list[float]:
     return [value(text) for text in group.texts]
 
 
-# ── the user's ───────────────────────────────────────────────────────────────────────────────────────────────────────
-def custom(group: CompletionGroup, params: RewardSpec) -> list[float]:
-    """What the function at `path` returns for `(prompts=, completions=, **columns)`, every one a list of G.
-
-    `answer` is the reference answer; the other columns are the row's own. Raises `RewardFailed` when it fails.
-    """
-    columns = {**group.row["columns"], "prompts": group.row["prompt"], "answer": group.row["answer"]}
-    repeated = {name: [value] * len(group.texts) for name, value in columns.items()}
-    try:
-        return list(_imported(params.path)(**{**repeated, "completions": group.texts}))
-    except Exception as error:
-        raise RewardFailed(
-            f"custom reward {params.path} failed on row {group.row['id']}: {type(error).__name__}: {error};"
-            " it is called with prompts, completions and every column of the row as lists, so accept **columns"
-        ) from error
-
-
-@functools.cache
-def _imported(path: str | None) -> Callable[..., Any]:
-    """The function at a dotted path, or `UserError`."""
-    module, _, name = (path or "").rpartition(".")
-    try:
-        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"custom reward {path} cannot be imported ({error}); write path: package.module.function,"
-            " and start the run where that package can be imported (PYTHONPATH)"
-        ) from error
-    if not callable(function):
-        raise UserError(f"custom reward {path} is a {type(function).__name__}, not a function")
-    return function
-
-
 REWARDS: dict[str, RewardFunction] = {
     "accuracy": accuracy,
     "format": format_,
@@ -193,72 +154,102 @@ REWARDS: dict[str, RewardFunction] = {
     "language": language,
     "reasoning_steps": reasoning_steps,
     "boxed": boxed,
-    "custom": custom,
 }
+COMPARING = ("accuracy", "length", "cosine")
+"""Rewards that want to know which answers are right."""
 
 
-class Rewards:
-    """The run's rewards, ready to score groups; close it, or use it as a context manager."""
+# ── the user's ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def custom(groups: Sequence[Group], path: str) -> Sequence[Any]:
+    """What the function at `path` returns for `(prompts=, completions=, completion_ids=, **columns)`, as TRL calls it.
 
-    def __init__(self, rewards: list[RewardSpec], *, boxed_only: bool) -> None:
-        for params in rewards:
-            if params.name == "custom":
-                _imported(params.path)
-        self._rewards = dict(zip(_term_names(rewards), rewards))
-        limits = [params.time_limit_seconds for params in rewards if params.name == "accuracy"]
-        self._checker = AnswerChecker(max(limits, default=2.0), boxed_only=boxed_only)
-
-    def score(
-        self, texts: list[str], lengths: Iterable[int], truncated: Iterable[bool], row: Row
-    ) -> tuple[Floats, dict[str, Floats]]:
-        """The weighted sum [G] and each reward's own, unweighted values [G] by name, for one prompt's completions.
-
-        `lengths` are in tokens. Raises `RewardFailed` unless a custom reward gives one finite number a completion.
-        """
-        group = CompletionGroup(texts, list(lengths), list(truncated), row, self._checker)
-        terms = {
-            name: _checked(name, REWARDS[params.name](group, params), len(texts), row)
-            for name, params in self._rewards.items()
-        }
-        total = np.zeros(len(texts), np.float32)
-        for name, params in self._rewards.items():
-            total += np.float32(params.weight) * terms[name]
-        return total, terms
-
-    def close(self) -> None:
-        """End the process that compares answers."""
-        self._checker.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    Every argument is a list with one item a completion, group after group. `completions` are texts, or, where the
+    prompt is a conversation, lists of one message. `answer` is the reference and `turns` are the model's whole turns;
+    the rest are the rows' own columns. A function without `**columns` gets those that it names. It may be async.
+    """
+    function, arguments = _imported(path), _arguments(groups)
+    with suppress(ValueError):  # no signature: some that are written in C
+        signature = inspect.signature(function)
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values()):
+            arguments = {name: arguments[name] for name in signature.parameters if name in arguments}
+        try:
+            signature.bind(**arguments)
+        except TypeError as error:
+            known = ", ".join(_arguments(groups))
+            raise TypeError(f"{error}; a custom reward is called with {known}, all by name") from None
+    found = function(**arguments)
+    return list(_loop().run_until_complete(found) if inspect.isawaitable(found) else found)
 
 
-def build_rewards(spec: RunSpec) -> Rewards:
-    """The rewards of a run; a completion without a box answers only under the template `raw`."""
-    return Rewards(spec.rewards, boxed_only=spec.data.prompt_template != "raw")
+def _arguments(groups: Sequence[Group]) -> dict[str, list[Any]]:
+    columns = dict.fromkeys(name for group in groups for name in group.row["columns"])
+    each = [(group, i) for group in groups for i in range(len(group.texts))]
+    return {
+        **{name: [group.row["columns"].get(name) for group, _ in each] for name in columns},
+        "answer": [group.row["answer"] for group, _ in each],
+        "turns": [group.turns[i] for group, i in each],
+        "prompts": [group.row["prompt"] for group, _ in each],
+        "completions": [_completion(group, i) for group, i in each],
+        "completion_ids": [group.token_ids[i] for group, i in each],
+    }
 
 
-def _term_names(rewards: list[RewardSpec]) -> list[str]:
-    """One name a reward: its own, for a custom one its function's; a second one of that name gets `_2`."""
-    names: list[str] = []
-    for params in rewards:
-        name = params.path.rpartition(".")[2] if params.path else params.name
-        names.append(next(n for n in (name, *(f"{name}_{i}" for i in range(2, 99))) if n not in names))
-    return names
+def _completion(group: Group, i: int) -> str | list[dict[str, str]]:
+    is_conversation = isinstance(group.row["prompt"], list)
+    return [{"role": "assistant", "content": group.texts[i]}] if is_conversation else group.texts[i]
 
 
-def _checked(name: str, values: list[float], num_completions: int, row: Row) -> Floats:
-    """The values as float32 [G], or `RewardFailed`."""
-    where = f"reward {name}, row {row['id']}"
-    if len(values) != num_completions:
-        raise RewardFailed(f"{where}: {len(values)} values for {num_completions} completions; return one for each")
-    try:
-        array = np.asarray(values, np.float32)
-    except (TypeError, ValueError):
-        array = np.full(num_completions, np.nan, np.float32)
-    if array.shape != (num_completions,) or not np.isfinite(array).all():
-        raise RewardFailed(f"{where}: found {values}; every value must be a finite number")
-    return array
+@functools.cache
+def _imported(path: str) -> Callable[..., Any]:
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise ImportError(f"{path} names no module")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    if not callable(function):
+        raise TypeError(f"{path} is a {type(function).__name__}, not a function")
+    return function
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """One for all calls, because clients and their connections belong to the loop that they were made in."""
+    return asyncio.new_event_loop()
+
+
+# ── what workers call ────────────────────────────────────────────────────────────────────────────────────────────────
+def load(reward: dict[str, Any]) -> str:
+    """Import the function of a custom reward; the SHA-256 of the source files that hold it."""
+    path = RewardSpec.model_validate(reward).path or ""
+    function = inspect.unwrap(_imported(path))
+    files = set()
+    for holder in (importlib.import_module(path.rpartition(".")[0]), function, type(function)):
+        with suppress(TypeError):  # written in C
+            files.add(inspect.getsourcefile(holder))
+    sources = [Path(file).read_bytes() for file in sorted(filter(None, files)) if Path(file).is_file()]
+    return hashlib.sha256(b"".join(sources)).hexdigest()
+
+
+def values(reward: dict[str, Any], groups: list[dict[str, Any]]) -> list[float | None]:
+    """The reward's values, one a completion, group after group; None where it does not apply (custom rewards only).
+
+    Raises what the function raises, and TypeError or ValueError unless it gives one finite number or None for each.
+    """
+    params, found = RewardSpec.model_validate(reward), [Group(**group) for group in groups]
+    if params.path:
+        each: Sequence[Any] = custom(found, params.path)
+    else:
+        each = [value for group in found for value in REWARDS[params.name](group, params)]
+    wanted = sum(len(group.texts) for group in found)
+    if len(each) != wanted:
+        raise ValueError(f"{len(each)} values for {wanted} completions; return one for each")
+    return [_number(value) for value in each]
+
+
+def _number(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, str | bytes) or not math.isfinite(number := float(value)):
+        raise ValueError(
+            f"found {value!r}; every value must be a finite number, or None where the reward does not apply"
+        )
+    return number

@@ -1,11 +1,12 @@
-"""The sampler's loop.
+"""The sampler's loop, and beside it the rewards.
 
-    advance the weights ── wait if the queue is full ── generate ── reward ── publish ──────────────┐
-          ▲                                                                                         │
-          └─────────────────────────────────────────────────────────────────────────────────────────┘
+    advance the weights ── wait if the queue is full ── generate a batch ──┐        scorer (a thread):
+          ▲                                                                │        score ── publish
+          └────────────────────────────────────────────────────────────────┴──────────▶ batch
 
-It waits only for its first weights, the newest ones in online mode, and room in the queue. A slot's sequence
-number is its prompt cursor and its seed: the slot's next holder continues where this one stopped.
+The loop waits only for its first weights, the newest ones in online mode, and room in the queue; what is being scored
+counts as queued. A slot's sequence number is its prompt cursor and its seed: the slot's next holder continues where
+this one stopped.
 """
 
 from __future__ import annotations
@@ -13,25 +14,63 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from heterorl.errors import SiteError, UserError
+from heterorl.errors import HeteroRLError, SiteError, UserError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import LearnerHeartbeat, SlotState
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.rollout import Completion, Rollout, RolloutName, Sampling, SamplingDistribution, Version
 from heterorl.exchange.slots import Lease
 from heterorl.monitoring.metrics import Metrics
+from heterorl.seeds import derive_seed
+from heterorl.spec.run import RunSpec
 from heterorl_sampler.activity import Activity
 from heterorl_sampler.backpressure import Queue, batch_size, pending, reason_to_wait
-from heterorl_sampler.rollout_maker import Batch, RolloutMaker
+from heterorl_sampler.decoding import Decoder
+from heterorl_sampler.engines.build import InferenceEngine
+from heterorl_sampler.prompt_order import PromptOrder
+from heterorl_sampler.rewards import Group, Row
+from heterorl_sampler.scoring import RewardFailed, Rewards, Scored
 from heterorl_sampler.weight_sync import Swap, WeightSync
 
 log = logging.getLogger(__name__)
 
-GIVE_UP_AFTER = 16
-"""Groups in a row on which a reward fails before it is taken to fail on all."""
+LAST_SCORES_S = 4.0
+"""Time that rewards have for what is generated when the sampler is told to stop."""
+_META = {"row_id": "id", "answer": "answer", "set": "set"}  # what a rollout says of its row
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A prompt's finished completions, on their way through the rewards."""
+
+    name: RolloutName
+    row: Row
+    completions: list[Completion]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one generation gave."""
+
+    spec: RunSpec
+    """As it was then."""
+    version: Version
+    groups: list[Generated]
+    generate_s: float
+    waited_s: Mapping[str, float]
+    """Seconds waited before it, by reason: weights, queue, rewards, staleness, finished."""
+
+    @property
+    def tokens(self) -> int:
+        """Generated ones."""
+        return sum(len(completion.token_ids) for group in self.groups for completion in group.completions)
 
 
 class Sampler:
@@ -43,22 +82,29 @@ class Sampler:
         lease: Lease,
         activity: Activity,
         weights: WeightSync,
-        maker: RolloutMaker,
+        engine: InferenceEngine,
+        order: PromptOrder,
+        decoder: Decoder,
+        rewards: Rewards,
         metrics: Metrics,
         stop: threading.Event,
     ) -> None:
         self._exchange, self._lease, self._metrics, self._stop = exchange, lease, metrics, stop
-        self._activity, self._weights, self._maker = activity, weights, maker
+        self._activity, self._weights, self._engine, self._order = activity, weights, engine, order
+        self._decoder, self._rewards = decoder, rewards
+        self._provenance = exchange.provenance.model_copy(update={"reward_sources": rewards.sources})
         self._status = activity.status  # shown by the heartbeat
         self._status.rollouts = self._next_seq = lease.first_seq
-        self._waited_s: defaultdict[str, float] = defaultdict(float)
-        """Since the last batch, by reason: weights, queue, staleness, finished."""
-        self._failed_in_a_row = 0
+        self._waited_s: defaultdict[str, float] = defaultdict(float)  # since the last batch
+        self._scorer = ThreadPoolExecutor(1, thread_name_prefix="scorer")
+        self._scoring: deque[tuple[Batch, Future[int]]] = deque()
+        self._no_more_scores = threading.Event()
 
     def run(self) -> None:
-        """Sample until told to stop; what was finished by then is published."""
+        """Sample until told to stop; what is finished and scored by then is published."""
         try:
             while not self._stop.is_set():
+                self._collect()
                 if swap := self._weights.advance():
                     self._note_swap(swap)
                 self._status.rejected, self._status.refused = len(self._weights.rejected), self._weights.refused
@@ -67,14 +113,23 @@ class Sampler:
                     self._wait("weights")
                     continue
                 learner = self._exchange.learner or LearnerHeartbeat(step=0)
-                spec = self._exchange.spec
-                queue = pending(spec, self._exchange.list_rollouts(), learner, self._lease.slot, version)
-                if reason := reason_to_wait(spec, version, newest, learner, queue):
+                queue = self._queue(learner, version)
+                if reason := reason_to_wait(self._exchange.spec, version, newest, learner, queue):
                     self._wait(reason)
                 else:
-                    self._sample_batch(version, queue)
+                    self._generate(version, queue)
+            self._finish()
         finally:
             self._weights.close()
+            self._no_more_scores.set()
+            self._scorer.shutdown(wait=False, cancel_futures=True)
+
+    def _queue(self, learner: LearnerHeartbeat, version: Version) -> Queue:
+        spec, published = self._exchange.spec, self._exchange.list_rollouts()
+        in_scoring = [group.name for batch, _ in self._scoring for group in batch.groups]
+        queue = pending(spec, published, in_scoring, learner, self._lease.slot, version)
+        self._status.pending = queue.own - queue.in_scoring
+        return queue
 
     def _wait(self, reason: str) -> None:
         self._activity.progress(f"waiting: {reason}")
@@ -108,58 +163,141 @@ class Sampler:
     def _save(self) -> None:
         self._exchange.save_slot(self._lease, SlotState(next_seq=self._next_seq, adoption=self._weights.state))
 
-    # ── one batch ────────────────────────────────────────────────────────────────────────────────────────────────────
-    def _sample_batch(self, version: Version, queue: Queue) -> None:
-        spec = self._exchange.spec
-        count = batch_size(spec, self._weights.pool.prompts_per_batch, queue)
-        numbers = range(self._next_seq, self._next_seq + count)
-        batch = self._maker.make(spec, version, numbers, self._activity.progress, self._stop.is_set)
-        # Saved before the first name appears: a number may be skipped by a crash, never used twice.
-        self._next_seq = batch.next_seq
-        self._save()
-        if batch.rollouts:
-            self._exchange.put_rollouts(self._lease, batch.rollouts)
-            self._record(version, batch, queue)
-        self._judge(batch, numbers)
-
-    def _judge(self, batch: Batch, numbers: range) -> None:
-        """A reward that fails on a row costs that group; one that fails on all ends this process, or the run.
-
-        Where rollouts were made before, by this sampler or another one, the reward works and this node is to blame (it
-        may not reach a judge, for one); otherwise it is a user error.
-        """
-        self._status.unrewarded += batch.next_seq - numbers.start - len(batch.rollouts)
-        if batch.failure is None or batch.rollouts:
-            self._failed_in_a_row = 0
-            return
-        self._failed_in_a_row += batch.next_seq - numbers.start
-        if self._failed_in_a_row < min(GIVE_UP_AFTER, 2 * len(numbers)):
-            return
-        if self._exchange.step or self._exchange.list_rollouts():
-            raise SiteError(f"{batch.failure}; the last {self._failed_in_a_row} groups failed here, others did not")
-        raise UserError(f"{batch.failure}; it failed on all of the first {self._failed_in_a_row} groups")
-
-    def _record(self, version: Version, batch: Batch, queue: Queue) -> None:
-        rollouts = list(batch.rollouts.values())
-        tokens = sum(len(r.completion_ids) for r in rollouts)
-        reward = float(np.mean([r.rewards.mean() for r in rollouts]))
-        waited_s, self._waited_s = self._waited_s, defaultdict(float)
-        self._status.rollouts, self._status.pending = self._next_seq, queue.own + len(rollouts)
-        self._status.reward, self._status.tokens_per_s = reward, tokens / batch.generate_s
-        self._metrics.write(
-            None,
-            {
-                "version_step": version.step,
-                "groups": len(rollouts),
-                "names": [str(name) for name in batch.rollouts],
-                "reward": reward,
-                "completions/mean_length": tokens / sum(len(r.lengths) for r in rollouts),
-                "tokens_per_s": tokens / batch.generate_s,
-                "rollout/generate_s": batch.generate_s,
-                "rollout/score_s": batch.score_s,
-                "rollout/backpressure_s": waited_s["queue"] + waited_s["staleness"],
-                "rollout/weights_wait_s": waited_s["weights"],
-                "rollouts": self._next_seq,
-                "rejected_versions": len(self._weights.rejected),
-            },
+    # ── one batch: generated here ────────────────────────────────────────────────────────────────────────────────────
+    def _generate(self, version: Version, queue: Queue) -> None:
+        """Generate for the slot's next prompts and hand over what was finished before `stop`."""
+        spec, slot, first = self._exchange.spec, self._lease.slot, self._next_seq
+        numbers = range(first, first + batch_size(spec, self._weights.pool.prompts_per_batch, queue))
+        rows = [self._order.row(seq) for seq in numbers]
+        started = time.monotonic()
+        groups = self._engine.generate(
+            [row["prompt_ids"] for row in rows],
+            spec.algorithm.group_size,
+            Sampling.of(spec.generation),
+            derive_seed("generation", spec.seed + spec.generation.seed, slot, first),
+            stop=self._is_over,
         )
+        finished = [
+            Generated(RolloutName(version, slot, seq), row, group)
+            for seq, row, group in zip(numbers, rows, groups)
+            if group is not None
+        ]
+        batch = Batch(spec, version, finished, time.monotonic() - started, self._waited_s)
+        self._waited_s = defaultdict(float)
+        if not finished:
+            return
+        # Saved before the first name appears: a number may be skipped by a crash, never used twice.
+        self._status.rollouts = self._next_seq = finished[-1].name.seq + 1
+        self._save()
+        self._status.tokens_per_s = batch.tokens / batch.generate_s
+        self._scoring.append((batch, self._scorer.submit(self._score, batch)))
+
+    def _is_over(self) -> bool:
+        self._activity.progress("generating")
+        return self._stop.is_set() or any(done.done() and done.exception() for _, done in self._scoring)
+
+    def _collect(self) -> None:
+        """Forget what is published; raise what went wrong with it."""
+        while self._scoring and self._scoring[0][1].done():
+            self._scoring.popleft()[1].result()
+
+    def _finish(self) -> None:
+        """Publish what is scored within a few seconds; the numbers of the rest go back to the slot's next holder."""
+        wait([done for _, done in self._scoring], LAST_SCORES_S)
+        self._no_more_scores.set()
+        if any(not done.done() for _, done in self._scoring):
+            self._rewards.close()  # a call may hang
+        for batch, done in self._scoring:
+            if (scored := done.result()) < len(batch.groups):
+                self._next_seq = batch.groups[scored].name.seq
+                self._save()
+                return
+
+    # ── and scored there ─────────────────────────────────────────────────────────────────────────────────────────────
+    def _score(self, batch: Batch) -> int:
+        """Score a batch and publish it; how many of its groups are done with. Runs on the scorer's thread."""
+        started = time.monotonic()
+        seen = [self._seen(group) for group in batch.groups]
+        scores = self._rewards.score(seen, self._no_more_scores)
+        rollouts = {
+            group.name: self._rollout(batch, group, scored)
+            for group, scored in zip(batch.groups, scores.groups)
+            if scored is not None
+        }
+        if rollouts:
+            self._exchange.put_rollouts(self._lease, rollouts)
+        self._status.unrewarded += len(scores.groups) - len(rollouts)
+        self._status.reward_failures = dict(self._rewards.failures)
+        self._record(batch, rollouts, len(scores.groups) - len(rollouts), time.monotonic() - started)
+        if scores.failure:
+            raise _blamed(self._exchange, scores.failure)
+        return len(scores.groups)
+
+    def _seen(self, group: Generated) -> Group:
+        """A group as rewards see it."""
+        texts = [self._decoder.text(completion.token_ids) for completion in group.completions]
+        opened = self._decoder.opened(group.row)
+        return Group(
+            texts=texts,
+            turns=[opened + text for text in texts],
+            lengths=[len(completion.token_ids) for completion in group.completions],
+            row={name: value for name, value in group.row.items() if name != "prompt_ids"},
+            token_ids=[completion.token_ids for completion in group.completions],
+        )
+
+    def _rollout(self, batch: Batch, group: Generated, scored: Scored) -> Rollout:
+        row, tokens = group.row, [token for completion in group.completions for token in completion.token_ids]
+        return Rollout(
+            prompt_ids=np.array(row["prompt_ids"], np.int32),
+            completion_ids=np.array(tokens, np.int32),
+            lengths=np.array([len(completion.token_ids) for completion in group.completions], np.int32),
+            logp=np.array([p for completion in group.completions for p in completion.logp], np.float32),
+            versions=np.full(len(tokens), batch.version.step, np.int32),
+            rewards=scored.rewards,
+            truncated=np.array([completion.truncated for completion in group.completions], np.bool_),
+            provenance=self._provenance.model_copy(update={"sampling": SamplingDistribution.of(batch.spec.generation)}),
+            reward_terms=scored.terms,
+            lease_epoch=self._lease.epoch,
+            meta={name: row[key] for name, key in _META.items() if key in row},
+        )
+
+    def _record(self, batch: Batch, rollouts: Mapping[RolloutName, Rollout], unrewarded: int, score_s: float) -> None:
+        reward = float(np.mean([r.rewards.mean() for r in rollouts.values()])) if rollouts else None
+        self._status.reward = reward if rollouts else self._status.reward
+        waited_s = batch.waited_s
+        values: dict[str, Any] = {
+            "version_step": batch.version.step,
+            "groups": len(rollouts),
+            "unrewarded": unrewarded,
+            "names": [str(name) for name in rollouts],
+            "reward": reward,
+            "completions/mean_length": batch.tokens / sum(len(group.completions) for group in batch.groups),
+            "tokens_per_s": batch.tokens / batch.generate_s,
+            "rollout/generate_s": batch.generate_s,
+            "rollout/score_s": score_s,
+            "rollout/backpressure_s": waited_s.get("queue", 0.0) + waited_s.get("staleness", 0.0),
+            "rollout/weights_wait_s": waited_s.get("weights", 0.0),
+            "rollout/rewards_wait_s": waited_s.get("rewards", 0.0),
+            "rollouts": self._status.rollouts,
+            "rejected_versions": len(self._weights.rejected),
+        }
+        failures = {f"reward_failures/{kind}": count for kind, count in self._rewards.failures.items()}
+        self._metrics.write(None, values | failures)
+
+
+def load_rewards(exchange: Exchange, rewards: Rewards) -> None:
+    """Import custom rewards; one that cannot be imported is the user's error, or this node's."""
+    try:
+        rewards.load()
+    except RewardFailed as failure:
+        raise _blamed(exchange, failure) from failure
+
+
+def _blamed(exchange: Exchange, failure: RewardFailed) -> HeteroRLError:
+    """A reward that has worked, here or, as rollouts show, elsewhere, fails for this node: it may not reach a judge.
+
+    Otherwise it is the user's error.
+    """
+    if failure.worked or (failure.worked is None and (exchange.step or exchange.list_rollouts())):
+        return SiteError(f"{failure}; it fails here, while it has worked before or elsewhere")
+    return UserError(str(failure))

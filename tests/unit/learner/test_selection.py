@@ -68,13 +68,21 @@ def test_the_order_of_the_listing_does_not_matter() -> None:
 def test_what_was_taken_no_longer_waits() -> None:
     rollouts = [name(3, "far-0", 0), name(3, "far-0", 1), name(3, "near-0", 0), name(2, "near-0", 1)]
     learner = LearnerHeartbeat(step=3, taken={"far-0": 0})
-    assert pending(spec(), rollouts, learner, Slot("far", 0), Version(3, 1)) == Queue(own=1, total=3, of_version=2)
+    queue = pending(spec(), rollouts, [], learner, Slot("far", 0), Version(3, 1))
+    assert queue == Queue(own=1, total=3, of_version=2)
+
+
+def test_what_is_being_scored_waits_as_if_it_were_published_and_counts_once() -> None:
+    published = [name(3, "far-0", 0), name(3, "near-0", 0)]
+    in_scoring = [name(3, "far-0", 0), name(3, "far-0", 1)]  # the first was published a moment ago
+    queue = pending(spec(), published, in_scoring, LearnerHeartbeat(step=3), Slot("far", 0), Version(3, 1))
+    assert queue == Queue(own=2, total=3, of_version=3, in_scoring=2)
 
 
 def test_rollouts_that_are_too_old_do_not_count_towards_backpressure() -> None:
     rollouts = [name(0, "far-0", 0), name(1, "far-0", 1)]
     queue = pending(
-        spec(), rollouts, LearnerHeartbeat(step=65), Slot("far", 0), Version(1, 1)
+        spec(), rollouts, [], LearnerHeartbeat(step=65), Slot("far", 0), Version(1, 1)
     )  # lags 65 and 64; maxSteps 64
     assert queue == Queue(own=1, total=1, of_version=1)
 
@@ -86,6 +94,7 @@ def test_rollouts_that_are_too_old_do_not_count_towards_backpressure() -> None:
         ({}, {"step": 5}, Queue(64, 64, 0), 5, "queue"),  # maxPendingGroups is 64
         ({"exchange": {"maxPendingGroups": 20}}, {"step": 5}, Queue(20, 31, 0), 5, None),  # a step takes 32
         ({"exchange": {"maxPendingGroups": 20}}, {"step": 5}, Queue(20, 32, 0), 5, "queue"),
+        ({"exchange": {"maxPendingGroups": 20}}, {"step": 5}, Queue(20, 31, 0, 20), 5, "rewards"),  # in memory
         ({}, {"step": 70}, Queue(0, 0, 0), 5, "staleness"),  # 65 steps late, and 64 are allowed
         ({}, {"step": 5, "finished": True}, Queue(0, 0, 0), 5, "finished"),
         ({"mode": "online"}, {"step": 5}, Queue(0, 0, 0), 4, "weights"),  # newest is 5

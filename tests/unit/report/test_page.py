@@ -126,8 +126,8 @@ def test_waiting_is_a_share_of_each_sides_time():
     batch = {
         "rollout/backpressure_s": 1.0,
         "rollout/weights_wait_s": 1.0,
-        "rollout/generate_s": 5.0,
-        "rollout/score_s": 1.0,
+        "rollout/generate_s": 6.0,
+        "rollout/score_s": 100.0,  # beside generation
     }
     samplers = {"far-0": [{"event": "start", "time": 9.0}, {"time": 15.0, **batch}]}
     shares = waiting_shares(RunSeries("a", "", learner, samplers, {}))

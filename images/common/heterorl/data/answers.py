@@ -106,6 +106,10 @@ class AnswerChecker:
             return f"cannot be read: {failure}"
         return why
 
+    def load(self) -> None:
+        """Start the comparing worker, before the first comparison waits for it."""
+        self._comparer.load()
+
     def close(self) -> None:
         """End the workers."""
         self._comparer.close()

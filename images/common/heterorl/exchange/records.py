@@ -208,6 +208,8 @@ class SlotStatus(Record):
     """Those of them that are still published, and why."""
     unrewarded: int = 0
     """Groups that were left out because a reward failed on them."""
+    reward_failures: dict[str, int] = {}
+    """Failed calls of rewards, retried ones too, by reward and kind: `judge/time`; error, time, memory or crash."""
     idle_s: float = 0.0
     """Seconds since something came of its work."""
     reward: float | None = None

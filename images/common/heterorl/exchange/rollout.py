@@ -153,6 +153,8 @@ class Provenance(BaseModel):
     """Fingerprint of `spec.rewards`."""
     prompts: str
     """Fingerprint of what stands around a problem, of the sets' weights, and of the tokenised training data."""
+    reward_sources: str = ""
+    """Fingerprint of the source of custom rewards, which samplers know; the learner tells when it changes."""
 
     @classmethod
     def of(cls, spec: RunSpec, data_digest: str) -> Self:
@@ -200,7 +202,7 @@ class Rollout:
     lease_epoch: int = 0
     """Epoch of the lease under which it was made, by which the learner knows one that came too late."""
     reward_terms: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-    """[G] each, by the reward's name, before weighting."""
+    """[G] each, by the reward's name, before weighting; NaN where the reward does not apply."""
     meta: dict[str, Any] = field(default_factory=dict)
     """JSON: row_id and the like."""
 

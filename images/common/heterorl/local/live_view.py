@@ -148,7 +148,8 @@ def describe(progress: LiveProgress, state: RunView) -> str:
     for slot, row in progress.slots.items():
         seen = state.slots[slot].state
         version = "" if row.version is None else f" v{row.version}"
-        parts.append(f"{slot}{version} {row.rollouts} rollouts" + ("" if seen == "up" else f" ({seen})"))
+        unrewarded = f", {row.unrewarded} unrewarded" if row.unrewarded else ""
+        parts.append(f"{slot}{version} {row.rollouts} rollouts{unrewarded}" + ("" if seen == "up" else f" ({seen})"))
     if progress.weights_refused:
         parts.append(progress.weights_refused)
     if progress.waiting_for:
@@ -238,6 +239,8 @@ def _slot_state(row: SlotProgress, seen: ProcessState | None) -> Text:
         text.append(f" ({seen.crashes}×)", style="yellow")
     if row.rejected:
         text.append(f" {row.rejected} refused", style="red")
+    if row.unrewarded:
+        text.append(f" {row.unrewarded} unrewarded", style="red")
     return text
 
 

@@ -61,6 +61,8 @@ class SlotProgress:
     swaps: int = 0
     rejected: int = 0
     """Versions it refused."""
+    unrewarded: int = 0
+    """Groups that were left out because a reward failed on them."""
     canary: float | None = None
     """Mean absolute difference of the canary's log-probabilities at its last swap."""
 
@@ -175,7 +177,7 @@ def _with_heartbeat(row: SlotProgress, slot: Slot, snapshot: Snapshot) -> SlotPr
         return row
     beat = seen.heartbeat
     version = row.version if beat.version_step is None else beat.version_step
-    return replace(row, activity=beat.state, version=version, rejected=beat.rejected)
+    return replace(row, activity=beat.state, version=version, rejected=beat.rejected, unrewarded=beat.unrewarded)
 
 
 def _add_line(row: SlotProgress, record: Record) -> SlotProgress:

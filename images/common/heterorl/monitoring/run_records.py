@@ -59,14 +59,14 @@ def mean(records: Iterable[Record], key: str) -> float | None:
 
 
 def sampler_wait_s(record: Record) -> float:
-    """Seconds of a batch that its sampler waited for room in the queue, for its turn, or for weights."""
-    return float((record.get("rollout/backpressure_s") or 0.0) + (record.get("rollout/weights_wait_s") or 0.0))
+    """Seconds of a batch that its sampler waited: for room in the queue, its turn, weights, or slow rewards."""
+    return sum(float(record.get(f"rollout/{why}_s") or 0.0) for why in ("backpressure", "weights_wait", "rewards_wait"))
 
 
 def sampler_wait_share(record: Record) -> float | None:
     """The same as a share of the batch's time."""
     wait = sampler_wait_s(record)
-    work = (record.get("rollout/generate_s") or 0.0) + (record.get("rollout/score_s") or 0.0)
+    work = record.get("rollout/generate_s") or 0.0
     return wait / (wait + work) if wait + work > 0 else None
 
 

@@ -2,6 +2,7 @@
 
     published = trained + dropped + pending + quarantined + lost
 
+Groups that were left out because a reward failed on them were never published; they are counted beside it.
 "Trained" and "dropped" are what the journal of the surviving lineage says. A rollout is trained twice when it stands in
 the journal more than once, and lost when it was published and is found nowhere.
 """
@@ -91,6 +92,7 @@ def summarise(root: Path) -> dict[str, Any]:
         "rollouts_pending": len(ledger.pending - set(ledger.trained) - ledger.dropped),
         "rollouts_quarantined": len(ledger.quarantined),
         "rollouts_lost": len(ledger.lost),
+        "groups_unrewarded": sum(int(n) for records in samplers.values() for n in column(records, "unrewarded")),
         "swaps": {str(slot): len(events) for slot, events in swaps.items()},
         "canary_mean_abs_diff": max(
             (value for events in swaps.values() for value in column(events, "canary/mean_abs_diff")), default=None

@@ -286,7 +286,9 @@ class RewardSpec(Block):
     weight: float = Field(1.0, ge=-1000, le=1000)
     """Weight of this reward in the sum."""
     path: ShortText | None = None
-    """Import path of a function `(completions, **columns) -> list[float]` (`name: custom`)."""
+    """Import path of a function `(completions, **columns) -> list[float | None]` (`name: custom`)."""
+    batched: bool = False
+    """custom: call the function once with all completions of a generated batch, as TRL does, not once per group."""
     max_length: int = Field(1024, ge=1, le=1_000_000)
     """length, cosine: completion length, in tokens, at which the reward reaches its final value."""
     ngram_size: int = Field(3, ge=1, le=64)
@@ -295,8 +297,16 @@ class RewardSpec(Block):
     """repetition: reward if every n-gram is repeated."""
     language: Literal["en", "zh"] = "en"
     """language: language in whose script the completion should be written."""
-    time_limit_seconds: float = Field(2.0, gt=0, le=60)
-    """accuracy: time limit of comparing one answer; an answer that takes longer counts as wrong."""
+    time_limit_seconds: float | None = Field(None, gt=0, le=3600)
+    """Time limit of one call (default 60); for accuracy of comparing one answer (default 2), which then is wrong."""
+    memory_limit_bytes: int = Field(4_294_967_296, ge=67_108_864)
+    """custom: memory that the function may have, in bytes."""
+    on_error: Literal["retry", "zero", "skipGroup", "fail"] = "retry"
+    """If a call fails: retry, then leave the group out; count it as zero; skipGroup; or fail: the sampler ends."""
+    retries: int = Field(2, ge=0, le=100)
+    """onError retry: how often a failed call is repeated before the group is left out."""
+    error_budget: int = Field(16, ge=1, le=1_000_000)
+    """Groups in a row on which this reward may fail; at that many the sampler ends."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
         """A path belongs to a custom reward."""
