@@ -234,12 +234,37 @@ def test_a_learner_that_crashes_too_often_fails_the_run(site, installed):
     assert "failurePolicy.learnerRestarts is 1" in condition(cluster, site.namespace, "Failed", "crash")["message"]
 
 
-def test_a_pod_that_is_killed_for_its_memory_is_named_with_the_way_out(site, installed):
+TOO_LITTLE = {"resources": {"limits": {"memory": "64Mi"}}}  # Python and torch need more
+
+
+def test_a_sampler_that_is_killed_for_its_memory_is_named_with_the_way_out(site, installed):
     manifest = run_of("hungry", [("near", "transformers")], steps=100_000)
-    template = {"resources": {"limits": {"memory": "64Mi"}}}  # Python and torch need more
-    manifest["spec"]["samplers"][0]["podTemplate"] = template
+    manifest["spec"]["samplers"][0]["podTemplate"] = TOO_LITTLE
     start(site, manifest)
     found = wait_for_reason(site.cluster, site.namespace, "SamplersAvailable", "OOMKilled", "hungry", 120)
     assert "raise resources.limits.memory in its podTemplate" in found["message"]
     assert "hungry-sampler-near" in found["message"]
     assert "OOMKilled" in reasons(site.cluster, site.namespace, "hungry")
+
+
+def test_a_preparation_and_a_learner_that_are_killed_for_their_memory_are_named_with_the_way_out(site, installed):
+    cluster, where = site.cluster, site.namespace
+    start(site, run_of("starved", [("near", "transformers")], podTemplate=TOO_LITTLE))
+    start(site, run_of("narrow", [("near", "transformers")], steps=100_000))
+    wait_for(lambda: condition(cluster, where, "Prepared", "narrow").get("status") == "True", "the preparation", 120)
+    patch(cluster, where, "narrow", {"suspend": True})
+    wait_for_state(cluster, where, "Suspended", "narrow")
+    patch(cluster, where, "narrow", {"suspend": False, "learner": {"podTemplate": TOO_LITTLE}})
+    learner = wait_for_reason(cluster, where, "LearnerReady", "OOMKilled", "narrow", 120)
+    assert "narrow-learner-0" in learner["message"]
+    preparation = wait_for(
+        lambda: named_for_memory(condition(cluster, where, "Prepared", "starved")), "its reason", 120
+    )
+    for found, name in ((learner, "narrow"), (preparation, "starved")):
+        assert "raise resources.limits.memory in its podTemplate" in found["message"]
+        assert {"OOMKilled", "PreparationFailed"} & set(reasons(cluster, where, name))
+
+
+def named_for_memory(told):
+    """The preparation's condition once it says so: of a pod that will be made again, or of the last one."""
+    return told if told.get("reason") == "OOMKilled" or "(OOMKilled)" in told.get("message", "") else None
