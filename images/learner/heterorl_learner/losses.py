@@ -14,8 +14,8 @@ A micro-batch's loss is its *share*: summed over the micro-batches and ranks of 
 because every divisor comes from `Totals`. A sequence with `lengths` 0 is out of everything (a truncated completion
 under maskTruncated, or one that only fills up a rank); its tokens may be present or left out.
 
-`corrections` may put a factor on every token's term; then the ratio may be against the learner's own policy before the
-update, "old", instead of the sampler's.
+A correction (`loss_inputs.correct`) may put a factor on every token's term; then the ratio may be against the learner's
+own policy before the update, "old", instead of the sampler's.
 
 Metrics are scalars whose prefix says how to put those of micro-batches and ranks together: `sum/`, `min/`, `max/` or
 `lse/` (logsumexp).
@@ -46,8 +46,7 @@ from heterorl.spec.run import (
     ToprSpec,
     VespoSpec,
 )
-from heterorl_learner.corrections import SEQUENCES, correct
-from heterorl_learner.loss_inputs import MIN_LOGP, LossInputs, Totals, bounded_exp, k3
+from heterorl_learner.loss_inputs import MIN_LOGP, SEQUENCES, LossInputs, Totals, bounded_exp, correct, k3
 
 LossMetrics = dict[str, Tensor]
 
@@ -343,7 +342,7 @@ def policy_loss(
 ) -> tuple[Tensor, LossMetrics]:
     """The run's loss of one micro-batch, correction and penalty included, and its metrics.
 
-    `m2_limit` is what `corrections.second_moment_limit` found for the step, with `correction.m2poTau`.
+    `m2_limit` is what `loss_inputs.second_moment_limit` found for the step, with `correction.m2poTau`.
     """
     x, corrected = correct(x, algorithm.correction, m2_limit)
     loss, metrics = LOSSES[algorithm.loss.type](x, getattr(algorithm.loss, algorithm.loss.type), totals)

@@ -21,9 +21,8 @@ from heterorl.errors import UserError
 from heterorl.exchange.rollout import Rollout, SamplingDistribution
 from heterorl.spec.run import LearnerSpec, LossType, RunSpec
 from heterorl_learner import ranks
-from heterorl_learner.corrections import second_moment_limit
 from heterorl_learner.engines.torch_ddp import MicroBatch, Sequence, TrainingEngine, micro_batch
-from heterorl_learner.loss_inputs import LossInputs, Totals, log_expected_q
+from heterorl_learner.loss_inputs import LossInputs, Totals, log_expected_q, second_moment_limit
 from heterorl_learner.losses import LossMetrics, combine, policy_loss, summarise
 from heterorl_learner.rollout_feed import StepBatch
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from heterorl.spec.run import AlgorithmSpec, LossType, WeightSpec
-from heterorl_learner.corrections import importance_weight, second_moment_limit
+from heterorl_learner.loss_inputs import importance_weight, second_moment_limit
 from heterorl_learner.losses import combine, policy_loss, summarise
 from unit.learner.loss_batches import (
     HAND,
