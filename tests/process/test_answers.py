@@ -154,9 +154,12 @@ def test_what_prints_as_an_integer_may_be_a_list(checker: AnswerChecker) -> None
 
 def test_where_a_value_is_required_a_computation_earns_nothing(checker: AnswerChecker) -> None:
     assert checker.equal("12", "5+7")
-    with AnswerChecker(time_limit_s=20, require_value=True) as strict:
+    assert not checker.equal("12", "5+7", require_value=True)
+    assert not checker.check("12", r"\boxed{5+7}", require_value=True)
+    assert checker.equal("12", "12.0", require_value=True)
+    with AnswerChecker(time_limit_s=20, require_value=True) as strict, AnswerChecker(require_value=False) as lenient:
         assert not strict.equal("12", "5+7")
-        assert strict.equal("12", "12.0")
+        assert lenient.equal("12", "5+7", require_value=True)
 
 
 def test_integers_and_identical_texts_start_no_worker() -> None:

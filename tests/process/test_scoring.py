@@ -89,6 +89,20 @@ def test_weights_apply_to_the_sum_alone() -> None:
     assert {name: term.tolist() for name, term in scored.terms.items()} == {"accuracy": [1, 0, 0], "boxed": [1, 1, 0]}
 
 
+@pytest.mark.parametrize(
+    ("require_value", "of_sums", "of_others"),
+    [(None, [1, 0], [1, 1]), (True, [1, 0], [1, 0]), (False, [1, 1], [1, 1])],
+)
+def test_a_computation_is_no_answer_where_the_row_or_the_reward_wants_a_value(
+    require_value: bool | None, of_sums: list[int], of_others: list[int]
+) -> None:
+    sums, others = group(r"\boxed{4.0}", r"\boxed{2+2}"), group(r"\boxed{4.0}", r"\boxed{2+2}")
+    sums.row["require_value"] = True
+    spec = [RewardSpec(name="accuracy", require_value=require_value, time_limit_seconds=20.0)]
+    with Rewards(spec, boxed_only=True) as rewards:
+        assert totals(score(rewards, sums, others)) == [of_sums, of_others]
+
+
 def test_rewards_of_one_name_get_terms_of_their_own() -> None:
     spec = [
         RewardSpec(name="repetition", ngram_size=1),

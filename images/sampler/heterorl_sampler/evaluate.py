@@ -82,7 +82,9 @@ def evaluate(
         groups = engine.generate([row["prompt_ids"] for row in batch], made, measure.sampling, seed)
         for row, group in zip(batch, groups):
             assert group is not None  # nothing stops this generation
-            correct.append(fmean(checker.check(row["answer"], decoder.text(c.token_ids)) for c in group))
+            strict = row.get("require_value", False)
+            texts = [decoder.text(completion.token_ids) for completion in group]
+            correct.append(fmean(checker.check(row["answer"], text, require_value=strict) for text in texts))
             completions += group
         log.info("%d of %d problems", len(correct), len(rows))
     lengths = [len(completion.token_ids) for completion in completions]
@@ -125,7 +127,7 @@ def evaluate_version(exchange: Exchange, version: Version) -> Evaluation:
     sets: dict[str, EvalResult] = {}
     with (
         _served(exchange, version, generation.max_prompt_tokens + measure.sampling.max_tokens) as engine,
-        AnswerChecker(boxed_only=spec.data.prompt_template != "raw") as checker,
+        AnswerChecker(boxed_only=spec.data.prompt_template != "raw", require_value=spec.require_value) as checker,
     ):
         tokenizer = exchange.tokenizer()
         for dataset in spec.data.evals:

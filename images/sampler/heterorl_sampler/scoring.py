@@ -84,8 +84,12 @@ class Rewards:
         self.sources = ""
         """Fingerprint of the custom rewards' source, once they are loaded."""
         self._told = FailureLog()
-        limits = [params.time_limit_seconds for params in rewards if params.name == "accuracy"]
-        self._checker = AnswerChecker(next(filter(None, limits), ANSWER_LIMIT_S), boxed_only=boxed_only)
+        accuracy = next((params for params in rewards if params.name == "accuracy"), RewardSpec())
+        self._checker = AnswerChecker(
+            accuracy.time_limit_seconds or ANSWER_LIMIT_S,
+            boxed_only=boxed_only,
+            require_value=accuracy.require_value,
+        )
         self._compares = any(params.name in COMPARING for params in rewards)
         built_in = Worker("heterorl_sampler.rewards.values")
         judges = [self._judge(name, params, built_in) for name, params in zip(_term_names(rewards), rewards)]
@@ -126,7 +130,8 @@ class Rewards:
         return [(judge, judge.values(groups, stop)) for judge in lane]
 
     def _correct(self, group: Group, stop: threading.Event) -> list[bool]:
-        return [not stop.is_set() and self._checker.check(group.row["answer"], text) for text in group.texts]
+        gold, strict = group.row["answer"], group.row.get("require_value", False)
+        return [not stop.is_set() and self._checker.check(gold, text, require_value=strict) for text in group.texts]
 
     def _sum(self, group: Group, terms: dict[str, Floats | None]) -> Scored | None:
         known = {name: values for name, values in terms.items() if values is not None}

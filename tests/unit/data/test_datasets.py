@@ -109,6 +109,13 @@ def test_arithmetic_is_right_distinct_and_repeatable(tmp_path: Path) -> None:
     assert load_rows(dataset, tmp_path, seed=1) != rows
 
 
+def test_only_built_in_problems_want_a_value(tmp_path: Path) -> None:
+    sums = load_rows(DatasetSpec.model_validate({"arithmetic": {"rows": 3}}), tmp_path)
+    assert [row["require_value"] for row in sums] == [True] * 3
+    (row,) = load_rows(jsonl(tmp_path, {"problem": "p", "answer": "1"}), tmp_path)
+    assert "require_value" not in row
+
+
 def test_arithmetic_repeats_problems_when_there_are_too_few(tmp_path: Path) -> None:
     rows = load_rows(DatasetSpec.model_validate({"arithmetic": {"digits": 1, "rows": 1000}}), tmp_path)
     assert len(rows) == 1000

@@ -53,12 +53,14 @@ class AnswerChecker:
     """Compares answers in a worker process, at most `time_limit_s` seconds each; usable from any thread.
 
     Close it, or use it as a context manager. `boxed_only` False (template `raw`) takes the whole completion as the
-    answer when it holds no box. `require_value`: where the reference is a number, `5+7` for `12` is wrong. `cut_off`
-    counts the comparisons that hit the time limit; they count as wrong. Raises `UserError` when math-verify is not
-    installed.
+    answer when it holds no box. `require_value`: whether `5+7` is wrong where the reference is `12`; None leaves it to
+    each call. `cut_off` counts the comparisons that hit the time limit; they count as wrong. Raises `UserError` when
+    math-verify is not installed.
     """
 
-    def __init__(self, time_limit_s: float = 2.0, *, boxed_only: bool = True, require_value: bool = False) -> None:
+    def __init__(
+        self, time_limit_s: float = 2.0, *, boxed_only: bool = True, require_value: bool | None = None
+    ) -> None:
         if importlib.util.find_spec("math_verify") is None:
             raise UserError("answers are compared by math-verify, which is not installed: pip install math-verify")
         self.boxed_only = boxed_only
@@ -69,17 +71,17 @@ class AnswerChecker:
         self._referee = Worker("heterorl.data.equality.verdict.why_unreadable", warm_up=[r"\int_0^1 x dx"])
         self._ask = functools.lru_cache(CACHED_VERDICTS)(self._ask_comparer)
 
-    def check(self, gold: str, completion: str) -> bool:
+    def check(self, gold: str, completion: str, *, require_value: bool = False) -> bool:
         """Whether the completion's last box (or all of it, see the class) equals the reference answer."""
         answer = self.answer(completion)
-        return answer is not None and self.equal(gold, answer)
+        return answer is not None and self.equal(gold, answer, require_value=require_value)
 
     def answer(self, completion: str) -> str | None:
         """The part of a completion that counts as its answer."""
         boxed = extract_boxed(completion)
         return completion.strip() if boxed is None and not self.boxed_only else boxed
 
-    def equal(self, gold: str, answer: str) -> bool:
+    def equal(self, gold: str, answer: str, *, require_value: bool = False) -> bool:
         """Whether two bare answers are equal; plain integers and identical texts are decided here, at once."""
         gold, answer = " ".join(gold.split()), " ".join(answer.split())
         if not gold or not answer:
@@ -89,7 +91,9 @@ class AnswerChecker:
         integers = _integer(gold), _integer(answer)
         if None not in integers and (integers[0] == integers[1] or "," not in gold + answer):
             return integers[0] == integers[1]
-        return max(len(gold), len(answer)) <= MAX_ANSWER_CHARS and self._ask(gold, answer)
+        return max(len(gold), len(answer)) <= MAX_ANSWER_CHARS and self._ask(
+            gold, answer, require_value if self._require_value is None else self._require_value
+        )
 
     def why_no_reference(self, gold: str) -> str | None:
         """Why a text cannot be a reference answer, such as "is prose"; None where it can."""
@@ -121,9 +125,9 @@ class AnswerChecker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask_comparer(self, gold: str, answer: str) -> bool:
+    def _ask_comparer(self, gold: str, answer: str, require_value: bool) -> bool:
         try:
-            return bool(self._comparer.call(gold, answer, self._require_value, time_limit_s=self._time_limit_s))
+            return bool(self._comparer.call(gold, answer, require_value, time_limit_s=self._time_limit_s))
         except CallFailed as failure:  # recursion, memory, a crash: nothing that a right answer would need
             self.cut_off += failure.reason == "time"
             return False

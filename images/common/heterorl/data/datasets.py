@@ -2,8 +2,9 @@ r"""Datasets: from files, the Hub or built-in arithmetic to rows that are all ch
 
 A row is `{"id", "prompt", "answer", "columns"}`: its position in the source counted from 0, the text of the problem or
 the turns of a conversation, the reference answer, and the original row. `prepare_rows` adds `"prompt_ids"`; where
-several sets are mixed, `prepare_training` adds `"set"`, and ids read `label/position`. Every problem with a dataset is
-a `DataError` that names the source, the number of affected rows, and the first few of them by line.
+several sets are mixed, `prepare_training` adds `"set"`, and ids read `label/position`. Rows of built-in sums and tasks
+have `"require_value": true`: no computation is an answer to them. Every problem with a dataset is a `DataError` that
+names the source, the number of affected rows, and the first few of them by line.
 """
 
 from __future__ import annotations
@@ -147,6 +148,8 @@ def _usable_rows(
     for found in itertools.islice(_open(dataset, base, seed), dataset.limit):
         try:
             row = found.content if ready else _mapped(found, dataset.columns, pattern)
+            if dataset.source in ("arithmetic", "reasoningGym"):
+                row["require_value"] = True
             finish(row)
             rows.append(row)
         except _BadRow as why:

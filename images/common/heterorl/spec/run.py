@@ -295,6 +295,8 @@ class RewardSpec(Block):
     """repetition: size of the word n-grams whose repetition is penalized."""
     max_penalty: float = Field(-1.0, ge=-1000, le=0)
     """repetition: reward if every n-gram is repeated."""
+    require_value: bool | None = None
+    """accuracy: whether `5+7` is wrong where the reference is `12`; unset, for built-in sums and reasoning-gym only."""
     language: Literal["en", "zh"] = "en"
     """language: language in whose script the completion should be written."""
     time_limit_seconds: float | None = Field(None, gt=0, le=3600)
@@ -1064,6 +1066,11 @@ class RunSpec(Block):
     """On Kubernetes: delete the run this long after it has finished; if not set, it is kept."""
     active_deadline_seconds: int | None = Field(None, ge=1, le=31_536_000)
     """Fail the run if it takes longer than this."""
+
+    @property
+    def require_value(self) -> bool | None:
+        """What the accuracy reward says of computations as answers; None where that depends on the row."""
+        return next((reward.require_value for reward in self.rewards if reward.name == "accuracy"), None)
 
     def broken_rules(self) -> Iterable[BrokenRule]:
         """Rules that span blocks."""

@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,15 @@ def test_answers_that_say_something_else_are_not(gold: str, answer: str) -> None
 
 def test_every_kind_has_eight_pairs_of_each_verdict() -> None:
     assert not [kind for kind, pairs in PAIRS.items() if min(len(pairs["equal"]), len(pairs["different"])) < 8]
+
+
+def test_ordinary_comparisons_take_at_most_ten_milliseconds_of_cpu_on_average() -> None:
+    ordinary = [pair for kind in PAIRS.values() for pairs in kind.values() for pair in pairs if "_{n=1}" not in pair[1]]
+    equal(r"\frac{x^2}{3}", "x")  # imports
+    started = time.process_time()
+    for gold, answer in ordinary:
+        equal(gold, answer)
+    assert time.process_time() - started < 0.01 * len(ordinary)
 
 
 @pytest.mark.parametrize(

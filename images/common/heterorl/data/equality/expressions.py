@@ -10,7 +10,7 @@ import sympy
 from sympy import I, Integer, Rational, Symbol
 
 from heterorl.data.equality.tokens import Broken, Token, Unreadable
-from heterorl.data.equality.units import is_symbol_alone, unit_named
+from heterorl.data.equality.units import may_be_product, unit_named
 from heterorl.data.equality.words import is_word
 
 MAX_BITS = 2_000_000
@@ -157,6 +157,8 @@ class Expressions:
                 *("\\wedge", "\\vee", "\\neg", "\\to", "\\Rightarrow", "\\infty", "\\pm", "\\mp"),
             )
             return known and not (token.text == "\\frac" and self.peek(2).kind == "text")
+        if token.text == "(" and (self.peek(1).kind == "text" or is_word(self.peek(1).text)):
+            return len(self.peek(1).text) == 1  # `10 (dollars)` is no product
         return token.kind == "rep" or token.text in ("(", "[", "{")
 
     def _is_unit(self, token: Token) -> bool:
@@ -165,7 +167,7 @@ class Expressions:
         after_number = previous.kind in ("num", "rep") or previous.text in ("}", ")", "\\pi")
         if self.flags.units == "none" or not after_number or unit_named(token.text) is None:
             return False
-        return token.gap or self.flags.units == "glued" or not is_symbol_alone(token.text)
+        return token.gap or self.flags.units == "glued" or not may_be_product(token.text)
 
     def power(self) -> sympy.Expr:
         self._deeper()

@@ -138,10 +138,10 @@ class _Reader:
 
     def _quantity_of(self, found: Tokens, items: list[Value], joint: str) -> tuple[list[Value], str]:
         """`2 hours and 30 minutes` is one quantity, not two answers."""
-        scalars = [item for item in items if isinstance(item, Scalar) and item.unit and item.unit.dimensions]
+        scalars = [item for item in items if isinstance(item, Scalar) and item.unit.dimensions]
         if joint != "and" or len(scalars) != len(items) or len(items) < 2:
             return items, joint
-        units = [scalar.unit for scalar in scalars if scalar.unit]
+        units = [scalar.unit for scalar in scalars]
         if len({unit.dimensions for unit in units}) > 1 or len({unit.factor for unit in units}) < len(units):
             return items, joint
         return [summed(scalars)], joint
@@ -173,6 +173,8 @@ class _Reader:
 
     def _chain(self, sides: list[Tokens], relations: list[str]) -> Value:
         name = name_of(sides[0])
+        if len(sides) == 2 and (point := self._point(*sides)) is not None:
+            return point
         if name is None and len(sides) == 2 and name_of(sides[1]) and not name_of(sides[0]):
             reversed_sides = self.united(sides[0])
             if isinstance(reversed_sides, Scalar) and not reversed_sides.value.free_symbols:
@@ -192,6 +194,17 @@ class _Reader:
             raise Unreadable("an equation that holds nearly")
         equations = tuple(Equation(a.value - b.value) for a, b in pairwise(scalars))
         return equations[0] if len(equations) == 1 else Several("", equations, "and")
+
+    def _point(self, left: Tokens, right: Tokens) -> Value | None:
+        """`(x, y) = (2, 3)` as x = 2, y = 3; None for another equation."""
+        if not (_enclosed(left) and left[0].text == "(" and _enclosed(right)):
+            return None
+        names = [part for part, _ in _split(left[1:-1], _is_separator)]
+        values = self.united(right)
+        if not isinstance(values, Several) or len(values.items) != len(names) or not all(map(name_of, names)):
+            return None
+        pairs = zip(names, values.items)
+        return Several("(", tuple(Named(name_of(name) or "", value, symbol_of(name)) for name, value in pairs))
 
     def _compared(self, sides: list[Tokens], relations: list[str]) -> Value:
         """Inequalities: a region of the line where one variable stands between constants, else each by itself."""

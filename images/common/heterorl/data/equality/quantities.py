@@ -9,7 +9,7 @@ import sympy
 
 from heterorl.data.equality.expressions import CURRENCIES, Expressions, Flags, places_of
 from heterorl.data.equality.tokens import Broken, Token, Tokens, Unreadable
-from heterorl.data.equality.units import DEGREE, UNITS, Unit, unit_of
+from heterorl.data.equality.units import DEGREE, NO_UNIT, UNITS, unit_of
 from heterorl.data.equality.values import Scalar
 from heterorl.data.equality.words import SCALES, number_of
 
@@ -40,7 +40,7 @@ def _one_quantity(found: Tokens, start: int, flags: Flags) -> tuple[Scalar, int]
         parser = Expressions(list(rest), flags)
         value = parser.expression()
         used = parser.position
-        scalar = Scalar(value, None, _places(rest[:used]), _is_literal(rest[:used], value))
+        scalar = Scalar(value, NO_UNIT, _places(rest[:used]), _is_literal(rest[:used], value))
     end = used
     while end < len(rest) and not (rest[end].kind == "num" and rest[end - 1].text not in ("^", "{", "-")):
         end += 1
@@ -52,7 +52,7 @@ def _one_quantity(found: Tokens, start: int, flags: Flags) -> tuple[Scalar, int]
     ):
         raise Unreadable("letters after an expression are factors, not units")
     scalar = _with_tail(scalar, tail)
-    if currency is not None and scalar.unit is None:
+    if currency is not None and not scalar.unit:
         scalar = replace(scalar, unit=UNITS[currency.text.removeprefix("\\")])
     return scalar, len(found) - len(rest) + end
 
@@ -70,7 +70,7 @@ def _with_tail(scalar: Scalar, tail: Tokens) -> Scalar:
         scale_name = "".join(token.text for token in tail).upper()
         if scale_name in ("C", "F"):
             return replace(scalar, unit=UNITS["celsius" if scale_name == "C" else "fahrenheit"])
-        unit = unit_of(tail) if tail else Unit()
+        unit = unit_of(tail) if tail else NO_UNIT
         return replace(scalar, unit=DEGREE.times(unit))
     return replace(scalar, unit=unit_of(_fraction_of_units(tail)))
 
@@ -86,21 +86,12 @@ def _fraction_of_units(tail: Tokens) -> Tokens:
 
 
 def summed(scalars: list[Scalar]) -> Scalar:
-    """`1 hour 30 minutes`, in the last unit; units that do not measure the same are no quantity."""
+    """`1 hour 30 minutes`, in the last unit; raises `Unreadable` where the units do not measure the same."""
     last = scalars[-1].unit
-    if (
-        last is None
-        or any(s.unit is None or s.unit.dimensions != last.dimensions for s in scalars)
-        or not last.dimensions
-    ):
+    if not last.dimensions or any(scalar.unit.dimensions != last.dimensions for scalar in scalars):
         raise Unreadable("a number follows a number")
-    total = sum((s.value * sympy.Rational(*_factors(s.unit, last)) for s in scalars), sympy.Integer(0))
+    total = sum((s.value * sympy.Rational(s.unit.factor / last.factor) for s in scalars), sympy.Integer(0))
     return Scalar(total, last)
-
-
-def _factors(unit: Unit | None, other: Unit) -> tuple[int, int]:
-    factor = (unit or other).factor / other.factor
-    return factor.numerator, factor.denominator
 
 
 def leading_words(found: Tokens) -> tuple[Fraction, int] | None:

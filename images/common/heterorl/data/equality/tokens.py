@@ -55,7 +55,6 @@ _IN_WORDS = frozenset(
         r" \operatorname \operatorname* \mathop \rm"
     )
 )
-_CHOICE = re.compile(r"\(?([A-Za-z])[).]?")
 
 
 def tokens(answer: str, *, grouped: bool = True) -> list[Token]:

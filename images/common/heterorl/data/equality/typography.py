@@ -73,6 +73,7 @@ _SPELLINGS = [
         r"\\(?:pounds|textsterling)(?![A-Za-z])": "£",
         r"\\textdollar(?![A-Za-z])": r"\\$",
         r"\\(?:mathrm|text|operatorname)\s*\{([eid])\}": r"\1",
+        r"\\(?:checkmark|blacksquare|square|qed|Box)(?![A-Za-z])|[✓✔✅∎■□]": " ",
         r"\\[()]|\\\[|\\\](?!\s*\d)": " ",
         r"\\(?:quad|qquad|enspace|thinspace|medspace|thickspace|hfill|newline|linebreak)(?![A-Za-z])": " ",
     }.items()
@@ -90,6 +91,7 @@ _LEAD = re.compile(
     r"\A(?:\s|\\therefore(?![A-Za-z])|\\(?:Rightarrow|implies|to|Longrightarrow)(?![A-Za-z])|[=:]"
     r"|(?:the\s+)?(?:final\s+)?(?:answer|result)\s*(?:is\b|:|=)"
     r"|\\text\s*\{\s*(?:the\s+)?(?:final\s+)?(?:answer|result)\s*(?:is\b|:|=)?\s*:?\s*\}"
+    r"|(?:option|choice)\s+(?=\(?[A-J]\b)"
     r"|(?:therefore|thus|hence|so)\b,?)+",
     re.IGNORECASE,
 )

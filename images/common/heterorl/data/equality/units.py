@@ -21,6 +21,9 @@ class Unit:
     kind: str = ""
     """percent or degree: a pure number, written with a sign."""
 
+    def __bool__(self) -> bool:
+        return bool(self.dimensions or self.nouns or self.kind)
+
     def times(self, other: Unit, power: int = 1) -> Unit:
         """This unit times a power of another."""
         exponents = dict(self.dimensions)
@@ -106,9 +109,10 @@ _OTHERS: list[tuple[str, dict[str, int], Fraction]] = [
     ("秒", {"time": 1}, Fraction(1)),
     ("天", {"time": 1}, Fraction(86400)),
 ]
-PERCENT = Unit(Fraction(1, 100), kind="percent")
+NO_UNIT = Unit()
+PERCENT = Unit(kind="percent")
 DEGREE = Unit(kind="degree")
-"""Its factor, pi/180, is irrational: whoever compares knows it."""
+"""What these two multiply by, 1/100 and pi/180, whoever compares knows."""
 _SIGNED = {
     **dict.fromkeys(("percent", "percentage", "pct"), PERCENT),
     **dict.fromkeys(("degree", "degrees", "deg", "度"), DEGREE),
@@ -133,7 +137,7 @@ def _table() -> dict[str, Unit]:
 
 
 UNITS = _table()
-_LETTERS_ALONE = frozenset(name for name in UNITS if len(name) == 1 and name.isalpha() and name.isascii())
+_PLAIN = frozenset(str.split("cm mm km kg mg mL ml cL dL lb oz ft hr cc"))
 _SHAPES = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _FILLERS = frozenset(
     str.split(
@@ -145,6 +149,7 @@ _CHANGES_MEANING = frozenset(
     str.split(
         "or more less fewer than not at least most between to and plus minus times over squared cubed if when"
         " but versus vs mod modulo no none except without half factorial"
+        " from into by until till through instead actually"
     )
 )
 _IRREGULAR = {"children": "child", "men": "man", "women": "woman", "people": "person", "mice": "mouse", "feet": "foot"}
@@ -155,9 +160,9 @@ def unit_named(name: str) -> Unit | None:
     return UNITS.get(name) or (UNITS.get(name.lower()) if len(name) > 3 else None)
 
 
-def is_symbol_alone(name: str) -> bool:
-    """Whether a unit's symbol is one letter, which after a number may as well be a variable: `3m`."""
-    return name in _LETTERS_ALONE
+def may_be_product(name: str) -> bool:
+    """Whether a unit's symbol, right after a number, may as well be a variable or two: `3m`, `2pt`, but not `3km`."""
+    return len(name) <= 2 and name not in _PLAIN
 
 
 def noun(word: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import sympy
 
-from heterorl.data.equality.units import Unit
+from heterorl.data.equality.units import NO_UNIT, Unit
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Scalar:
     """A number or an expression."""
 
     value: sympy.Expr
-    unit: Unit | None = None
+    unit: Unit = NO_UNIT
     places: int | None = None
     """Digits after the decimal point, where a decimal is all of it."""
     literal: bool = False

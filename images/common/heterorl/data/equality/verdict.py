@@ -32,7 +32,9 @@ from heterorl.data.equality.values import (
 )
 from heterorl.data.equality.words import canonical
 
-_CHOICE = re.compile(r"(?:\\text(?:bf|rm)?\{|\\mathbf\{|\\mathrm\{)?\s*\(([A-J])\)\s*\}?[\s:.]+(?=\S)(.+)", re.DOTALL)
+_CHOICE = re.compile(
+    r"(?:\\text(?:bf|rm)?\{|\\mathbf\{|\\mathrm\{)?\s*(?:\(([A-J])\)|([A-J])[).:])\s*\}?[\s:.]+(?=\S)(.+)", re.DOTALL
+)
 
 
 def equal(gold: str, answer: str, require_value: bool = False) -> bool:
@@ -74,7 +76,7 @@ def _readings(text: str) -> tuple[tuple[Flags, Value], ...]:
     found: list[tuple[Flags, Value]] = []
     errors: list[Unreadable] = []
     choice = _CHOICE.fullmatch(printed(text))
-    for variant in choice.groups() if choice else (text,):
+    for variant in filter(None, choice.groups()) if choice else (text,):
         for flags in _flags(variant):
             try:
                 found.append((flags, read(variant, flags)))
@@ -107,7 +109,7 @@ def _has_unit(value: Value) -> bool:
         return _has_unit(value.value)
     if isinstance(value, Several):
         return any(_has_unit(item) for item in value.items)
-    return isinstance(value, Scalar) and value.unit is not None and bool(value.unit.dimensions)
+    return isinstance(value, Scalar) and bool(value.unit.dimensions)
 
 
 def _foreign(text: str) -> Value:
@@ -186,21 +188,7 @@ class _Judge:
     def _scalars(self, gold: Scalar, answer: Scalar) -> bool:
         if self.require_value and gold.literal and not answer.literal:
             return False
-        ours, theirs = gold.unit or Unit(), answer.unit or Unit()
-        if gold.unit is None or answer.unit is None:
-            if _numbers(gold, answer.value):
-                return True
-            scales = bool(ours.kind or theirs.kind) and not (ours.dimensions or theirs.dimensions)
-            return scales and _numbers(gold, answer.value * _pure(theirs) / _pure(ours), gold.unit)
-        if {ours.kind, theirs.kind} & {"degree"} and (ours.dimensions or theirs.dimensions):
-            temperatures = {"celsius", "fahrenheit"} & {base for base, _ in (*ours.dimensions, *theirs.dimensions)}
-            return bool(temperatures) and ours.kind != theirs.kind and _numbers(gold, answer.value)
-        if ours.dimensions != theirs.dimensions or not (ours.nouns <= theirs.nouns or theirs.nouns <= ours.nouns):
-            return False
-        if ours.kind != theirs.kind and ("percent" in (ours.kind, theirs.kind) or not (ours.kind and theirs.kind)):
-            return False
-        factor = sympy.Rational(1) * _rational(theirs) / _rational(ours) * _pure(theirs) / _pure(ours)
-        return _numbers(gold, answer.value * factor)
+        return _quantities(gold, answer)
 
     def _grids(self, gold: Value, answer: Value) -> bool:
         if isinstance(gold, Grid) and isinstance(answer, Grid):
@@ -244,7 +232,26 @@ class _Judge:
         return not left
 
 
-def _numbers(gold: Scalar, value: sympy.Expr, unit: Unit | None = None) -> bool:
+def _quantities(gold: Scalar, answer: Scalar) -> bool:
+    """Whether two numbers with their units are equal; a missing unit is forgiven, a different one is not."""
+    ours, theirs = gold.unit, answer.unit
+    degrees = "degree" in (ours.kind, theirs.kind)
+    pure = _pure(theirs) / _pure(ours)
+    if not (ours and theirs):
+        is_share = theirs.kind == "percent" and gold.value.is_Rational and 0 < abs(gold.value) < 1
+        if not is_share and _numbers(gold, answer.value):  # but 0.5 is not 0.5 %
+            return True
+        return pure != 1 and not (ours.dimensions or theirs.dimensions) and _numbers(gold, answer.value * pure)
+    if degrees and {base for base, _ in (*ours.dimensions, *theirs.dimensions)} & {"celsius", "fahrenheit"}:
+        return ours.kind != theirs.kind and _numbers(gold, answer.value)  # 20 degrees of either scale
+    if ours.dimensions != theirs.dimensions or not (ours.nouns <= theirs.nouns or theirs.nouns <= ours.nouns):
+        return False
+    angles = {ours.kind, theirs.kind} <= {"degree", "radian"}
+    factor = theirs.factor / ours.factor
+    return (angles or ours.kind == theirs.kind) and _numbers(gold, answer.value * pure * sympy.Rational(factor))
+
+
+def _numbers(gold: Scalar, value: sympy.Expr) -> bool:
     if same(gold.value, value):
         return True
     return gold.places is not None and gold.value.is_Rational and rounds_to(value, gold.value, gold.places)
@@ -252,11 +259,6 @@ def _numbers(gold: Scalar, value: sympy.Expr, unit: Unit | None = None) -> bool:
 
 def _pure(unit: Unit) -> sympy.Expr:
     return {"percent": sympy.Rational(1, 100), "degree": sympy.pi / 180}.get(unit.kind, sympy.Integer(1))
-
-
-def _rational(unit: Unit) -> sympy.Rational:
-    pure = unit.kind == "percent"  # its factor is in `_pure`
-    return sympy.Integer(1) if pure else sympy.Rational(unit.factor.numerator, unit.factor.denominator)
 
 
 def _equation(named: Named) -> Equation:
@@ -294,7 +296,7 @@ def _ratios(gold: Value, answer: Value) -> bool:
 def _parts(value: Value) -> tuple[sympy.Expr, ...]:
     if isinstance(value, Ratio):
         return value.parts
-    if isinstance(value, Scalar) and value.unit is None:
+    if isinstance(value, Scalar) and not value.unit:
         return (value.value, sympy.Integer(1))
     raise Unreadable("it is no ratio")
 

@@ -16,7 +16,8 @@ _THREE = (
     " has hat hot ink key kid law leg let lie lot low man men map met mix nor oak oil pen pie pig raw rat row run sad"
     " sea set sit sky tax tea tie tin toy try use van war way web wet win yet zoo tap ton net ant tan"
 )
-_WORDS = frozenset(f"{_TWO} {_THREE}".split())
+_ASCENDING = "almost below city first knot most dirty empty forty glory beer accent chips"
+_WORDS = frozenset(f"{_TWO} {_THREE} {_ASCENDING}".split())
 _FUNCTIONS = frozenset(
     str.split(
         "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln lg exp sqrt gcd lcm max min abs"
@@ -41,15 +42,24 @@ _PARTS = {
     **{"eighth": 8, "ninth": 9, "tenth": 10, "twelfth": 12, "hundredth": 100, "thousandth": 1000},
 }
 _NO_ANSWER = frozenset(
-    str.split(
-        "nan n/a na n.a unknown null nil proof tbd todo ? ?? ??? - -- omitted undetermined unanswerable"
-        " unavailable missing blank"
-    )
+    str.split("nan n/a n.a unknown null nil proof tbd todo ? ?? ??? - -- omitted undetermined unanswerable unavailable")
 ) | {
     *("not available", "not applicable", "not given", "not provided", "not found", "no answer", "answer not found"),
     *("see solution", "see proof", "proof omitted", "to be determined", "to be proved", "to be proven", "无", "未知"),
     *("see above", "see below", "see the solution", "no answer given", "no answer found", "no answer provided", "证明"),
-    *("证明略", "略", "qed", "q.e.d", "#n/a", "none given", "left to the reader", "open", "unsolved", "not a number"),
+    *(
+        "证明略",
+        "略",
+        "qed",
+        "q.e.d",
+        "#n/a",
+        "none given",
+        "left to the reader",
+        "unsolved",
+        "not a number",
+        "NA",
+        "<NA>",
+    ),
 }
 _PROSE_WORDS = 7
 _SENTENCE = re.compile(r"[a-z)}$\d]\s*[.!?]\s+[A-Z$\\]|[。！？].|\n\s*\n")
@@ -65,13 +75,13 @@ def is_word(run: str) -> bool:
         return False
     if not run.isascii():
         return True
-    if len(run) <= 3:
-        title = len(run) == 3 and run.istitle() and bool(re.search("[aeiouy]", lower))
-        return len(run) > 1 and (lower in _WORDS or title)
-    return (bool(re.search("[aeiouy]", lower)) and "".join(sorted(run)) != run and not run.isupper()) or lower in _LONG
-
-
-_LONG = frozenset(str.split("almost below city first knot most dirty empty forty glory beer billowy accent chips"))
+    if len(run) < 3 or lower in _WORDS:
+        return lower in _WORDS and len(run) > 1
+    spoken = bool(re.search("[aeiouy]", lower))
+    if run.istitle() or len(run) == 3:
+        return run.istitle() and spoken
+    ascends = "".join(sorted(run)) == run  # as letters of a product do
+    return spoken and not ascends and not run.isupper()
 
 
 def number_of(words: list[str]) -> Fraction | None:
