@@ -71,6 +71,7 @@ def train_on(
         rank=engine.rank,
         world_size=engine.world_size,
         whole_groups=spec.algorithm.needs_whole_groups,
+        padded=engine.layout == "padded",
     )
     m2_limit = step_m2_limit(engine, spec.algorithm.correction.m2po_tau, micro_batches)
     parts: list[LossMetrics] = []
@@ -170,16 +171,18 @@ def plan(
     rank: int = 0,
     world_size: int = 1,
     whole_groups: bool = False,
+    padded: bool = False,
 ) -> list[MicroBatch]:
     """The micro-batches of one rank, as many as those of every other.
 
     No pack exceeds `token_budget` input tokens, unless a single item does, which then goes alone. An item is a
-    sequence, or with `whole_groups` a prompt group (eqp's denominator needs the learner's view of all of it).
+    sequence, or with `whole_groups` a prompt group (eqp's denominator needs the learner's view of all of it). `padded`:
+    the model reads each sequence filled up to the longest of its pack, and those tokens count.
     """
     items: dict[int, list[Sequence]] = {}
     for number, sequence in enumerate(sequences):
         items.setdefault(sequence.group if whole_groups else number, []).append(sequence)
-    packs = [pack(share, token_budget) for share in balance(list(items.values()), world_size)]
+    packs = [pack(share, token_budget, padded=padded) for share in balance(list(items.values()), world_size)]
     most = max(1, *(len(of_rank) for of_rank in packs))
     return [micro_batch(p) for p in packs[rank] + [[]] * (most - len(packs[rank]))]
 
@@ -195,27 +198,32 @@ def balance(items: SequenceOf[list[Sequence]], world_size: int) -> list[list[lis
     return shares
 
 
-def pack(items: SequenceOf[list[Sequence]], token_budget: int) -> list[list[Sequence]]:
-    """Fills packs up to the budget: longest item first, each into the first pack that still has room."""
+def pack(items: SequenceOf[list[Sequence]], token_budget: int, *, padded: bool = False) -> list[list[Sequence]]:
+    """Fills packs up to the budget: longest item first, each into the first pack that still has room.
+
+    Padded, only the newest pack is asked: in those before, a row is longer.
+    """
     packs: list[list[Sequence]] = []
-    room: list[int] = []
-    for item in _longest_first(items):
-        size = _num_tokens(item)
-        place = next((i for i, left in enumerate(room) if left >= size), len(packs))
-        if place == len(packs):
-            packs.append([])
-            room.append(token_budget)
-        packs[place].extend(item)
-        room[place] -= size
+    for item in _longest_first(items, padded):
+        open_packs = packs[-1:] if padded else packs
+        place = next((p for p in open_packs if _num_tokens(p + item, padded) <= token_budget), None)
+        if place is None:
+            packs.append(place := [])
+        place.extend(item)
     return packs
 
 
-def _num_tokens(item: list[Sequence]) -> int:
-    return sum(sequence.num_tokens for sequence in item)
+def _num_tokens(sequences: list[Sequence], padded: bool = False) -> int:
+    """Input tokens that the model reads."""
+    sizes = [sequence.num_tokens for sequence in sequences]
+    return len(sizes) * max(sizes) if padded else sum(sizes)
 
 
-def _longest_first(items: SequenceOf[list[Sequence]]) -> list[list[Sequence]]:
-    return sorted(items, key=_num_tokens, reverse=True)  # stable: ties keep their order
+def _longest_first(items: SequenceOf[list[Sequence]], padded: bool = False) -> list[list[Sequence]]:
+    def size(item: list[Sequence]) -> int:
+        return max(sequence.num_tokens for sequence in item) if padded else _num_tokens(item)
+
+    return sorted(items, key=size, reverse=True)  # stable: ties keep their order
 
 
 # ── advantages ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -32,6 +32,8 @@ def test_a_pack_is_laid_out_as_worked_by_hand() -> None:
     batch = micro_batch([sequence(3, 2, group=7, first=10), sequence(1, 2, group=5, first=20)])
     assert batch.input_ids.tolist() == [[10, 11, 12, 13, 20, 21]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]]
+    assert batch.cu_seqlens.tolist() == [0, 4, 6]
+    assert batch.longest == 4
     assert batch.logit_index.tolist() == [2, 3, 4, 5]  # 13 is predicted at the position of 12, and so on
     assert batch.target_ids.tolist() == [13, 14, 21, 22]
     assert batch.sampler_logp.tolist() == [-13, -14, -21, -22]
@@ -47,6 +49,7 @@ def test_an_empty_micro_batch_holds_one_token_and_nothing_for_the_loss() -> None
     for name in ("logit_index", "target_ids", "sampler_logp", "seq_ids", "group_ids", "lengths", "advantages"):
         assert getattr(batch, name).shape == (0,), name
     assert batch.logit_index.dtype == torch.long
+    assert batch.cu_seqlens.tolist() == [0, 1]
 
 
 def test_packs_take_the_longest_first_and_fill_gaps() -> None:
@@ -54,6 +57,13 @@ def test_packs_take_the_longest_first_and_fill_gaps() -> None:
     sizes = [3, 9, 1, 6, 4]
     packs = pack([[sequence(1, size)] for size in sizes], token_budget=10)
     assert [[s.num_tokens for s in p] for p in packs] == [[9, 1], [6, 4], [3]]
+
+
+def test_padded_packs_count_each_row_as_long_as_the_longest() -> None:
+    # Rows of 9, 6, 4, 3, 1 under a budget of 12: 9 + 9 is too much, 6 + 6 is not, a third row of 6 is; then 3 + 3.
+    sizes = [3, 9, 1, 6, 4]
+    packs = pack([[sequence(1, size)] for size in sizes], token_budget=12, padded=True)
+    assert [[s.num_tokens for s in p] for p in packs] == [[9], [6, 4], [3, 1]]
 
 
 def test_a_sequence_above_the_budget_goes_alone() -> None:

@@ -9,12 +9,15 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
 from heterorl.errors import ModelError, SiteError
 from heterorl.spec.run import LearnerSpec, RunSpec
 from heterorl_learner import ranks
-from heterorl_learner.engines.torch_ddp import DTYPES, Policy, TorchEngine, TrainingEngine
+from heterorl_learner.engines.packing import choose_layout
+from heterorl_learner.engines.policy import Policy
+from heterorl_learner.engines.torch_ddp import DTYPES, TorchEngine, TrainingEngine
 
 
 def build_engine(folder: Path, spec: RunSpec) -> TrainingEngine:
@@ -28,23 +31,28 @@ def build_engine(folder: Path, spec: RunSpec) -> TrainingEngine:
     ranks.join(device, group_of_one=not plain)
     attention = choose_attention(spec.model.attn_implementation, dtype)
     policy = load_policy(folder, torch.float32 if plain else dtype, attention, learner.gradient_checkpointing)
+    policy.to(device).layout = choose_layout(policy, spec, device, autocast=plain and dtype == torch.bfloat16)
     engine: TrainingEngine
     if plain:
-        engine = TorchEngine(policy.to(device), spec, device)
+        engine = TorchEngine(policy, spec, device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", device.type)  # read when DeepSpeed is imported
         from heterorl_learner.engines.deepspeed_zero import DeepSpeedEngine
 
-        engine = DeepSpeedEngine(policy.to(device), spec, device)
+        engine = DeepSpeedEngine(policy, spec, device)
     if spec.algorithm.kl_to_reference.weight:
         engine.reference = load_policy(folder, dtype, attention).requires_grad_(False).to(device)
+        engine.reference.layout = policy.layout
     return engine
 
 
-def load_policy(folder: Path, dtype: torch.dtype, attention: str, gradient_checkpointing: bool = False) -> Policy:
+def load_policy(
+    folder: Path, dtype: torch.dtype, attention: str | None, gradient_checkpointing: bool = False
+) -> Policy:
     """The model of a Hugging Face folder, on the CPU, ready to train.
 
-    Dropout is switched off: with it the learner's probabilities would never match the samplers'.
+    Dropout and all else that draws random numbers in training is switched off: with it the learner's probabilities
+    would never match the samplers'. Only layers that recompute their activations are told that they train.
     Raises ModelError when the folder holds no model that can be read.
     """
     disable_progress_bar()  # logs are read by people and collectors
@@ -57,17 +65,22 @@ def load_policy(folder: Path, dtype: torch.dtype, attention: str, gradient_check
         raise ModelError(f"{folder} holds no causal language model that can be read: {reason}") from error
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(model).train()
+    policy = Policy(model).eval()
+    for layer in policy.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True
+    return policy
 
 
-def choose_attention(wanted: str, dtype: torch.dtype) -> str:
-    """The attention kernel for `model.attnImplementation`; auto is flash_attention_2 where it can run, otherwise sdpa.
+def choose_attention(wanted: str, dtype: torch.dtype) -> str | None:
+    """The attention kernel for `model.attnImplementation`; auto is flash_attention_2 where it can run, otherwise None:
+    what transformers takes for the model, which is sdpa where the model has it.
 
     Raises ModelError when flash_attention_2 is asked for and cannot run.
     """
     flash = find_spec("flash_attn") is not None and torch.cuda.is_available() and dtype == torch.bfloat16
     if wanted == "auto":
-        return "flash_attention_2" if flash else "sdpa"
+        return "flash_attention_2" if flash else None
     if wanted == "flash_attention_2" and not flash:
         raise ModelError(
             "model.attnImplementation is flash_attention_2, which needs a GPU, the flash-attn package"

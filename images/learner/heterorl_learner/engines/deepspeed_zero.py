@@ -15,7 +15,8 @@ from torch import Tensor
 from heterorl.errors import UserError
 from heterorl.spec.run import RunSpec
 from heterorl_learner import ranks
-from heterorl_learner.engines.torch_ddp import Policy, TrainingEngine, build_optimizer, unique_tensors
+from heterorl_learner.engines.policy import Policy
+from heterorl_learner.engines.torch_ddp import TrainingEngine, build_optimizer, unique_tensors
 
 CHECKPOINT_TAG = "deepspeed"
 BUCKET_ELEMENTS = 200_000_000
@@ -28,11 +29,10 @@ class DeepSpeedEngine(TrainingEngine):
     """`policy` again, by DeepSpeed's own interface, which is untyped."""
 
     def __init__(self, policy: Policy, spec: RunSpec, device: torch.device) -> None:
-        super().__init__(spec, device)
+        super().__init__(policy, spec, device)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # None of DeepSpeed's own kernels is used; declared unavailable, none is compiled, which takes over a minute.
         deepspeed.ops.__compatible_ops__ = {}
-        self._bare = policy
         engine, *_ = deepspeed.initialize(
             model=self._bare,
             optimizer=build_optimizer(self._bare, spec.learner),

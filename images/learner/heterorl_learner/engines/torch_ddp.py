@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,14 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributions import Categorical
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from transformers import PreTrainedModel
 
 from heterorl.errors import NotFinite
 from heterorl.exchange.storage import persistently
 from heterorl.spec.run import LearnerSpec, RunSpec
 from heterorl_learner import ranks
+from heterorl_learner.engines.policy import Layout, Policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STATE_FILE = "engine.pt"
@@ -80,6 +79,10 @@ class MicroBatch:
     """long [1, N]."""
     position_ids: Tensor
     """long [1, N], from 0 in each sequence."""
+    cu_seqlens: Tensor
+    """int32 [S + 1]: where each sequence starts, and N; [0, 1] without sequences."""
+    longest: int
+    """Input tokens of the longest sequence."""
     logit_index: Tensor
     """long [T]: the input position whose logits predict each completion token."""
     target_ids: Tensor
@@ -108,7 +111,8 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device."""
-        return MicroBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "longest"}
+        return replace(self, **moved)
 
 
 def micro_batch(sequences: SequenceOf[Sequence]) -> MicroBatch:
@@ -123,6 +127,8 @@ def micro_batch(sequences: SequenceOf[Sequence]) -> MicroBatch:
     return MicroBatch(
         input_ids=_long(inputs)[None],
         position_ids=_long([np.arange(len(row)) for row in inputs])[None],
+        cu_seqlens=torch.tensor(np.cumsum([0, *map(len, inputs)]), dtype=torch.int32),
+        longest=max(map(len, inputs)),
         logit_index=_long(index),
         target_ids=_long([s.completion_ids for s in sequences]),
         temperature=torch.repeat_interleave(torch.tensor([s.temperature for s in sequences]), lengths),
@@ -140,41 +146,6 @@ def _long(arrays: SequenceOf[NDArray[np.integer]]) -> Tensor:
     return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *arrays]).astype(np.int64))
 
 
-# ── the policy ───────────────────────────────────────────────────────────────────────────────────────────────────────
-class Policy(nn.Module):
-    """Wraps the language model, so that what DDP and DeepSpeed call as `forward` yields log-probabilities."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        logit_index: Tensor,
-        target_ids: Tensor,
-        temperature: Tensor,
-        entropy: bool = False,
-    ) -> Tensor:
-        """Log-probability of every target token at its temperature; the tensors are those of a `MicroBatch`.
-
-        With `entropy` that of the distribution it was drawn from instead, in nats.
-
-        Without attention_mask and cache, transformers reads the sequences' borders from the positions (block-diagonal
-        mask, or varlen attention with flash_attention_2); with either given, sequences silently see each other.
-        """
-        logits = self.model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=logit_index
-        ).logits[0]
-        logits = logits.float() / temperature[:, None]  # [T, vocabulary]: never made for prompt tokens
-        if entropy:
-            entropies: Tensor = Categorical(logits=logits, validate_args=False).entropy()
-            return entropies
-        logp: Tensor = logits.gather(1, target_ids[:, None])[:, 0] - logits.logsumexp(1)
-        return logp
-
-
 def token_logps(policy: nn.Module, batch: MicroBatch, *, entropy: bool = False) -> Tensor:
     """Log-probability of every completion token at its sequence's temperature: float32 [T], in the batch's order.
 
@@ -182,7 +153,14 @@ def token_logps(policy: nn.Module, batch: MicroBatch, *, entropy: bool = False) 
     DeepSpeed.
     """
     values: Tensor = policy(
-        batch.input_ids, batch.position_ids, batch.logit_index, batch.target_ids, batch.temperature, entropy
+        batch.input_ids,
+        batch.position_ids,
+        batch.cu_seqlens,
+        batch.longest,
+        batch.logit_index,
+        batch.target_ids,
+        batch.temperature,
+        entropy,
     )
     return values
 
@@ -200,11 +178,17 @@ class TrainingEngine(ABC):
     reference: Policy | None = None
     """The starting model, where the run needs it; whole on every rank, never trained."""
 
-    def __init__(self, spec: RunSpec, device: torch.device) -> None:
+    def __init__(self, policy: Policy, spec: RunSpec, device: torch.device) -> None:
+        self._bare = policy
         self.rank, self.world_size = ranks.rank(), ranks.size()
         self.device = device
         self.dtype = DTYPES[spec.model.dtype]
         self._loss = 0.0
+
+    @property
+    def layout(self) -> Layout:
+        """How the model reads the sequences of a micro-batch."""
+        return self._bare.layout
 
     # ── a step ───────────────────────────────────────────────────────────────────────────────────────────────────────
     def forward_backward(self, batches: SequenceOf[MicroBatch], loss_function: LossFunction) -> float:
@@ -320,8 +304,7 @@ class TorchEngine(TrainingEngine):
     """
 
     def __init__(self, policy: Policy, spec: RunSpec, device: torch.device) -> None:
-        super().__init__(spec, device)
-        self._bare = policy
+        super().__init__(policy, spec, device)
         self._optimizer = build_optimizer(self._bare, spec.learner)
         self._max_grad_norm = spec.learner.optimizer.max_grad_norm
         self.policy = self._bare

@@ -1,0 +1,114 @@
+"""The policy: a language model that gives log-probabilities of packed completions.
+
+Shapes: N input tokens of a pack, T completion tokens, S sequences, V vocabulary, W tokens of the longest sequence.
+
+A micro-batch is always a pack, one row of whole sequences. How the model reads it is its layout:
+
+packed   as it is, one forward. Borders are told by positions that start again at 0, and by what transformers' kernels
+         for variable lengths take: `cu_seq_lens_q` (flash attention, linear attention), `seq_idx` (convolutions, SSMs)
+padded   a row a sequence, filled up on the right and masked, one forward
+alone    a forward a sequence, without padding, positions or mask
+
+A single sequence is always read alone. Which layouts are right for a model is tried by `packing`.
+"""
+
+from __future__ import annotations
+
+from inspect import Parameter, signature
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical
+from transformers import PreTrainedModel
+
+Layout = Literal["packed", "padded", "alone"]
+
+
+class Policy(nn.Module):
+    """Wraps the language model, so that what DDP and DeepSpeed call as `forward` yields log-probabilities."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.layout: Layout = "packed"
+        accepted = signature(model.forward).parameters
+        self._selects_logits = "logits_to_keep" in accepted
+        self._takes_borders = any(p.kind is Parameter.VAR_KEYWORD for p in accepted.values())
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        longest: int,
+        logit_index: Tensor,
+        target_ids: Tensor,
+        temperature: Tensor,
+        entropy: bool = False,
+    ) -> Tensor:
+        """Log-probability of every target token at its temperature, float32 [T]; the arguments are a `MicroBatch`'s.
+
+        With `entropy` that of the distribution it was drawn from instead, in nats.
+        """
+        if self.layout == "alone" or len(cu_seqlens) == 2:
+            logits = self._alone(input_ids, cu_seqlens, logit_index)
+        elif self.layout == "padded":
+            logits = self._padded(input_ids, position_ids, cu_seqlens, longest, logit_index)
+        else:
+            logits = self._packed(input_ids, position_ids, cu_seqlens, longest, logit_index)
+        logits = logits.float() / temperature[:, None]  # [T, V]: never made for prompt tokens
+        if entropy:
+            entropies: Tensor = Categorical(logits=logits, validate_args=False).entropy()
+            return entropies
+        logp: Tensor = logits.gather(1, target_ids[:, None])[:, 0] - logits.logsumexp(1)
+        return logp
+
+    def _packed(
+        self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, longest: int, logit_index: Tensor
+    ) -> Tensor:
+        """Logits [T, V]. An attention mask or a cache would make transformers overlook the borders in the positions."""
+        borders: dict[str, Any] = {}
+        if self._takes_borders:
+            sequence = torch.arange(len(cu_seqlens) - 1, dtype=torch.int32, device=input_ids.device)
+            borders = {
+                "seq_idx": sequence.repeat_interleave(cu_seqlens.diff(), output_size=input_ids.shape[1])[None],
+                "cu_seq_lens_q": cu_seqlens,
+                "cu_seq_lens_k": cu_seqlens,
+                "max_length_q": longest,
+                "max_length_k": longest,
+            }
+        return self._logits(logit_index, input_ids=input_ids, position_ids=position_ids, **borders)[0]
+
+    def _padded(
+        self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, longest: int, logit_index: Tensor
+    ) -> Tensor:
+        """Logits [T, V]. Padding stands on the right, where a causal model's tokens do not see it."""
+        columns, width = position_ids[0], torch.arange(longest, device=input_ids.device)
+        rows = (columns == 0).cumsum(0) - 1
+        mask = (width < cu_seqlens.diff()[:, None]).long()  # [S, W]
+        filler = self.model.config.get_text_config().pad_token_id or 0
+        ids = torch.full_like(mask, filler).index_put((rows, columns), input_ids[0])
+        kept, place = columns[logit_index].unique(return_inverse=True)
+        return self._logits(kept, input_ids=ids, attention_mask=mask)[rows[logit_index], place]
+
+    def _alone(self, input_ids: Tensor, cu_seqlens: Tensor, logit_index: Tensor) -> Tensor:
+        """Logits [T, V]."""
+        if len(cu_seqlens) == 2:
+            return self._logits(logit_index, input_ids=input_ids)[0]
+        ends, starts = cu_seqlens[1:].long(), cu_seqlens[:-1].long()
+        counts = torch.bucketize(logit_index, ends, right=True).bincount(minlength=len(ends))
+        texts = input_ids[0].split((ends - starts).tolist())
+        places = logit_index.split(counts.tolist())
+        logits = [
+            self._logits(place - start, input_ids=text[None])[0] for text, place, start in zip(texts, places, starts)
+        ]
+        return torch.cat(logits)
+
+    def _logits(self, kept: Tensor, **inputs: Any) -> Tensor:
+        """The model's logits of the kept positions: [rows, positions, V]."""
+        if self._selects_logits:
+            logits: Tensor = self.model(**inputs, use_cache=False, logits_to_keep=kept).logits
+        else:
+            logits = self.model(**inputs, use_cache=False).logits[:, kept]
+        return logits
