@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,48 @@ def test_a_judge_that_raises_for_one_problem_leaves_its_groups_out(
     assert run.slot("near-0")["unrewarded"] > 0
     assert "the judge does not answer" in (run.root / "logs" / "sampler-near-0.log").read_text()
     assert has_a_right_ledger(run)
+
+
+UNRELIABLE = """
+import os, time
+HERE = os.environ["JUDGED"]
+
+def score(completions, **columns):
+    with open(HERE, "a+") as calls:  # survives the process, which is killed now and then
+        calls.seek(0)
+        n = len(calls.read())
+        act = "e" if n == 20 else "h" if n % 50 == 7 else "r" if n % 10 == 3 else "."
+        calls.write(act)
+    if act == "r": raise ConnectionError("the judge does not answer")
+    if act == "h": time.sleep(1000)
+    if act == "e": bytearray(64 << 30)
+    return [float(len(text)) for text in completions]
+"""
+
+
+def test_a_judge_that_fails_hangs_and_eats_memory_costs_the_groups_it_fails_on(
+    tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "unreliable.py").write_text(UNRELIABLE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("JUDGED", str(tmp_path / "calls"))
+    judge = {"name": "custom", "path": "unreliable.score", "onError": "skipGroup", "timeLimitSeconds": 5}
+    run = tiny_run(rewards=[{"name": "accuracy"}, judge])
+    run.start()
+    assert run.wait(300) == 0, run.said()
+    assert has_a_right_ledger(run)
+    # Every call has become a failure or a rollout, but for those of a batch in the midst of which the run ended.
+    calls, batch = Counter((tmp_path / "calls").read_text()), SPEC["samplers"][0]["promptsPerBatch"]
+    failures, summary = run.slot("near-0")["reward_failures"], run.summary()
+    assert failures.keys() == {"score/error", "score/time", "score/memory"}
+    for kind, act in (("error", "r"), ("time", "h"), ("memory", "e")):
+        assert calls[act] - 1 <= failures[f"score/{kind}"] <= calls[act]
+    assert sum(failures.values()) - batch <= summary["groups_unrewarded"] <= sum(failures.values())
+    assert calls["."] - batch <= summary["rollouts_published"] <= calls["."]
+    assert run.slot("near-0")["unrewarded"] == summary["groups_unrewarded"]
+    log = (run.root / "logs" / "sampler-near-0.log").read_text()
+    assert 'unreliable.py", line 11, in score' in log
+    assert log.count("Traceback") < sum(failures.values())
 
 
 @pytest.fixture

@@ -55,6 +55,17 @@ def test_metrics_of_a_step_are_those_of_its_rollouts() -> None:
     assert not [name for name in metrics if name.startswith(("reward/", "rollouts/by_set/"))]  # one set
 
 
+def test_metrics_of_a_reward_leave_out_where_it_does_not_apply() -> None:
+    nan = float("nan")
+    first = rollout_of([1.0, 3.0], terms={"judge": [1.0, nan], "never": [nan, nan]})
+    changed = first.provenance.model_copy(update={"reward_sources": "edited"})
+    second = rollout_of([1.0, 3.0], terms={"judge": [nan, 3.0], "never": [nan, nan]}, provenance=changed)
+    metrics = rollout_metrics(spec(), batch(first, second))
+    assert (metrics["rewards/judge/mean"], metrics["rewards/judge/std"]) == (2.0, 1.0)  # of 1 and 3
+    assert not any("never" in name for name in metrics)
+    assert metrics["rollouts/reward_sources"] == 2
+
+
 def test_the_sets_of_a_mix_have_metrics_of_their_own() -> None:
     rewards = {"algebra": [[1.0, 0.0], [0.0, 0.0]], "proofs-2": [[1.0, 1.0]]}
     rollouts = [rollout_of(values, meta={"set": name}) for name, groups in rewards.items() for values in groups]

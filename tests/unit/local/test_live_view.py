@@ -104,6 +104,16 @@ def test_weights_that_no_sampler_accepts_are_named_in_the_plain_line_and_the_pan
     assert said[:60] in console.file.getvalue()
 
 
+def test_groups_that_a_reward_failed_on_are_shown_with_their_sampler(exchange):
+    exchange.beat(exchange.acquire_slot(lambda: [FAR]), SlotStatus(state="generating", unrewarded=5))
+    state = RunView(learner=UP, slots={FAR: UP}, evaluating=None, elapsed_s=1.0)
+    progress = ProgressReader(exchange).read()
+    assert "far-0 0 rollouts, 5 unrewarded" in describe(progress, state)
+    console = Console(file=io.StringIO(), width=100, color_system=None)
+    console.print(render("run", Path("runs/run"), progress, state))
+    assert "generating 5 unrewarded" in console.file.getvalue()
+
+
 def test_steps_repeated_after_a_crash_replace_the_earlier_ones(exchange):
     reader = ProgressReader(exchange)
     append(exchange, "learner", step(1, reward=0.0), step(2, reward=0.0), step(3, reward=0.0), step(2, reward=1.0))

@@ -59,6 +59,12 @@ def test_a_rollout_found_nowhere_is_lost_and_every_other_is_accounted_for(exchan
     assert result["rollouts_trained_twice"] == 0
 
 
+def test_groups_that_a_reward_failed_on_are_counted_over_all_samplers(exchange):
+    record(exchange, "sampler-far-0", {"names": names(0), "unrewarded": 2}, {"names": [], "unrewarded": 3})
+    record(exchange, "sampler-near-0", {"names": [], "unrewarded": 1}, {"event": "swap"})
+    assert summarise(exchange.root)["groups_unrewarded"] == 6
+
+
 def test_a_rollout_in_two_steps_of_the_journal_is_trained_twice(exchange):
     exchange.append_journal(JournalEntry(step=0, incarnation=1, names=names(0, 1)))
     exchange.append_journal(JournalEntry(step=1, incarnation=1, names=names(1, 2)))
