@@ -1,10 +1,14 @@
-"""From tokens to the texts that rewards and answer checks read."""
+"""From tokens to the texts that rewards and answer checks read, and that end a completion."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from heterorl.data.tokenizer import load_tokenizer
+from heterorl.exchange.storage import persistently
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,3 +57,26 @@ def _is_tag(content: str, special: dict[str, int]) -> bool:
     """Whether a special token is half of a pair `<name>`, `</name>`."""
     tag = _TAG.fullmatch(content)
     return tag is not None and (f"<{tag[2]}>" if tag[1] else f"</{tag[2]}>") in special
+
+
+class StopTexts:
+    """Tells which completions have just said one of the texts that end them; the same for every engine.
+
+    A text may end inside a token, and special tokens count by their text: so the last tokens are decoded again after
+    each one. A token is at least a byte, so as many as the text has bytes hold it; a few more keep it away from the
+    first, whose leading blank some decoders drop.
+    """
+
+    def __init__(self, texts: Sequence[str], model_dir: Path) -> None:
+        self._texts = texts
+        self.window = max((len(text.encode()) for text in texts), default=0) + 4
+        """How many of the last tokens are looked at."""
+        self._tokenizer = persistently(lambda: load_tokenizer(model_dir)) if texts else None
+
+    def said(self, completions: Sequence[Sequence[int]]) -> list[bool]:
+        """Whether each completion, asked after every token of it, has said one."""
+        if self._tokenizer is None:
+            return [False] * len(completions)
+        tails = [list(token_ids[-self.window :]) for token_ids in completions]
+        decoded = self._tokenizer.batch_decode(tails, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return [any(text in tail for text in self._texts) for tail in decoded]

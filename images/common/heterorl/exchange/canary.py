@@ -1,5 +1,6 @@
-"""The canary: two texts and the learner's log-probabilities of them, by which an engine shows what weights it serves.
+"""What weights are checked by when an engine loads them: the names and shapes of their tensors, then the canary.
 
+The canary is two texts and the learner's log-probabilities of them, by which an engine shows what weights it serves.
 The statistic is the mean absolute difference of a token's log-probability between engine and learner. One token's
 difference says little in bfloat16, where a rare token is off by 1 under honest rounding; the mean over 542 tokens is
 stable. `docs/exchange.md` says what it sees and what it cannot, with the measurements in `docs/reports/canary.md`.
@@ -10,13 +11,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from importlib.resources import files
+from importlib.resources import files as resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import ConfigDict, Field, FiniteFloat, model_validator
 from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError, safe_open
 
-from heterorl.errors import CanaryMismatch
+from heterorl.errors import CanaryMismatch, CorruptFile, ModelError
 from heterorl.exchange.rollout import Version
 
 if TYPE_CHECKING:
@@ -71,7 +74,7 @@ def canary_texts(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[list[int]
 
     Prose, because its tokens are likely ones: rounding moves the log-probability of an unlikely token more.
     """
-    prose = files("heterorl.exchange").joinpath("canary.txt").read_text().split("\n\n")
+    prose = resources("heterorl.exchange").joinpath("canary.txt").read_text().split("\n\n")
     encoded = [_encode(tokenizer, " ".join(text.split())) for text in prose]
     if all(len(ids) == CANARY_TOKENS for ids in encoded):
         return encoded
@@ -87,3 +90,32 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)[:CANARY_TOKENS]
     spelt = "".join(str(tokenizer.decode(ids)).split())
     return ids if spelt and "".join(text.split()).startswith(spelt) else []
+
+
+# ── tensors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def weight_files(folder: Path) -> list[Path]:
+    """The model's safetensors files in a folder that may hold others beside them; ModelError if there are none."""
+    if files := sorted(folder.glob("model*.safetensors")):
+        return files
+    raise ModelError(f"{folder}: no model.safetensors; only weights in safetensors are read")
+
+
+def tensor_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes from the files' headers; CorruptFile if one cannot be read."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        try:
+            with safe_open(path, "numpy") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CorruptFile(f"{path}: {error}") from error
+    return shapes
+
+
+def require_same_tensors(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    """CorruptFile naming the first difference, unless the weights fit the model; vLLM would skip what is missing."""
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise CorruptFile(
+                f"weights: {name} is {found.get(name, 'absent')}, the model has {expected.get(name, 'none')}"
+            )

@@ -22,15 +22,10 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from heterorl.errors import SiteError
+from heterorl.exchange.canary import require_same_tensors, tensor_shapes, weight_files
 from heterorl.exchange.rollout import Completion, Sampling
-from heterorl_sampler.engines.model_files import (
-    Dtype,
-    StopTexts,
-    end_token_ids,
-    require_same_tensors,
-    tensor_shapes,
-    weight_files,
-)
+from heterorl_sampler.decoding import StopTexts
+from heterorl_sampler.engines.model_files import Dtype, end_token_ids
 
 # Shapes: R rows = prompts x n, S tokens so far, V vocabulary.
 

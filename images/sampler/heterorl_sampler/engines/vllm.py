@@ -35,17 +35,10 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from heterorl.errors import HeteroRLError, SiteError, UserError
-from heterorl.exchange.canary import CANARY_TOKENS
+from heterorl.exchange.canary import CANARY_TOKENS, require_same_tensors, tensor_shapes, weight_files
 from heterorl.exchange.rollout import Completion, Sampling
-from heterorl_sampler.engines.model_files import (
-    Dtype,
-    StopTexts,
-    context_length,
-    end_token_ids,
-    require_same_tensors,
-    tensor_shapes,
-    weight_files,
-)
+from heterorl_sampler.decoding import StopTexts
+from heterorl_sampler.engines.model_files import Dtype, context_length, end_token_ids
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
