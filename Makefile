@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-unit mutants exits cluster-programs cluster test-cluster bench-operator canary-report images check crd docs clean
+.PHONY: setup quickstart test test-unit mutants exits cluster-programs cluster test-cluster bench-operator canary-report adaptive-order-report images check crd docs clean
 
 setup: $(VENV)/.installed
 
@@ -54,6 +54,11 @@ bench-operator: setup cluster-programs
 # DATA is the folder of the datasets that the tests use (HETERORL_TEST_DATA).
 canary-report: setup
 	PYTHONPATH=tests $(BIN)/python -m bench.canary --gsm8k $(DATA)/gsm8k/train.jsonl --measurements canary-measurements.jsonl
+
+# Reward against generated tokens with the adaptive and the shuffled order, into docs/reports/adaptive-order.md: about ten
+# minutes on one core.
+adaptive-order-report: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m bench.adaptive_order
 
 # The container images, with buildah or docker: make images REGISTRY=registry.example.com/heterorl EXTRA=sampler-cpu
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)

@@ -225,9 +225,11 @@ def _stalled(context: RunContext, progress: RunProgress) -> str:
         serves = f"serving {pool.weights_version} or newer" if pool.weights_version else "serving no weights"
         refused = f", {pool.rejected} versions refused" if pool.rejected else ""
         silent = f", silent: {', '.join(pool.silent)}" if pool.silent else ""
-        parts.append(
-            f"pool {name}: {pool.alive} slots alive{silent}, {serves}{refused}, {pool.rollouts} rollouts written"
-        )
+        # What is filtered has a number, too, which goes on rising.
+        written = f"{pool.rollouts} rollouts written"
+        if pool.barren:
+            written = f"{pool.barren} of them filter all their groups, whose rewards are equal (algorithm.filterGroups)"
+        parts.append(f"pool {name}: {pool.alive} slots alive{silent}, {serves}{refused}, {written}")
     newest = f"newest weights {progress.weights_version}; " if progress.weights_version else ""
     limit = f"rollouts older than algorithm.staleness.maxSteps ({spec.algorithm.staleness.max_steps}) are not used"
     return f"{'; '.join(parts)}; {newest}{limit}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from heterorl.data.answers import AnswerChecker
 from heterorl.data.reasoning_gym import COLUMN, Verifier, draw, generate
 from heterorl.errors import DataError
 from heterorl.spec.run import DatasetSpec
@@ -43,7 +44,7 @@ def every_task() -> tuple[DatasetSpec, list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def verifier(every_task: tuple[DatasetSpec, list[dict[str, Any]]]) -> Iterator[Verifier]:
-    with Verifier([every_task[0]], time_limit_s=60) as verifier:
+    with AnswerChecker(boxed_only=False) as checker, Verifier([every_task[0]], checker, time_limit_s=60) as verifier:
         yield verifier
 
 
@@ -76,7 +77,7 @@ def test_junk_neither_hangs_nor_fools_nor_ends_any_verifier(
     every_task: tuple[DatasetSpec, list[dict[str, Any]]],
 ) -> None:
     dataset, rows = every_task
-    with Verifier([dataset], time_limit_s=0.5) as verifier:
+    with AnswerChecker() as checker, Verifier([dataset], checker, time_limit_s=0.5) as verifier:
         scores = {(row["columns"]["task"], junk[:12]): verifier.score(row, junk) for row in rows for junk in JUNK}
         assert {about: score for about, score in scores.items() if score > 0.1} == {}
         assert verifier.cut_off > 0  # some of them would have taken for ever
@@ -91,6 +92,20 @@ def test_a_right_answer_is_told_from_a_wrong_one(verifier: Verifier) -> None:
         assert verifier.score(row, str(total)) == 1
         assert verifier.score(row, str(total + 1)) < 0.5
         assert verifier.score(row, None) == 0
+
+
+def test_the_answer_stands_between_tags_or_in_the_last_box_or_alone(verifier: Verifier) -> None:
+    (row,) = drawn({"name": "gcd", "config": {"min_value": 6, "max_value": 6}})  # gcd(6, 6) = 6
+    for completion in (
+        "6",
+        r"It is \boxed{6}.",
+        "<answer>5</answer> no, <answer> 6 </answer>",
+        r"\boxed{5}<answer>6</answer>",
+    ):
+        assert verifier.mark(row, completion) == 1, completion
+    for completion in (r"6 \boxed{5}", "<answer>5</answer> or 6", "</answer> 6 <answer>"):
+        assert verifier.mark(row, completion) < 1, completion
+    assert verifier.mark({"columns": {}}, "6") is None
 
 
 def test_what_fools_a_verifier_of_the_package_scores_nothing(

@@ -18,13 +18,15 @@ from heterorl.entry import Stop
 from heterorl.errors import SiteError, UserError
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.records import SlotStatus
+from heterorl.exchange.records import PromptEvidence, SlotStatus
 from heterorl.exchange.rollout import Completion, Rollout, RolloutName, Version
 from heterorl.exchange.slots import Lease
 from heterorl.monitoring.metrics import Metrics
 from heterorl.spec.run import HeteroRLRun, Slot
+from heterorl_learner.rollout_feed import waited_for
 from heterorl_sampler.__main__ import Heartbeat, serve
 from heterorl_sampler.activity import Activity
+from heterorl_sampler.adaptive_order import build_order
 from heterorl_sampler.decoding import Decoder
 from heterorl_sampler.engines.build import build_engine
 from heterorl_sampler.engines.transformers import TransformersEngine
@@ -104,6 +106,7 @@ def work(
     tmp_path: Path,
     batches: int,
     make_engine: type[Watched] = Watched,
+    order: PromptOrder = PROMPTS,
 ) -> SlotStatus:
     """Lease the slot and sample so many batches, or until nothing but waiting is left; returns the slot's status."""
     lease, status = exchange.acquire_slot(lambda: [FAR]), SlotStatus()
@@ -117,7 +120,7 @@ def work(
             load_rewards(exchange, rewards)
             weights = WeightSync(exchange, engine, lease.slot, scratch)
             Sampler(
-                exchange, lease, Activity(status), weights, engine, PROMPTS, decoder, rewards, Metrics(), engine.until
+                exchange, lease, Activity(status), weights, engine, order, decoder, rewards, Metrics(), engine.until
             ).run()
     finally:
         exchange.beat(lease, status, released=True)
@@ -238,6 +241,75 @@ def test_a_sampler_waits_until_its_pool_is_in_the_spec_and_the_run_is_prepared(e
     serve(exchange, "added", None, stop)
     assert stop.is_set()
     assert exchange.heartbeats() == {}
+
+
+def changed(exchange: Exchange, **blocks: dict[str, object]) -> Exchange:
+    """The run with other values in these blocks of its spec, as a process that starts now sees it."""
+    tree = exchange.run.resolved()
+    for name, values in blocks.items():
+        tree["spec"][name] |= values
+    exchange.create(HeteroRLRun.model_validate(tree))
+    return Exchange(exchange.root)
+
+
+def test_an_adaptive_order_knows_what_its_slots_last_holder_knew(
+    exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    adaptive, model = changed(exchange, data={"order": "adaptive"}), tiny_model_dir(tokenizer=True)
+    order = build_order(adaptive.spec, FAR, ROWS, PromptEvidence())
+    work(adaptive, model, tmp_path, 2, order=order)
+    saved = adaptive.load_slot(FAR)
+    assert saved is not None
+    assert saved.prompts == order.evidence
+    published = {name: adaptive.read_rollout(name) for name in adaptive.list_rollouts()}
+    assert set(saved.prompts.seen) == {rollout.meta["row_id"] for rollout in published.values()}
+    assert sum(count for count, _, _ in saved.prompts.seen.values()) == 2 * len(published)  # completions
+    lease = adaptive.acquire_slot(lambda: [FAR])
+    taken_over = adaptive.load_slot(FAR)
+    assert lease is not None
+    assert taken_over is not None
+    assert (taken_over.next_seq, taken_over.prompts) == (6, saved.prompts)
+
+
+# ── groups that teach nothing ────────────────────────────────────────────────────────────────────────────────────────
+def test_groups_whose_rewards_are_equal_are_filtered_and_counted(
+    exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path, judged: Callable[..., Exchange]
+) -> None:
+    filtering = judged(
+        changed(exchange, algorithm={"filterGroups": "zeroVariance"}), "if n % 2: return [0.3, 0.3 + 1e-3]"
+    )
+    status = work(filtering, tiny_model_dir(tokenizer=True), tmp_path, 3)
+    drawn = [PROMPTS.row(seq)["id"] for seq in range(9)]
+    assert walked(filtering) == [(seq, row) for seq, row in enumerate(drawn) if row % 2]
+    assert all(len(filtering.read_rollout(name).rewards) == 2 for name in filtering.list_rollouts())  # whole groups
+    assert (status.filtered, status.unrewarded) == (sum(row % 2 == 0 for row in drawn), 0)
+
+
+@pytest.mark.parametrize("mode", ["hetero", "online"])
+def test_a_sampler_whose_groups_are_all_filtered_goes_on_and_says_so(
+    exchange: Exchange,
+    tiny_model_dir: Callable[..., Path],
+    tmp_path: Path,
+    judged: Callable[..., Exchange],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    mode: str,
+) -> None:
+    monkeypatch.setattr("heterorl_sampler.sample.BARREN_GROUPS", 6)
+    monkeypatch.setattr("heterorl.exchange.records.BARREN_GROUPS", 6)
+    algorithm = {"filterGroups": "zeroVariance", "staleness": {"maxSteps": 64, "policy": "wait"}}
+    filtering = judged(changed(exchange, algorithm=algorithm), "pass")  # everyone gets 1
+    tree = filtering.run.resolved()
+    tree["spec"]["mode"] = mode
+    filtering.create(HeteroRLRun.model_validate(tree))
+    status = work(Exchange(filtering.root), tiny_model_dir(tokenizer=True), tmp_path, 9)
+    made = 9 if mode == "online" else 27  # online, a group at a time: the learner trains on one
+    assert (status.filtered, status.filtered_in_a_row, status.rollouts) == (made, made, made)
+    assert filtering.list_rollouts() == []
+    assert status.reward == 1
+    assert "the last 6 groups taught nothing and were left out (algorithm.filterGroups)" in caplog.text
+    assert "the same reward, 1 in the last of them" in caplog.text
+    assert "all rewards are equal within each of its latest groups" in waited_for(filtering, 0, 0, time.time())
 
 
 # ── rewards that fail, work that hangs ───────────────────────────────────────────────────────────────────────────────

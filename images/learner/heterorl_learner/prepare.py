@@ -84,7 +84,8 @@ def _tokenise(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, base: Path) -> 
     around = (base, tokenizer, Template.of(spec.data), spec.generation.max_prompt_tokens)
     yield "train", prepare_training(spec.data.train, *around, need_gold_parse=compares, seed=spec.seed)
     for dataset in spec.data.evals:
-        yield f"eval-{dataset.label}", prepare_rows(dataset, *around, need_gold_parse=True, seed=spec.seed)
+        compared = dataset.source != "reasoningGym"  # whose own verifiers tell right from wrong
+        yield f"eval-{dataset.label}", prepare_rows(dataset, *around, need_gold_parse=compared, seed=spec.seed)
 
 
 def _write_table(exchange: Exchange, name: str, table: PreparedData) -> DataCount:

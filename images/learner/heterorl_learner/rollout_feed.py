@@ -278,8 +278,9 @@ def waited_for(exchange: Exchange, step: int, waiting: int, since: float) -> str
 def _state_of(beat: SlotHeartbeat | None) -> str:
     if beat is None:
         return "has not started"
-    refused = f", has refused {beat.rejected} versions" if beat.rejected else ""
-    return f"{'released' if beat.released else beat.state or 'started'}, on weights {beat.version or 'none'}{refused}"
+    more = f", has refused {beat.rejected} versions" if beat.rejected else ""
+    more += f", {beat.trouble}" if beat.trouble else ""
+    return f"{'released' if beat.released else beat.state or 'started'}, on weights {beat.version or 'none'}{more}"
 
 
 # ── selection: a pure function of names ──────────────────────────────────────────────────────────────────────────────

@@ -11,7 +11,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from heterorl.data.answers import AnswerChecker
 from heterorl.data.datasets import Row
+from heterorl.data.reasoning_gym import Verifier
 from heterorl.errors import ExchangeError, UserError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation
@@ -67,10 +68,12 @@ def evaluate(
     rows: Sequence[Row],
     checker: AnswerChecker,
     measure: Measure,
+    verifier: Verifier | None = None,
 ) -> EvalResult:
     """Means over the problems: `mean` (mean@k), `pass@K`, completion lengths, the truncated share, counts.
 
-    `rows` are prepared ones, with `prompt_ids` and `answer`.
+    `rows` are prepared ones, with `prompt_ids` and `answer`; for those of reasoning-gym `verifier` says what is right,
+    which is a full mark.
     """
     made = 1 if measure.sampling.temperature == 0 else measure.samples
     decoder = Decoder(tokenizer)
@@ -82,9 +85,11 @@ def evaluate(
         groups = engine.generate([row["prompt_ids"] for row in batch], made, measure.sampling, seed)
         for row, group in zip(batch, groups):
             assert group is not None  # nothing stops this generation
-            strict = row.get("require_value", False)
-            texts = [decoder.text(completion.token_ids) for completion in group]
-            correct.append(fmean(checker.check(row["answer"], text, require_value=strict) for text in texts))
+            texts, strict = [decoder.text(c.token_ids) for c in group], row.get("require_value", False)
+            if verifier:
+                correct.append(fmean(verifier.mark(row, text) == 1 for text in texts))
+            else:
+                correct.append(fmean(checker.check(row["answer"], text, require_value=strict) for text in texts))
             completions += group
         log.info("%d of %d problems", len(correct), len(rows))
     lengths = [len(completion.token_ids) for completion in completions]
@@ -132,7 +137,8 @@ def evaluate_version(exchange: Exchange, version: Version) -> Evaluation:
         tokenizer = exchange.tokenizer()
         for dataset in spec.data.evals:
             rows = list(exchange.rows(f"eval-{dataset.label}"))
-            sets[dataset.label] = evaluate(engine, tokenizer, rows, checker, measure)
+            with Verifier([dataset], checker) if dataset.source == "reasoningGym" else nullcontext() as verifier:
+                sets[dataset.label] = evaluate(engine, tokenizer, rows, checker, measure, verifier)
             log.info("%s on %s: mean@%d %.3f", version, dataset.label, measure.samples, sets[dataset.label]["mean"])
     average = fmean(values["mean"] for values in sets.values())
     with Metrics.open(exchange.metrics_dir, "evaluate", spec.monitoring, run=exchange.run.metadata.name) as metrics:

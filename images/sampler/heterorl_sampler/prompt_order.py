@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from heterorl.exchange.records import PromptEvidence
 from heterorl.seeds import derive_seed, uniform
 
 Row = dict[str, Any]
@@ -33,10 +34,25 @@ class PromptOrder:
         seeds = [derive_seed("set", seed, name) for name in weights] if weights else [seed]
         self._walks = [_Walk(part, seed=own, share=share, shares=shares) for part, own in zip(sets, seeds)]
 
-    def row(self, seq: int) -> Row:
-        """The prepared row (id, prompt_ids, answer, columns) for a sequence number."""
+    def row(self, seq: int, step: int = 0) -> Row:
+        """The prepared row (id, prompt_ids, answer, columns) for a sequence number.
+
+        `step`, that of the weights that generate for it, and what is observed matter to an adaptive order only.
+        """
+        return self.candidates(seq, 1)[0]
+
+    def candidates(self, seq: int, count: int) -> list[Row]:
+        """The next `count` rows of the set that a number draws from, where every number takes as many."""
         which, place = self._mix.draw(seq) if self._mix else (0, seq)
-        return self._walks[which].row(place)
+        return [self._walks[which].row(place * count + more) for more in range(count)]
+
+    def observe(self, row: Row, rewards: NDArray[np.float32], step: int) -> None:
+        """Be told the rewards [G] of a group that the weights of this step generated for the row."""
+
+    @property
+    def evidence(self) -> PromptEvidence:
+        """What the slot's next holder has to know."""
+        return PromptEvidence()
 
 
 class Mix:

@@ -42,15 +42,22 @@ class Group:
     """Of each completion; for custom rewards only."""
     correct: list[bool] = field(default_factory=list)
     """Whether each completion's answer equals the reference; for `COMPARING` only."""
+    marks: list[float | None] = field(default_factory=list)
+    """What the verifier of the row's task gives each completion, None where it has none; for `task` only."""
 
 
-RewardFunction = Callable[[Group, RewardSpec], list[float]]
+RewardFunction = Callable[[Group, RewardSpec], Sequence[float | None]]
 
 
 # ── of the answer ────────────────────────────────────────────────────────────────────────────────────────────────────
 def accuracy(group: Group, params: RewardSpec) -> list[float]:
     """1 where the answer equals the reference, otherwise 0."""
     return [float(correct) for correct in group.correct]
+
+
+def task(group: Group, params: RewardSpec) -> list[float | None]:
+    """What reasoning-gym's verifier of the row's task gives, 1 for a right answer; None for rows of another source."""
+    return group.marks
 
 
 def boxed(group: Group, params: RewardSpec) -> list[float]:
@@ -154,6 +161,7 @@ REWARDS: dict[str, RewardFunction] = {
     "language": language,
     "reasoning_steps": reasoning_steps,
     "boxed": boxed,
+    "task": task,
 }
 COMPARING = ("accuracy", "length", "cosine")
 """Rewards that want to know which answers are right."""

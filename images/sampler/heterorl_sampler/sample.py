@@ -15,16 +15,17 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from heterorl.errors import HeteroRLError, SiteError, UserError
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.records import LearnerHeartbeat, SlotState
+from heterorl.exchange.records import BARREN_GROUPS, LearnerHeartbeat, SlotState
 from heterorl.exchange.rollout import Completion, Rollout, RolloutName, Sampling, SamplingDistribution, Version
 from heterorl.exchange.slots import Lease
 from heterorl.monitoring.metrics import Metrics
@@ -161,14 +162,15 @@ class Sampler:
         )
 
     def _save(self) -> None:
-        self._exchange.save_slot(self._lease, SlotState(next_seq=self._next_seq, adoption=self._weights.state))
+        state = SlotState(next_seq=self._next_seq, adoption=self._weights.state, prompts=self._order.evidence)
+        self._exchange.save_slot(self._lease, state)
 
     # ── one batch: generated here ────────────────────────────────────────────────────────────────────────────────────
     def _generate(self, version: Version, queue: Queue) -> None:
         """Generate for the slot's next prompts and hand over what was finished before `stop`."""
         spec, slot, first = self._exchange.spec, self._lease.slot, self._next_seq
         numbers = range(first, first + batch_size(spec, self._weights.pool.prompts_per_batch, queue))
-        rows = [self._order.row(seq) for seq in numbers]
+        rows = [self._order.row(seq, version.step) for seq in numbers]
         started = time.monotonic()
         groups = self._engine.generate(
             [row["prompt_ids"] for row in rows],
@@ -210,8 +212,8 @@ class Sampler:
         for batch, done in self._scoring:
             if (scored := done.result()) < len(batch.groups):
                 self._next_seq = batch.groups[scored].name.seq
-                self._save()
-                return
+                break
+        self._save()
 
     # ── and scored there ─────────────────────────────────────────────────────────────────────────────────────────────
     def _score(self, batch: Batch) -> int:
@@ -219,19 +221,38 @@ class Sampler:
         started = time.monotonic()
         seen = [self._seen(group) for group in batch.groups]
         scores = self._rewards.score(seen, self._no_more_scores)
-        rollouts = {
-            group.name: self._rollout(batch, group, scored)
-            for group, scored in zip(batch.groups, scores.groups)
-            if scored is not None
-        }
+        scored = [(group, found) for group, found in zip(batch.groups, scores.groups) if found is not None]
+        for group, found in scored:
+            self._order.observe(group.row, found.rewards, batch.version.step)
+        rollouts = {group.name: self._rollout(batch, group, found) for group, found in self._kept(batch.spec, scored)}
         if rollouts:
             self._exchange.put_rollouts(self._lease, rollouts)
-        self._status.unrewarded += len(scores.groups) - len(rollouts)
+        left_out = {"unrewarded": len(scores.groups) - len(scored), "filtered": len(scored) - len(rollouts)}
+        self._status.unrewarded += left_out["unrewarded"]
+        self._status.filtered += left_out["filtered"]
         self._status.reward_failures = dict(self._rewards.failures)
-        self._record(batch, rollouts, len(scores.groups) - len(rollouts), time.monotonic() - started)
+        reward = float(np.mean([found.rewards.mean() for _, found in scored])) if scored else None
+        self._record(batch, list(rollouts), reward, left_out, time.monotonic() - started)
         if scores.failure:
             raise _blamed(self._exchange, scores.failure)
         return len(scores.groups)
+
+    def _kept(self, spec: RunSpec, scored: Iterable[tuple[Generated, Scored]]) -> Iterator[tuple[Generated, Scored]]:
+        """The groups to publish; that a slot finds none for long is said, also by its heartbeat."""
+        for group, found in scored:
+            if spec.algorithm.filter_groups == "none" or has_advantages(found.rewards):
+                self._status.filtered_in_a_row = 0
+                yield group, found
+                continue
+            self._status.filtered_in_a_row += 1
+            if self._status.filtered_in_a_row % BARREN_GROUPS == 0:
+                log.warning(
+                    "the last %d groups taught nothing and were left out (algorithm.filterGroups): all completions of a"
+                    " prompt got the same reward, %.3g in the last of them; the problems are too hard for the model, or"
+                    " too easy, or the rewards do not tell its answers apart",
+                    self._status.filtered_in_a_row,
+                    found.rewards.mean(),
+                )
 
     def _seen(self, group: Generated) -> Group:
         """A group as rewards see it."""
@@ -261,15 +282,22 @@ class Sampler:
             meta={name: row[key] for name, key in _META.items() if key in row},
         )
 
-    def _record(self, batch: Batch, rollouts: Mapping[RolloutName, Rollout], unrewarded: int, score_s: float) -> None:
-        reward = float(np.mean([r.rewards.mean() for r in rollouts.values()])) if rollouts else None
-        self._status.reward = reward if rollouts else self._status.reward
+    def _record(
+        self,
+        batch: Batch,
+        published: list[RolloutName],
+        reward: float | None,
+        left_out: Mapping[str, int],
+        score_s: float,
+    ) -> None:
+        """`reward`: mean of all groups that were scored, also those that were filtered."""
+        self._status.reward = self._status.reward if reward is None else reward
         waited_s = batch.waited_s
         values: dict[str, Any] = {
             "version_step": batch.version.step,
-            "groups": len(rollouts),
-            "unrewarded": unrewarded,
-            "names": [str(name) for name in rollouts],
+            "groups": len(published),
+            **left_out,
+            "names": [str(name) for name in published],
             "reward": reward,
             "completions/mean_length": batch.tokens / sum(len(group.completions) for group in batch.groups),
             "tokens_per_s": batch.tokens / batch.generate_s,
@@ -283,6 +311,14 @@ class Sampler:
         }
         failures = {f"reward_failures/{kind}": count for kind, count in self._rewards.failures.items()}
         self._metrics.write(None, values | failures)
+
+
+def has_advantages(rewards: NDArray[np.float32]) -> bool:
+    """Whether the rewards [G] of a group differ by more than rounding; where they do not, it has no gradient.
+
+    DAPO (arXiv 2503.14476) samples until a batch is full of groups that do.
+    """
+    return float(np.ptp(rewards)) > 1e-6 * float(np.abs(rewards).max())
 
 
 def load_rewards(exchange: Exchange, rewards: Rewards) -> None:

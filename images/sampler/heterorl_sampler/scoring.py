@@ -23,8 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from heterorl.data.answers import AnswerChecker
+from heterorl.data.reasoning_gym import Verifier
 from heterorl.errors import HeteroRLError, UserError
-from heterorl.spec.run import RewardSpec, RunSpec
+from heterorl.spec.run import DatasetSpec, RewardSpec, RunSpec
 from heterorl.worker import CallFailed, Worker
 from heterorl_sampler.rewards import COMPARING, Group
 
@@ -79,7 +80,10 @@ class Rewards:
     `failures` counts failed calls by reward and kind, as `judge/time`; kinds are error, time, memory and crash.
     """
 
-    def __init__(self, rewards: Sequence[RewardSpec], *, boxed_only: bool) -> None:
+    def __init__(
+        self, rewards: Sequence[RewardSpec], *, boxed_only: bool, datasets: Sequence[DatasetSpec] = ()
+    ) -> None:
+        """`datasets`: those whose rows are scored, for `task`."""
         self.failures: Counter[str] = Counter()
         self.sources = ""
         """Fingerprint of the custom rewards' source, once they are loaded."""
@@ -90,7 +94,9 @@ class Rewards:
             boxed_only=boxed_only,
             require_value=accuracy.require_value,
         )
+        limits = {params.name: params.time_limit_seconds or ANSWER_LIMIT_S for params in rewards}
         self._compares = any(params.name in COMPARING for params in rewards)
+        self._verifier = Verifier(datasets, self._checker, limits["task"]) if "task" in limits else None
         built_in = Worker("heterorl_sampler.rewards.values")
         judges = [self._judge(name, params, built_in) for name, params in zip(_term_names(rewards), rewards)]
         self._weights = {judge.name: np.float32(judge.params.weight) for judge in judges}
@@ -112,6 +118,8 @@ class Rewards:
         sources = [self._threads.submit(lane[0].load) for lane in self._lanes]
         if self._compares:
             self._threads.submit(self._checker.load)
+        if self._verifier:
+            self._verifier.load()
         self.sources = "-".join(filter(None, (source.result() for source in sources)))
 
     def score(self, groups: Sequence[Group], stop: threading.Event) -> Scores:
@@ -125,13 +133,25 @@ class Rewards:
 
     def _run(self, lane: list[Judge], groups: Sequence[Group], stop: threading.Event) -> list[tuple[Judge, Values]]:
         """Let the rewards that share a worker score the batch, one after the other."""
-        if self._compares and not lane[0].params.path:
-            groups = [replace(group, correct=self._correct(group, stop)) for group in groups]
+        if not lane[0].params.path:
+            groups = [self._compared(group, stop) for group in groups]
         return [(judge, judge.values(groups, stop)) for judge in lane]
 
-    def _correct(self, group: Group, stop: threading.Event) -> list[bool]:
+    def _compared(self, group: Group, stop: threading.Event) -> Group:
+        """The group with what only other workers can tell of its answers."""
         gold, strict = group.row["answer"], group.row.get("require_value", False)
-        return [not stop.is_set() and self._checker.check(gold, text, require_value=strict) for text in group.texts]
+
+        def is_right(text: str) -> bool:
+            return not stop.is_set() and self._checker.check(gold, text, require_value=strict)
+
+        def mark(text: str) -> float | None:
+            return self._verifier.mark(group.row, text) if self._verifier and not stop.is_set() else 0.0
+
+        return replace(
+            group,
+            correct=[is_right(text) for text in group.texts] if self._compares else [],
+            marks=[mark(text) for text in group.texts] if self._verifier else [],
+        )
 
     def _sum(self, group: Group, terms: dict[str, Floats | None]) -> Scored | None:
         known = {name: values for name, values in terms.items() if values is not None}
@@ -152,6 +172,8 @@ class Rewards:
         for worker in self._workers:
             worker.close()
         self._checker.close()
+        if self._verifier:
+            self._verifier.close()
         self._threads.shutdown(wait=False)
         self._told.close()
 
@@ -164,7 +186,7 @@ class Rewards:
 
 def build_rewards(spec: RunSpec) -> Rewards:
     """The rewards of a run; a completion without a box answers only under the template `raw`."""
-    return Rewards(spec.rewards, boxed_only=spec.data.prompt_template != "raw")
+    return Rewards(spec.rewards, boxed_only=spec.data.prompt_template != "raw", datasets=spec.data.train.sets)
 
 
 def check_rewards(rewards: Sequence[RewardSpec]) -> None:
@@ -200,7 +222,7 @@ class Judge:
     ) -> None:
         self.name, self.params, self.worker = name, params, worker
         self._dumped, self._failures, self._told = dumped, failures, told
-        of_an_answer = params.name == "accuracy"
+        of_an_answer = params.name in ("accuracy", "task")
         self._limit_s = CALL_LIMIT_S if of_an_answer else params.time_limit_seconds or CALL_LIMIT_S
         self._failed_in_a_row, self._has_worked, self._last_failure = 0, False, ""
 

@@ -116,6 +116,14 @@ def test_only_built_in_problems_want_a_value(tmp_path: Path) -> None:
     assert "require_value" not in row
 
 
+def test_sums_of_several_sizes_alternate(tmp_path: Path) -> None:
+    dataset = DatasetSpec.model_validate({"arithmetic": {"minDigits": 1, "digits": 3, "rows": 100}})
+    operands = [row["prompt"].rstrip("=").split("+") for row in load_rows(dataset, tmp_path)]
+    sizes = [{len(a), len(b)} for a, b in operands]
+    assert sizes == [{1 + row % 3} for row in range(100)]
+    assert len({tuple(pair) for pair in operands}) == 100
+
+
 def test_arithmetic_repeats_problems_when_there_are_too_few(tmp_path: Path) -> None:
     rows = load_rows(DatasetSpec.model_validate({"arithmetic": {"digits": 1, "rows": 1000}}), tmp_path)
     assert len(rows) == 1000

@@ -35,6 +35,16 @@ def test_each_slot_is_named_with_its_weights_and_since_when_it_is_silent():
     assert said[4] == "4 has not started"
 
 
+def test_a_slot_whose_groups_teach_nothing_says_so():
+    spec = spec_of(samplers=[{"name": "far", "replicas": 2}])
+    beats = {Slot("far", 0): beat(filtered=900, filtered_in_a_row=63), Slot("far", 1): beat(filtered_in_a_row=64)}
+    few, many = waiting_for(spec.slots, {s: ObservedSlot(b, NOON, alive=True) for s, b in beats.items()}).split(
+        ", far-"
+    )
+    assert few == "far-0 is generating (serves no weights)"
+    assert "all rewards are equal within each of its latest groups" in many
+
+
 def test_many_slots_are_counted():
     spec = spec_of(samplers=[{"name": "far", "replicas": 12}])
     assert waiting_for(spec.slots, {}).endswith("far-7 has not started, and 4 more")

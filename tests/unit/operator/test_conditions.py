@@ -314,6 +314,15 @@ def test_a_stall_says_since_when_and_what_each_pool_delivers_and_stays_the_same_
     assert "newest weights v00000004-i0001" in message
 
 
+def test_a_stall_for_want_of_groups_that_teach_is_told_as_such_and_stays_the_same_while_it_lasts():
+    stalled = replace(TRAINING, stalled_s=1805.0, pools={"near": PoolProgress(70, 0, 3, "v00000002-i0001", barren=2)})
+    later = replace(stalled, pools={"near": PoolProgress(99, 0, 3, "v00000002-i0001", barren=2)})
+    status, reason, message = reported(at_work(progress=stalled), "Progressing")
+    assert (status, reason) == ("False", "Stalled")
+    assert "pool near: 3 slots alive, serving v00000002-i0001 or newer, 2 of them filter all their groups" in message
+    assert reported(at_work(progress=later), "Progressing")[2] == message
+
+
 def test_what_the_learner_says_is_reported_and_kept_while_it_does_not_answer():
     said = RunProgress(
         step=3, checkpoint_step=2, reward=0.12345678, lag=1.5, prepared=True, weights_version="v00000003-i0001",

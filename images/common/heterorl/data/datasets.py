@@ -192,14 +192,21 @@ def _from_hub(dataset: DatasetSpec) -> Iterator[Any]:
 
 
 def _arithmetic(task: ArithmeticSpec, seed: int) -> Iterator[Row]:
-    """Sums of two operands of exactly `digits` digits, each problem once while there are enough of them."""
-    low, high = (0 if task.digits == 1 else 10 ** (task.digits - 1)), 10**task.digits
+    """Sums of two operands of as many digits, each problem once while there are enough of them."""
     draw = random.Random(task.seed + seed)
+    sizes = range(task.min_digits or task.digits, task.digits + 1)
+    made = [_sums(digits, len(range(place, task.rows, len(sizes))), draw) for place, digits in enumerate(sizes)]
+    for row in range(task.rows):
+        yield next(made[row % len(sizes)])
+
+
+def _sums(digits: int, count: int, draw: random.Random) -> Iterator[Row]:
+    low, high = (0 if digits == 1 else 10 ** (digits - 1)), 10**digits
     span = high - low
-    if task.rows <= span * span:
-        problems = draw.sample(range(span * span), task.rows)
+    if count <= span * span:
+        problems = draw.sample(range(span * span), count)
     else:
-        problems = draw.choices(range(span * span), k=task.rows)
+        problems = draw.choices(range(span * span), k=count)
     for problem in problems:
         a, b = low + problem // span, low + problem % span
         yield {"problem": f"{a}+{b}=", "answer": str(a + b)}

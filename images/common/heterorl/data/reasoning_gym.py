@@ -28,6 +28,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from heterorl.data.answers import AnswerChecker
 from heterorl.errors import DataError, UserError
 from heterorl.seeds import derive_seed
 from heterorl.spec.run import DatasetSpec, ReasoningGymSpec, ReasoningTaskSpec
@@ -115,12 +116,33 @@ class Verifier:
     too long, raised, or wanted too much memory. They score 0.
     """
 
-    def __init__(self, datasets: Iterable[DatasetSpec], time_limit_s: float = 2.0) -> None:
-        """`datasets`: those whose rows will be scored; what their tasks read from disk is read once, in advance."""
+    def __init__(self, datasets: Iterable[DatasetSpec], checker: AnswerChecker, time_limit_s: float = 2.0) -> None:
+        """`datasets`: those whose rows will be scored; what their tasks read from disk is read once, in advance.
+
+        `checker` finds the answer in a completion. Raises `UserError` when reasoning-gym is not installed.
+        """
+        _require_package()
         tasks = [_as_json(task) for dataset in datasets for task in dataset.reasoning_gym.tasks]
         self.cut_off = 0
+        self._checker = checker
         self._time_limit_s = time_limit_s
         self._worker = Worker(f"{__name__}.scores", warm_up=[[(task, None, "") for task in tasks]])
+
+    def load(self) -> None:
+        """Start the worker and read what tasks need."""
+        self._worker.load()
+
+    def mark(self, row: dict[str, Any], completion: str) -> float | None:
+        """The score of a completion's answer, None for a row that is not of reasoning-gym.
+
+        The answer stands between the last `<answer>` and `</answer>`, as the package asks for it, otherwise where all
+        answers stand.
+        """
+        if COLUMN not in row["columns"]:
+            return None
+        before, closing, _ = completion.rpartition("</answer>")
+        _, opening, tagged = before.rpartition("<answer>")
+        return self.score(row, tagged.strip() if closing and opening else self._checker.answer(completion))
 
     def score(self, row: dict[str, Any], answer: str | None) -> float:
         """The package's score of an answer to a row, 1 for a right one; 0 without an answer."""

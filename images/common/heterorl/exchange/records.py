@@ -28,6 +28,9 @@ from heterorl.exchange import PROTOCOL
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.rollout import RolloutName, Version
 
+BARREN_GROUPS = 64
+"""After so many groups in a row without a difference in reward, a slot says that there is nothing to learn from."""
+
 
 def _parsed_by(kind: type[Any]) -> PlainValidator:
     """A name on the volume as a field: text in the file, the parsed name in the model."""
@@ -181,12 +184,25 @@ class LeaseFile(Record):
     """The first sequence number of this epoch: numbers from here on are no longer the predecessor's to use."""
 
 
+class PromptEvidence(BaseModel):
+    """What came of a slot's prompts, for the adaptive order (`heterorl_sampler.adaptive_order`)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    reward_range: tuple[float, float] | None = None
+    """Lowest and highest reward so far."""
+    seen: dict[int, tuple[float, float, int]] = {}
+    """By the row's place in the data: completions and the sum of their rewards, both faded, and as of which step."""
+
+
 class SlotState(Record):
     """What a slot's next holder has to know."""
 
     next_seq: NonNegativeInt
     adoption: dict[str, Any] = {}
     """Of the delay policy (`heterorl.heterogeneity.delay.Adoption.state`)."""
+    prompts: PromptEvidence = PromptEvidence()
+    """Of the prompt order."""
 
 
 class SlotStatus(Record):
@@ -210,6 +226,10 @@ class SlotStatus(Record):
     """Groups that were left out because a reward failed on them."""
     reward_failures: dict[str, int] = {}
     """Failed calls of rewards, retried ones too, by reward and kind: `judge/time`; error, time, memory or crash."""
+    filtered: int = 0
+    """Groups that were left out because all their rewards are equal (`algorithm.filterGroups`)."""
+    filtered_in_a_row: int = 0
+    """Those since the last group that was not."""
     idle_s: float = 0.0
     """Seconds since something came of its work."""
     reward: float | None = None
@@ -218,6 +238,13 @@ class SlotStatus(Record):
     """Its rollouts that wait for the learner."""
     canary_mean_abs_diff: float | None = None
     """Of the version it serves (`heterorl.exchange.canary`)."""
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing comes of its work for the learner, though it goes on."""
+        if self.filtered_in_a_row < BARREN_GROUPS:
+            return None
+        return "all rewards are equal within each of its latest groups, which algorithm.filterGroups leaves out"
 
 
 class SlotHeartbeat(SlotStatus):

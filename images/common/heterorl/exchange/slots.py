@@ -68,8 +68,8 @@ class Slots:
         except FileNotFoundError:  # who was first has swept what we had staged
             return None
         lease = Lease(slot, epoch + 1, next_seq(slot))  # asked again: what appeared meanwhile keeps its number
-        state = self.load(slot)
-        self.save(lease, SlotState(next_seq=lease.first_seq, adoption=state.adoption if state else {}))
+        state = self.load(slot) or SlotState(next_seq=0)
+        self.save(lease, state.model_copy(update={"next_seq": lease.first_seq}))
         self._sweep(lease)
         return lease
 

@@ -149,7 +149,8 @@ def describe(progress: LiveProgress, state: RunView) -> str:
         seen = state.slots[slot].state
         version = "" if row.version is None else f" v{row.version}"
         unrewarded = f", {row.unrewarded} unrewarded" if row.unrewarded else ""
-        parts.append(f"{slot}{version} {row.rollouts} rollouts{unrewarded}" + ("" if seen == "up" else f" ({seen})"))
+        left_out = unrewarded + (f", {row.filtered} filtered" if row.filtered else "")
+        parts.append(f"{slot}{version} {row.rollouts} rollouts{left_out}" + ("" if seen == "up" else f" ({seen})"))
     if progress.weights_refused:
         parts.append(progress.weights_refused)
     if progress.waiting_for:
@@ -239,6 +240,8 @@ def _slot_state(row: SlotProgress, seen: ProcessState | None) -> Text:
         text.append(f" ({seen.crashes}×)", style="yellow")
     if row.rejected:
         text.append(f" {row.rejected} refused", style="red")
+    if row.filtered:
+        text.append(f" {row.filtered} filtered", style="dim")
     if row.unrewarded:
         text.append(f" {row.unrewarded} unrewarded", style="red")
     return text

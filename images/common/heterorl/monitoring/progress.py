@@ -61,6 +61,8 @@ class SlotProgress:
     swaps: int = 0
     rejected: int = 0
     """Versions it refused."""
+    filtered: int = 0
+    """Groups that were left out because all their rewards are equal."""
     unrewarded: int = 0
     """Groups that were left out because a reward failed on them."""
     canary: float | None = None
@@ -177,7 +179,8 @@ def _with_heartbeat(row: SlotProgress, slot: Slot, snapshot: Snapshot) -> SlotPr
         return row
     beat = seen.heartbeat
     version = row.version if beat.version_step is None else beat.version_step
-    return replace(row, activity=beat.state, version=version, rejected=beat.rejected, unrewarded=beat.unrewarded)
+    counts = {name: getattr(beat, name) for name in ("rejected", "unrewarded", "filtered")}
+    return replace(row, activity=beat.state, version=version, **counts)
 
 
 def _add_line(row: SlotProgress, record: Record) -> SlotProgress:

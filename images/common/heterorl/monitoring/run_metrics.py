@@ -49,6 +49,8 @@ class PoolProgress:
     """The oldest that a live slot serves."""
     silent: tuple[str, ...] = ()
     """Slots whose heartbeat has stopped though no sampler released them; the first eight."""
+    barren: int = 0
+    """Live slots whose groups are all filtered (`algorithm.filterGroups`)."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def _pool(name: str, snapshot: Snapshot) -> PoolProgress:
         alive=len(alive),
         weights_version=min((beat.version for beat in alive if beat.version is not None), default=None),
         silent=tuple(silent[:_NAMED_SLOTS]),
+        barren=sum(beat.trouble is not None for beat in alive),
     )
 
 
@@ -171,7 +174,7 @@ def _values_of(progress: RunProgress) -> Iterator[tuple[str, dict[str, str], flo
     if progress.gave_up is not None:
         yield "gave_up", dict(zip(("reason", "message"), progress.gave_up)), 1
     for name, pool in progress.pools.items():
-        for what in ("rollouts", "rejected", "alive"):
+        for what in ("rollouts", "rejected", "alive", "barren"):
             yield f"sampler_{what}", {"pool": name}, getattr(pool, what)
         if pool.weights_version is not None:
             yield "sampler_weights_info", {"pool": name, "version": pool.weights_version}, 1
@@ -197,7 +200,7 @@ def parse_progress(text: str) -> RunProgress:
     def by_pool(what: str) -> dict[str, int]:
         return {labels["pool"]: int(value) for labels, value in found.get(f"sampler_{what}", ())}
 
-    rejected, alive = by_pool("rejected"), by_pool("alive")
+    rejected, alive, barren = by_pool("rejected"), by_pool("alive"), by_pool("barren")
     serving = {labels["pool"]: labels["version"] for labels, _ in found.get("sampler_weights_info", ())}
     silent: dict[str, list[str]] = {}
     for labels, _ in found.get("sampler_silent", ()):
@@ -217,7 +220,12 @@ def parse_progress(text: str) -> RunProgress:
         gave_up=next(((labels["reason"], labels["message"]) for labels, _ in found.get("gave_up", ())), None),
         pools={
             name: PoolProgress(
-                rollouts, rejected.get(name, 0), alive.get(name, 0), serving.get(name), tuple(silent.get(name, ()))
+                rollouts,
+                rejected.get(name, 0),
+                alive.get(name, 0),
+                serving.get(name),
+                tuple(silent.get(name, ())),
+                barren.get(name, 0),
             )
             for name, rollouts in by_pool("rollouts").items()
         },

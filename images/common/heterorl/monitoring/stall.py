@@ -28,6 +28,8 @@ def _slot(slot: Slot, seen: ObservedSlot | None) -> str:
         return f"{slot} has not started"
     beat = seen.heartbeat
     serves = f"serves {beat.version}" if beat.version else "serves no weights"
+    if beat.trouble:
+        serves += f"; {beat.trouble}"
     if beat.refused:
         serves += f", refused {', '.join(sorted(beat.refused)[-3:])}"
     if beat.released:

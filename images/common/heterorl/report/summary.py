@@ -2,7 +2,8 @@
 
     published = trained + dropped + pending + quarantined + lost
 
-Groups that were left out because a reward failed on them were never published; they are counted beside it.
+Groups that were left out because a reward failed on them, or because all their rewards are equal
+(`algorithm.filterGroups`), were never published; they are counted beside it.
 "Trained" and "dropped" are what the journal of the surviving lineage says. A rollout is trained twice when it stands in
 the journal more than once, and lost when it was published and is found nowhere.
 """
@@ -92,7 +93,8 @@ def summarise(root: Path) -> dict[str, Any]:
         "rollouts_pending": len(ledger.pending - set(ledger.trained) - ledger.dropped),
         "rollouts_quarantined": len(ledger.quarantined),
         "rollouts_lost": len(ledger.lost),
-        "groups_unrewarded": sum(int(n) for records in samplers.values() for n in column(records, "unrewarded")),
+        "groups_unrewarded": _in_all(samplers, "unrewarded"),
+        "groups_filtered": _in_all(samplers, "filtered"),
         "swaps": {str(slot): len(events) for slot, events in swaps.items()},
         "canary_mean_abs_diff": max(
             (value for events in swaps.values() for value in column(events, "canary/mean_abs_diff")), default=None
@@ -133,6 +135,10 @@ def _evaluations(results: Mapping[Version, Evaluation]) -> dict[str, dict[str, f
     return {
         label: {"best": max(found), "last": found[-1], "gap": max(found) - found[-1]} for label, found in scores.items()
     }
+
+
+def _in_all(samplers: Mapping[Slot, Iterable[Record]], key: str) -> int:
+    return sum(int(number) for records in samplers.values() for number in column(records, key))
 
 
 def _published(records: Iterable[Record]) -> int:

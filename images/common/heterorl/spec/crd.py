@@ -68,6 +68,9 @@ RULES: dict[str, list[Rule]] = {
             "systemPrompt has no turn with promptTemplate: raw; set promptTemplate: chat, or use instruction",
         ),
     ],
+    "ArithmeticSpec": [
+        ("!has(self.minDigits) || self.minDigits <= self.digits", "minDigits must be at most digits"),
+    ],
     "RewardSpec": [
         ("(self.name == 'custom') == has(self.path)", "path is required with name: custom, and allowed only with it"),
     ],
@@ -162,6 +165,11 @@ RULES: dict[str, list[Rule]] = {
             "self.rewards.all(a, self.rewards.exists_one(b,"
             " (has(a.path) ? a.path : a.name) == (has(b.path) ? b.path : b.name)))",
             "a reward is listed more than once in rewards",
+        ),
+        (
+            "!self.rewards.exists(reward, reward.name == 'task') || self.data.train.source == 'reasoningGym'"
+            " || self.data.train.mix.exists(dataset, dataset.source == 'reasoningGym')",
+            "reward task needs problems of reasoning-gym; set data.train.source: reasoningGym, or another reward",
         ),
         (
             "self.mode != 'hetero' || self.algorithm.staleness.maxSteps > 0",

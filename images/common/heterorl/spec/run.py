@@ -66,6 +66,7 @@ RewardName = Literal[
     "language",
     "reasoning_steps",
     "boxed",
+    "task",
     "custom",
 ]
 PromptTemplate = Literal["chat", "think", "noThink", "raw"]
@@ -135,10 +136,17 @@ class ArithmeticSpec(Block):
 
     digits: int = Field(2, ge=1, le=6)
     """Number of digits of each operand."""
+    min_digits: int | None = Field(None, ge=1, le=6)
+    """If set, sums of minDigits to digits digits alternate, as many of each."""
     rows: int = Field(4096, ge=1, le=1_000_000)
     """Number of problems to draw (with replacement if there are fewer distinct ones)."""
     seed: Seed = 0
     """Seed of the problems."""
+
+    def broken_rules(self) -> Iterable[BrokenRule]:
+        """The range is not empty."""
+        if self.min_digits is not None and self.min_digits > self.digits:
+            yield "minDigits", f"is {self.min_digits} and must be at most digits, which is {self.digits}"
 
 
 class ReasoningTaskSpec(Block):
@@ -265,6 +273,8 @@ class DataSpec(Block):
     """Text of the system turn, instead of the template's own; an empty one omits the turn."""
     instruction: Text | None = None
     """Text of the user's turn, with `{problem}` where the problem belongs, instead of the template's own."""
+    order: Literal["shuffled", "adaptive"] = "shuffled"
+    """shuffled: every prompt once in an epoch; adaptive: of a few next ones, the prompt of most uncertain success."""
     shuffle_seed: Seed = 0
     """Seed of the prompt order; each sampler works through its own shard of it."""
 
@@ -282,7 +292,7 @@ class RewardSpec(Block):
     """A reward function and its weight in the sum."""
 
     name: RewardName = "accuracy"
-    """accuracy, format, tag_count, length, cosine, repetition, language, reasoning_steps, boxed, or custom."""
+    """accuracy, format, tag_count, length, cosine, repetition, language, reasoning_steps, boxed, task, or custom."""
     weight: float = Field(1.0, ge=-1000, le=1000)
     """Weight of this reward in the sum."""
     path: ShortText | None = None
@@ -300,7 +310,7 @@ class RewardSpec(Block):
     language: Literal["en", "zh"] = "en"
     """language: language in whose script the completion should be written."""
     time_limit_seconds: float | None = Field(None, gt=0, le=3600)
-    """Time limit of one call (default 60); for accuracy of comparing one answer (default 2), which then is wrong."""
+    """Time limit of one call (default 60); of one answer for accuracy and task (default 2), which then is wrong."""
     memory_limit_bytes: int = Field(4_294_967_296, ge=67_108_864)
     """custom: memory that the function may have, in bytes."""
     on_error: Literal["retry", "zero", "skipGroup", "fail"] = "retry"
@@ -534,6 +544,8 @@ class AlgorithmSpec(Block):
     """Maximum age of rollouts."""
     mask_truncated: bool = False
     """Exclude completions that hit the length limit from the loss."""
+    filter_groups: Literal["none", "zeroVariance"] = "none"
+    """zeroVariance: samplers do not publish groups whose rewards are all equal, which have no advantage (DAPO)."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
         """Advantages compare the completions of a group."""
@@ -1076,6 +1088,12 @@ class RunSpec(Block):
         """Rules that span blocks."""
         yield from duplicates("samplers", [pool.name for pool in self.samplers])
         yield from duplicates("rewards", [reward.path or reward.name for reward in self.rewards])
+        verified = any(reward.name == "task" for reward in self.rewards)
+        if verified and all(dataset.source != "reasoningGym" for dataset in self.data.train.sets):
+            yield (
+                "rewards.task",
+                "needs problems of reasoning-gym; set data.train.source: reasoningGym, or another reward",
+            )
         if self.mode == "hetero" and self.algorithm.staleness.max_steps == 0:
             yield "algorithm.staleness.maxSteps", "is 0, which requires mode: online; set that, or a larger maxSteps"
         if self.mode == "online":
