@@ -1,3 +1,4 @@
+import re
 import time
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def test_every_kind_has_eight_pairs_of_each_verdict() -> None:
 
 
 def test_ordinary_comparisons_take_at_most_ten_milliseconds_of_cpu_on_average() -> None:
-    ordinary = [pair for kind in PAIRS.values() for pairs in kind.values() for pair in pairs if "_{n=1}" not in pair[1]]
+    pairs = [pair for kind in PAIRS.values() for pairs in kind.values() for pair in pairs]
+    ordinary = [pair for pair in pairs if not re.search(r"\\(int|sum|choose)", pair[1])]
     equal(r"\frac{x^2}{3}", "x")  # imports
     started = time.process_time()
     for gold, answer in ordinary:

@@ -10,7 +10,7 @@ import sympy
 from sympy import I, Integer, Rational, Symbol
 
 from heterorl.data.equality.tokens import Broken, Token, Unreadable
-from heterorl.data.equality.units import may_be_product, unit_named
+from heterorl.data.equality.units import begins_unit, may_be_product
 from heterorl.data.equality.words import is_word
 
 MAX_BITS = 2_000_000
@@ -150,7 +150,7 @@ class Expressions:
         if token.kind == "run":
             return not (is_word(token.text) or self._is_unit(token))
         if token.kind == "num":
-            return self.position > 0 and self.tokens[self.position - 1].text in (")", "]", "}", "'")
+            return self.position > 0 and self.tokens[self.position - 1].text in (")", "]", "}", "'", "!")
         if token.kind == "cmd":
             known = token.text not in CLOSING and token.text not in (
                 *("\\%", "\\cup", "\\cap", "\\setminus", "\\circ", "\\\\", "\\end", "\\{", "\\ldots", "\\cdot", "\\$"),
@@ -165,7 +165,7 @@ class Expressions:
         """Whether letters after a number are a unit: those after a blank, and symbols of several letters."""
         previous = self.tokens[self.position - 1] if self.position else _END
         after_number = previous.kind in ("num", "rep") or previous.text in ("}", ")", "\\pi")
-        if self.flags.units == "none" or not after_number or unit_named(token.text) is None:
+        if self.flags.units == "none" or not after_number or not begins_unit(token.text):
             return False
         return token.gap or self.flags.units == "glued" or not may_be_product(token.text)
 

@@ -39,7 +39,7 @@ from heterorl.data.equality.values import (
 from heterorl.data.equality.words import is_word, plain
 
 _RELATIONS = {"=": "=", "<": "<", ">": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=", "\\approx": "~", "\\in": "in"}
-_SEPARATORS = frozenset({",", ";", "and", "or", "\\wedge", "\\vee", "&", "以及", "和", "或", "与"})
+_SEPARATORS = frozenset({",", ";", "and", "or", "\\wedge", "\\vee", "以及", "和", "或", "与"})
 _MATRICES = frozenset(["pmatrix", "bmatrix", "matrix", "smallmatrix", "Bmatrix", "vmatrix", "Vmatrix", "array"])
 _NOTHING = Several("{", ())
 _SAME_PHRASES: dict[str, Value] = {
@@ -328,14 +328,16 @@ def _phrase(found: Tokens) -> Value | None:
     if not letters or any(token.kind not in ("run", "text") and token.text not in "-'.~?!\"" for token in found):
         return None
     wordy = [token for token in letters if is_word(token.text) or (token.kind == "text" and len(token.text) > 1)]
-    if not wordy or (len(letters) > 1 and any(_is_separator(token) for token in found[1:-1]) and len(letters) < 5):
+    if not wordy:
         return None
     number = leading_words(found)
-    if number is not None:
+    if number is not None and number[1] == len(found):
+        return quantity(found, Flags())
+    is_list = len(letters) < 5 and any(_is_separator(token) for token in found[1:-1])
+    if number is not None or is_list:
         return None
     text = plain(found)
-    known = _SAME_PHRASES.get(text)
-    return known or Word(text)
+    return _SAME_PHRASES.get(text) or Word(text)
 
 
 def _signs(found: Tokens) -> list[Tokens]:

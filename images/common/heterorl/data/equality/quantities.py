@@ -70,8 +70,7 @@ def _with_tail(scalar: Scalar, tail: Tokens) -> Scalar:
         scale_name = "".join(token.text for token in tail).upper()
         if scale_name in ("C", "F"):
             return replace(scalar, unit=UNITS["celsius" if scale_name == "C" else "fahrenheit"])
-        unit = unit_of(tail) if tail else NO_UNIT
-        return replace(scalar, unit=DEGREE.times(unit))
+        return replace(scalar, unit=DEGREE.times(unit_of(tail) if tail else NO_UNIT))
     return replace(scalar, unit=unit_of(_fraction_of_units(tail)))
 
 

@@ -2,6 +2,7 @@ r"""What an answer prints, in plain LaTeX: one spelling for the characters, comm
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
 
@@ -31,20 +32,34 @@ _TABLE = str.maketrans(_CHARACTERS)
 _SCRIPTS = {"^": "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱ", "_": "₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎"}
 _RAISED = re.compile("|".join(f"([{characters}]+)" for characters in _SCRIPTS.values()))
 _VULGAR = re.compile("[¼-¾⅐-⅞↉]")
-_OVERLINED = re.compile("(?:\\d\u0305)+")
+_OVERLINED = re.compile("(?:\\d[\u0304\u0305])+")
 _ROOT = re.compile(r"(\\sqrt(?:\[\d\])?)\s+(\d+(?:\.\d+)?)")
 
+_BASE = r"\d{1,2}|two|three|four|five|six|seven|eight|nine|ten|sixteen"
 _SPELLINGS = [
     (re.compile(pattern), replacement)
     for pattern, replacement in {
         r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![A-Za-z])\s*\.?": "",
         r"\\(?:begin|end)\s*\{(?:aligned|align|gathered|gather|equation|split|math|displaymath|center)\*?\}": " ",
         r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|nonumber|notag|strut|mathstrut|protect|relax"
-        r"|centering|tiny|small"
+        r"|centering|tiny|scriptsize|footnotesize|small"
         r"|normalsize|large|Large|LARGE|huge|Huge|bf|bfseries|rm|it|sf|tt|boldmath)(?![A-Za-z])": " ",
         r"\\(?:[hv]space\*?|[hv]?phantom|label|tag\*?|color)\s*\{[^{}]*\}": " ",
-        r"\\(?:textcolor|colorbox)\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}": "",
-        r"\\(?:d|t|c)frac(?![A-Za-z])": r"\\frac",
+        r"\\(?:textcolor|colorbox|scalebox|raisebox|href|enclose)\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}": "",
+        r"\\fcolorbox\s*\{[^{}]*\}\s*\{[^{}]*\}|\\bbox\s*\[[^\]]*\]": "",
+        r"</?(?:b|i|u|em|strong|span|p|div|font|code)\b[^<>]*>|<br\s*/?>": " ",
+        r"<sup>([^<>]*)</sup>": r"^{\1}",
+        r"<sub>([^<>]*)</sub>": r"_{\1}",
+        r"\\(?:d|t|c|nice|s|x)frac(?![A-Za-z])": r"\\frac",
+        r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}|\A([^{}]*)\\over(?![A-Za-z])([^{}]*)\Z": r"\\frac{\1\3}{\2\4}",
+        r"\\(overline|bar)\s*(\d)": r"\\\1{\2}",
+        r"(?<=\d)\s*\^?\s*(?:\{\s*\\(?:text|mathrm|rm)\s*\{?(?:st|nd|rd|th)\}?\s*\}"
+        r"|\\(?:text|mathrm|textsuperscript)\s*\{(?:st|nd|rd|th)\}|\{(?:st|nd|rd|th)\})": "",
+        r"(?<=\d)(?:st|nd|rd|th)\b": "",
+        r"(?<=\d)\s*[xX]\s*(?=10\s*\^)": r"\\cdot ",
+        rf"(?<=[\dA-F])\s*[(,]?\s*(?:in\s+)?\bbase[\s-]*({_BASE})\b\)?": r"_{\1}",
+        rf"(?<=[\dA-F])\s*\\text\s*\{{\s*\(?(?:in )?base ({_BASE})\)?\s*\}}": r"_{\1}",
+        r"\b[Rr]s\.?\s*(?=\d)": "₹",
         r"\\[dt]binom(?![A-Za-z])": r"\\binom",
         r"\\(?:leq|leqslant)(?![A-Za-z])|<=": r"\\le ",
         r"\\(?:geq|geqslant)(?![A-Za-z])|>=": r"\\ge ",
@@ -78,7 +93,12 @@ _SPELLINGS = [
         r"\\(?:quad|qquad|enspace|thinspace|medspace|thickspace|hfill|newline|linebreak)(?![A-Za-z])": " ",
     }.items()
 ]
-_GROUPS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:\{,\}|,\\!|\\[,;: ]|~|'| )\s*\d{3})+(?![\d/])")
+_GROUPS = re.compile(
+    r"(?<![\d.,])[1-9]\d{0,2}(?:(?:(?:\{,\}|,\\!|\\[,;: ]|~|'|_| )\s*\d{3})+|(?:\.\d{3}){2,})(?![\d/.,])"
+)
+_LINE_OF_CHAIN = re.compile("[\ue000\\s]+&?\\s*(?=[=<>]|\\\\(?:approx|leq?|geq?)(?![A-Za-z]))")
+_ENTITY = re.compile(r"&(?:[A-Za-z]+\d*|#\d+);")
+_HAS_CELLS = re.compile(r"matrix|array|cases")
 _DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
 _NEW_LINE = "\ue000"
 r"""Stands for `\\\\` meanwhile, whose second backslash is no command's first."""
@@ -103,9 +123,12 @@ def printed(text: str) -> str:
     Wrappers such as `\boldsymbol{...}` stay; the tokens see through them.
     """
     text = text.replace(r"\\", _NEW_LINE)
+    text = _ENTITY.sub(lambda found: html.unescape(found.group()), text)
+    if not _HAS_CELLS.search(text):  # the lines of an aligned computation
+        text = _LINE_OF_CHAIN.sub(" ", text).replace(r"\&", " ").replace("&", " ")
     text = _VULGAR.sub(lambda found: _vulgar_fraction(found.group()), text)
     text = _RAISED.sub(_script, text)
-    text = _OVERLINED.sub(lambda found: f"\\overline{{{found.group().replace(chr(0x305), '')}}}", text)
+    text = _OVERLINED.sub(_period, text)
     text = unicodedata.normalize("NFKC", text.translate(_TABLE)).translate(_TABLE)
     text = "".join(str(unicodedata.decimal(c)) if c > "\x7f" and c.isdecimal() else c for c in text)
     text = _EMPTY.sub(" ", _DELIMITED.sub(r" \1 ", _BOLD.sub(r"\2", text)))
@@ -119,6 +142,10 @@ def printed(text: str) -> str:
 
 def _joined_by_commas(found: re.Match[str]) -> str:
     return ",".join(re.findall(r"\d+", found.group()))
+
+
+def _period(found: re.Match[str]) -> str:
+    return f"\\overline{{{''.join(c for c in found.group() if c.isdigit())}}}"
 
 
 def _vulgar_fraction(character: str) -> str:

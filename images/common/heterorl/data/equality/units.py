@@ -31,7 +31,8 @@ class Unit:
             exponents[base] = exponents.get(base, 0) + power * exponent
         dimensions = tuple(sorted((base, exponent) for base, exponent in exponents.items() if exponent))
         factor = self.factor * other.factor**power
-        return Unit(factor, dimensions, self.nouns | other.nouns, self.kind or other.kind)
+        is_temperature = any(base in ("celsius", "fahrenheit") for base, _ in dimensions)  # `degrees Celsius`
+        return Unit(factor, dimensions, self.nouns | other.nouns, "" if is_temperature else self.kind or other.kind)
 
 
 _PREFIXES = {
@@ -56,6 +57,8 @@ _METRIC: list[tuple[str, str, dict[str, int], Fraction]] = [
     ("V", "volt", {"mass": 1, "length": 2, "time": -3, "current": -1}, Fraction(1)),
     ("Ω", "ohm", {"mass": 1, "length": 2, "time": -3, "current": -2}, Fraction(1)),
     ("eV", "electronvolt", {"energy of a charge": 1}, Fraction(1)),
+    ("Wh", "watthour", {"mass": 1, "length": 2, "time": -2}, Fraction(3600)),
+    ("cal", "calorie", {"mass": 1, "length": 2, "time": -2}, Fraction(4184, 1000)),
     ("B", "byte", {"information": 1}, Fraction(8)),
     ("bit", "bit", {"information": 1}, Fraction(1)),
 ]
@@ -158,6 +161,11 @@ _IRREGULAR = {"children": "child", "men": "man", "women": "woman", "people": "pe
 def unit_named(name: str) -> Unit | None:
     """The unit of a name or symbol; names in any case, symbols as they are."""
     return UNITS.get(name) or (UNITS.get(name.lower()) if len(name) > 3 else None)
+
+
+def begins_unit(name: str) -> bool:
+    """Whether letters after a number begin a unit: its name or symbol, `square`, `cubic`."""
+    return unit_named(name) is not None or name.lower() in _SHAPES
 
 
 def may_be_product(name: str) -> bool:

@@ -35,6 +35,7 @@ from heterorl.data.equality.words import canonical
 _CHOICE = re.compile(
     r"(?:\\text(?:bf|rm)?\{|\\mathbf\{|\\mathrm\{)?\s*(?:\(([A-J])\)|([A-J])[).:])\s*\}?[\s:.]+(?=\S)(.+)", re.DOTALL
 )
+_CALCULUS = re.compile(r"\\(?:i*int|oint|sum|prod|lim|choose|det|bmod)(?![A-Za-z])")
 
 
 def equal(gold: str, answer: str, require_value: bool = False) -> bool:
@@ -113,19 +114,22 @@ def _has_unit(value: Value) -> bool:
 
 
 def _foreign(text: str) -> Value:
-    """What math-verify reads in a text with commands that the grammar does not know."""
+    """What math-verify reads in a text with commands that only it knows."""
     from math_verify import LatexExtractionConfig, parse
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL + 1)  # it warns that its own time limit is off
+    if not _CALCULUS.search(text):
+        raise Unknown("a command of it is not known")
     found: list[object] = parse(
         f"\\boxed{{{printed(text)}}}", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None
     )
     expression = found[0] if found else None
     if not isinstance(expression, sympy.Basic | sympy.MatrixBase):
         raise Unknown("neither this grammar nor math-verify knows its commands")
-    if isinstance(expression, sympy.Expr):
-        return Scalar(expression.doit())
-    return Foreign(expression)
+    if not isinstance(expression, sympy.Expr):
+        return Foreign(expression)
+    exact = sympy.nsimplify(expression.doit(), rational=True)
+    return Scalar(exact.subs({symbol: sympy.Symbol(symbol.name) for symbol in exact.free_symbols}))
 
 
 # ── comparison ───────────────────────────────────────────────────────────────────────────────────────────────────────

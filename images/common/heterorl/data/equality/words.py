@@ -85,24 +85,44 @@ def is_word(run: str) -> bool:
 
 
 def number_of(words: list[str]) -> Fraction | None:
-    """The number that words say: `twenty five`, `one half`, `three quarters`, `two hundred`; None for other words."""
-    total, current, seen = 0, 0, False
+    """The number that words say: `twenty five`, `three quarters`, `two and a half`; None for other words."""
+    integer = _integer_of(words)
+    if integer is not None:
+        return Fraction(integer)
+    fraction = _fraction_of(words)
+    if fraction is None and "and" in words:
+        place = len(words) - 1 - words[::-1].index("and")
+        integer, fraction = _integer_of(words[:place]), _fraction_of(words[place + 1 :])
+        return None if integer is None or fraction is None else integer + fraction
+    return fraction
+
+
+def _integer_of(words: list[str]) -> int | None:
+    total, current, last = 0, 0, ""
     for i, word in enumerate(words):
-        if word in _SMALL:
-            current, seen = current + _SMALL[word], True
-        elif word in SCALES and (seen or word != "dozen"):
-            scale = SCALES[word]
-            current = max(current, 1) * scale
-            if scale > 100:
+        if word in _ONES and (last in ("", "scale", "and") or (last == "ten" and 1 <= _SMALL[word] <= 9)):
+            current, last = current + _SMALL[word], "one"
+        elif word in _TENS and last in ("", "scale", "and"):
+            current, last = current + _SMALL[word], "ten"
+        elif word in SCALES and last:
+            current, last = current * SCALES[word], "scale"
+            if SCALES[word] > 100:
                 total, current = total + current, 0
-            seen = True
-        elif word == "and" and seen:
-            continue
-        elif i == len(words) - 1 and (part := _PARTS.get(word) or _PARTS.get(word.removesuffix("s"))):
-            return Fraction(max(total + current, 1), part) if seen or word == "half" or words[:-1] == ["a"] else None
-        elif not (word == "a" and i == 0):
+        elif word == "a" and i == 0 and len(words) > 1 and words[1] in SCALES:
+            current, last = 1, "one"
+        elif word == "and" and last == "scale" and i < len(words) - 1:
+            last = "and"
+        else:
             return None
-    return Fraction(total + current) if seen else None
+    return total + current if last else None
+
+
+def _fraction_of(words: list[str]) -> Fraction | None:
+    if words == ["half"]:
+        return Fraction(1, 2)
+    part = _PARTS.get(words[-1]) or _PARTS.get(words[-1].removesuffix("s")) if len(words) > 1 else None
+    numerator = 1 if words[:-1] == ["a"] else _integer_of(words[:-1])
+    return Fraction(numerator, part) if part and numerator is not None else None
 
 
 def plain(found: Tokens) -> str:
