@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from heterorl.errors import UserError
 from heterorl.spec.run import RewardSpec
 from heterorl_sampler.rewards import Group
-from heterorl_sampler.scoring import FailureLog, RewardFailed, Rewards, Scored, Scores, check_rewards
+from heterorl_sampler.scoring import FailureLog, RewardFailed, Rewards, Scored, Scores
 
 JUDGES = """
 import os, time
@@ -253,11 +252,15 @@ def test_a_failure_is_told_again_after_a_while_with_the_number_of_those_before(
         ("judges", "judges names no module"),
     ],
 )
-def test_a_reward_that_cannot_be_imported_is_the_users_error_in_one_line(path: str, message: str) -> None:
-    with pytest.raises(UserError, match=f"custom reward {path} cannot be imported: .*{message}") as caught:
-        check_rewards([RewardSpec(name="accuracy"), judge(path=path)])
+def test_a_reward_that_cannot_be_imported_is_told_in_one_line(path: str, message: str) -> None:
+    with (
+        Rewards([RewardSpec(name="accuracy"), judge(path=path)], boxed_only=True) as rewards,
+        pytest.raises(RewardFailed, match=f"custom reward {path} cannot be imported: .*{message}") as caught,
+    ):
+        rewards.load()
     assert "\n" not in str(caught.value)
 
 
-def test_rewards_that_can_be_imported_pass_the_check_without_a_call() -> None:
-    check_rewards([RewardSpec(name="accuracy"), judge()])
+def test_rewards_that_can_be_imported_are_loaded_without_a_call() -> None:
+    with Rewards([RewardSpec(name="accuracy"), judge()], boxed_only=True) as rewards:
+        rewards.load()

@@ -47,10 +47,50 @@ def run(file: Path, sets: tuple[str, ...], resume: bool, runs_dir: Path) -> None
 
 
 @cli.command()
+@click.argument("file", type=_FILE, default=Path("run.yaml"))
+@click.option("--model", required=True, help="A model folder, a name on the Hub, or tiny.")
+@click.option("--data", required=True, help="A data file, glob or folder of save_to_disk, or a dataset on the Hub.")
+@click.option("--prompt-column", metavar="NAME", help="Column with the problem [default: by its name].")
+@click.option("--answer-column", metavar="NAME", help="Column with the reference answer [default: by its name].")
+def init(file: Path, model: str, data: str, prompt_column: str | None, answer_column: str | None) -> None:
+    """Write a commented manifest to start from.
+
+    FILE is run.yaml unless given, and is never overwritten.
+    """
+    from heterorl.local.starter import write_starter
+
+    write_starter(file, model, data, prompt_column, answer_column)
+    click.echo(f"wrote {file}; next: heterorl check {file}")
+
+
+@cli.command()
+@click.argument("file", type=_FILE)
+@_SET
+@click.option("--runs-dir", type=click.Path(file_okay=False, path_type=Path), default=Path("runs"), show_default=True)
+def check(file: Path, sets: tuple[str, ...], runs_dir: Path) -> None:
+    """Check all that a run would read, in seconds and without training.
+
+    Reads model, tokenizer, data, rewards, disk and devices, prints three prompts with their tokens, the rewards of a
+    right and of a wrong answer, and what a step costs in memory.
+    """
+    from heterorl.spec.load import load_run, warnings_for
+
+    manifest = load_run(file, sets)
+    for warning in warnings_for(manifest):
+        _say(f"warning: {warning}")
+    from heterorl.local.check import check_run
+
+    sys.exit(check_run(file, manifest, runs_dir))
+
+
+@cli.command()
 @click.argument("files", type=_FILE, nargs=-1, required=True)
 @_SET
 def validate(files: tuple[Path, ...], sets: tuple[str, ...]) -> None:
-    """Validate manifests and report every problem at once."""
+    """Validate manifests and report every problem at once.
+
+    Reads no model and no data: `heterorl check` does.
+    """
     from heterorl.spec.load import load_run, warnings_for
 
     problems = []
@@ -65,6 +105,7 @@ def validate(files: tuple[Path, ...], sets: tuple[str, ...]) -> None:
         click.echo(f"{file}: ok")
     if problems:
         raise UserError("\n".join(problems))
+    _say("the fields are valid; `heterorl check FILE` also reads model, data and rewards")
 
 
 @cli.command()

@@ -1,7 +1,8 @@
-"""`python -m heterorl_learner [train | prepare | launch] --root ROOT`: the learner's programs.
+"""`python -m heterorl_learner [train | prepare | check | launch] --root ROOT`: the learner's programs.
 
 train      one rank of the learner (with torchrun's environment), the program that needs no name
 prepare    puts the starting model and the tokenised data onto the volume
+check      the same without the model: what a run would read, printed (`heterorl check`)
 launch     one pod of the learner: starts its ranks, tells how far the run is
 """
 
@@ -58,6 +59,13 @@ def prepare(process: Process) -> None:
     log.info("model and data are prepared")
 
 
+def check(process: Process) -> None:
+    """Read what a run would read, and print it."""
+    from heterorl_learner.check import check
+
+    check(process.exchange)
+
+
 def launch(process: Process) -> int:
     """Supervise this pod's ranks; the exit code is theirs."""
     from heterorl_learner.launch import serve
@@ -76,6 +84,7 @@ def _label(args: argparse.Namespace) -> str:
 PROGRAMS = {
     "train": Program(train, "One rank of the learner, with torchrun's environment where there are several.", _label),
     "prepare": Program(prepare, "Put the starting model and the tokenised data onto the volume.", lambda _: "prepare"),
+    "check": Program(check, "Read what a run would read, and print it.", lambda _: "check"),
     "launch": Program(launch, "One pod of the learner: start its ranks, tell how it goes.", lambda _: "learner-pod"),
 }
 

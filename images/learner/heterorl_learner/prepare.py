@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from heterorl.data.datasets import PreparedData, prepare_rows, prepare_training
 from heterorl.data.prompts import Template
 from heterorl.data.tokenizer import load_tokenizer
-from heterorl.errors import ModelError
+from heterorl.errors import ModelError, UserError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.published_folder import replaced
 from heterorl.exchange.records import DataCount, ModelOrigin, Prepared
@@ -59,21 +60,46 @@ def prepare(exchange: Exchange) -> Prepared:
         raise
 
 
-def _fill(exchange: Exchange) -> Prepared:
-    spec = exchange.spec
+@dataclass(frozen=True)
+class Inputs:
+    """What a run starts from."""
+
+    folder: Path | None
+    """The complete Hugging Face folder of the model; None for a tiny one."""
+    tokenizer: PreTrainedTokenizerBase
+    tables: dict[str, PreparedData]
+    """The tokenised datasets by the names of their files."""
+
+
+def read_inputs(spec: RunSpec, base: Path) -> Inputs:
+    """Read and check all that a user brings; relative paths start at `base`. Raises ModelError and DataError."""
     folder = find_model(spec.model)
     tokenizer = load_tokenizer(folder) if folder else build_tokenizer()
     _require_positions(spec, folder)
-    tables = dict(_tokenise(spec, tokenizer, exchange.root))
+    _require_tokens(spec, tokenizer)
+    return Inputs(folder, tokenizer, dict(_tokenise(spec, tokenizer, base)))
+
+
+def write_tables(exchange: Exchange, tables: dict[str, PreparedData]) -> dict[str, DataCount]:
+    """Put the tokenised datasets onto the volume."""
     exchange.files.make_dir(exchange.data_file("train").parent)
-    counts = {name: _write_table(exchange, name, table) for name, table in tables.items()}
+    return {name: _write_table(exchange, name, table) for name, table in tables.items()}
+
+
+def _fill(exchange: Exchange) -> Prepared:
+    inputs = read_inputs(exchange.spec, exchange.root)
+    for name, table in inputs.tables.items():
+        logger.info("%s: %d problems, %d skipped for their length", name, len(table.rows), table.skipped)
+        for reason, count in table.bad.items():
+            logger.warning("%s: %d rows left out: %s", name, count, reason)
+    counts = write_tables(exchange, inputs.tables)
     with replaced(exchange.files, exchange.model_dir) as staged:
-        if folder:
-            _copy(folder, staged, exchange.files)
+        if inputs.folder:
+            _copy(inputs.folder, staged, exchange.files)
             made: dict[str, Any] = {}
         else:
-            made = _make_tiny(spec, tokenizer, tables["train"].rows, staged)
-        origin = ModelOrigin(source=str(folder or "tiny"), digest=_digest(staged, exchange.files), **made)
+            made = _make_tiny(exchange.spec, inputs.tokenizer, inputs.tables["train"].rows, staged)
+        origin = ModelOrigin(source=str(inputs.folder or "tiny"), digest=_digest(staged, exchange.files), **made)
     return exchange.mark_prepared(origin, counts)
 
 
@@ -89,9 +115,6 @@ def _tokenise(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, base: Path) -> 
 
 
 def _write_table(exchange: Exchange, name: str, table: PreparedData) -> DataCount:
-    logger.info("%s: %d problems, %d skipped for their length", name, len(table.rows), table.skipped)
-    for reason, count in table.bad.items():
-        logger.warning("%s: %d rows left out: %s", name, count, reason)
     data = "".join(json.dumps(row) + "\n" for row in table.rows).encode()
     exchange.files.replace(exchange.data_file(name), data)
     digest = hashlib.sha256(data).hexdigest()
@@ -174,6 +197,14 @@ def _require_positions(spec: RunSpec, folder: Path | None) -> None:
         raise ModelError(
             f"generation.maxPromptTokens + maxCompletionTokens is {wanted}, but the model reads {positions} tokens;"
             " lower one of them"
+        )
+
+
+def _require_tokens(spec: RunSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    """UserError for a stop token that the model cannot generate."""
+    if unknown := [token for token in spec.generation.stop_token_ids if token >= len(tokenizer)]:
+        raise UserError(
+            f"generation.stopTokenIds: the model has no token {unknown[0]}; its tokens are 0 to {len(tokenizer) - 1}"
         )
 
 

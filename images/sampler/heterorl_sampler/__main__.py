@@ -1,6 +1,7 @@
-"""`python -m heterorl_sampler [sample | evaluate] --root ROOT`: the sampler's programs.
+"""`python -m heterorl_sampler [sample | check | evaluate] --root ROOT`: the sampler's programs.
 
 sample     --pool far [--index 0]: one sampler, until SIGTERM; the program that needs no name
+check      the rewards of a right and of a wrong answer (`heterorl check`)
 evaluate   --version VERSION: one published version on the run's evaluation sets
 """
 
@@ -37,6 +38,13 @@ def evaluate(process: Process) -> None:
     from heterorl_sampler.evaluate import evaluate_version
 
     evaluate_version(process.exchange, process.args.version)
+
+
+def check(process: Process) -> None:
+    """Score a right and a wrong answer."""
+    from heterorl_sampler.check import check
+
+    check(process.exchange)
 
 
 def serve(exchange: Exchange, pool_name: str, index: int | None, stop: Stop) -> None:
@@ -174,6 +182,7 @@ def _evaluation(parser: argparse.ArgumentParser) -> None:
 
 PROGRAMS = {
     "sample": Program(sample, "One sampler, until SIGTERM.", lambda args: f"sampler-{args.pool}", _sampling),
+    "check": Program(check, "Score a right and a wrong answer with the run's rewards.", lambda _: "check"),
     "evaluate": Program(
         evaluate, "Evaluate a published version on the run's evaluation sets.", lambda _: "evaluate", _evaluation
     ),

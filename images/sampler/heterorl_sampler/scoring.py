@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from heterorl.data.answers import AnswerChecker
 from heterorl.data.reasoning_gym import Verifier
-from heterorl.errors import HeteroRLError, UserError
+from heterorl.errors import HeteroRLError
 from heterorl.spec.run import DatasetSpec, RewardSpec, RunSpec
 from heterorl.worker import CallFailed, Worker
 from heterorl_sampler.rewards import COMPARING, Group
@@ -187,15 +187,6 @@ class Rewards:
 def build_rewards(spec: RunSpec) -> Rewards:
     """The rewards of a run; a completion without a box answers only under the template `raw`."""
     return Rewards(spec.rewards, boxed_only=spec.data.prompt_template != "raw", datasets=spec.data.train.sets)
-
-
-def check_rewards(rewards: Sequence[RewardSpec]) -> None:
-    """UserError, naming file and line, for a custom reward that cannot be imported."""
-    with Rewards(rewards, boxed_only=True) as built:
-        try:
-            built.load()
-        except RewardFailed as failure:
-            raise UserError(str(failure)) from failure
 
 
 # ── one reward ───────────────────────────────────────────────────────────────────────────────────────────────────────

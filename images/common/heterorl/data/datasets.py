@@ -235,19 +235,17 @@ def _compiled(pattern: str | None) -> re.Pattern[str] | None:
 
 
 def _column(original: Row, name: str, aliases: Mapping[str, tuple[str, ...]], what: str) -> Any:
-    """The value in a column, or in another usual one where a default is absent or null."""
+    """The value in a column, or in another usual one where a default is absent."""
     names = (name, *aliases.get(name, ()))
-    values = [value for key in names for value in _at(original, key)]
-    for value in values:
-        if value is not None:
-            return value
-    if values:
-        raise _BadRow(f"the {what} is null")
+    for value in (value for key in names for value in value_at(original, key)):
+        if value is None:
+            raise _BadRow(f"the {what} is null")
+        return value
     asked = " or ".join(f"`{key}`" for key in names[:2])
-    raise _BadRow(f"no column {asked}", f"; found: {', '.join(_column_names(original)) or 'none'}")
+    raise _BadRow(f"no column {asked}", f"; found: {', '.join(column_names(original)) or 'none'}")
 
 
-def _at(value: Any, path: str) -> list[Any]:
+def value_at(value: Any, path: str) -> list[Any]:
     """What is at a dotted path through objects and lists (positions from 0), in a list; an empty one if nothing is."""
     if isinstance(value, dict) and path in value:
         return [value[path]]
@@ -258,10 +256,10 @@ def _at(value: Any, path: str) -> list[Any]:
         inner = value[int(key)]
     else:
         return []
-    return _at(inner, rest) if dot else [inner]
+    return value_at(inner, rest) if dot else [inner]
 
 
-def _column_names(original: Row) -> Iterator[str]:
+def column_names(original: Row) -> Iterator[str]:
     """The columns as `columns` would name them: those of an inner object by their dotted path."""
     for name, value in original.items():
         yield from (f"{name}.{key}" for key in value) if isinstance(value, dict) and value else (str(name),)

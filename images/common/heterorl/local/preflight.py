@@ -1,7 +1,8 @@
 """The local run's folder and machine: everything that is checked before the first process starts.
 
 `claim` is the one way in. It refuses what cannot work (folder in use, another spec, no space, no GPU, no vLLM) before
-anything is written, and holds the folder's lock until the run and every process it started are gone.
+anything is written, and holds the folder's lock until the run and every process it started are gone. `look` refuses the
+same and goes no further.
 """
 
 from __future__ import annotations
@@ -36,14 +37,7 @@ def claim(manifest: Path, run: HeteroRLRun, runs_dir: Path, *, resume: bool) -> 
     Raises RunFolderError, DataError or UserError before anything is written. A fresh run that ends before its
     preparation is complete leaves no folder behind.
     """
-    base = manifest.resolve().parent
-    run = with_absolute_paths(run, base, must_exist=not resume)
-    root = runs_dir.resolve() / run.metadata.name
-    check_engines(run.spec)
-    check_wandb(run.spec.monitoring.wandb)
-    check_gpus(run.spec, gpu_devices())
-    check_folder(root, run, resume=resume)
-    check_space(root, run.spec)
+    run, root = look(manifest, run, runs_dir, resume=resume)
     with explained(root):
         root.mkdir(parents=True, exist_ok=True)
         exchange = Exchange(root)
@@ -55,6 +49,18 @@ def claim(manifest: Path, run: HeteroRLRun, runs_dir: Path, *, resume: bool) -> 
             if not resume and exchange.prepared is None:
                 shutil.rmtree(root)
             os.close(lock)
+
+
+def look(manifest: Path, run: HeteroRLRun, runs_dir: Path, *, resume: bool = False) -> tuple[HeteroRLRun, Path]:
+    """The run with absolute paths, and its folder, when it could start here; raises as `claim` and writes nothing."""
+    run = with_absolute_paths(run, manifest.resolve().parent, must_exist=not resume)
+    root = runs_dir.resolve() / run.metadata.name
+    check_engines(run.spec)
+    check_wandb(run.spec.monitoring.wandb)
+    check_gpus(run.spec, gpu_devices())
+    check_folder(root, run, resume=resume)
+    check_space(root, run.spec)
+    return run, root
 
 
 # ── the folder ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -124,19 +130,25 @@ def with_absolute_paths(run: HeteroRLRun, base: Path, *, must_exist: bool) -> He
 # ── disk space ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def check_space(root: Path, spec: RunSpec) -> None:
     """Refuse to start when the disk cannot hold what the run keeps."""
-    place = next(folder for folder in (root, *root.parents) if folder.exists())
-    free = shutil.disk_usage(place).free
+    place, free = free_space(root)
     used = sum(path.lstat().st_size for path in root.rglob("*")) if root.exists() else 0
     needed = max(estimated_bytes(spec) - used, _FLOOR_BYTES)
     if free < needed:
         raise RunFolderError(
-            f"{place} has {_size(free)} free; this run needs about {_size(needed)} for"
+            f"{place} has {in_bytes(free)} free; this run needs about {in_bytes(needed)} for"
             f" {spec.exchange.retention.weights} weights versions and {spec.learner.checkpoint.keep} checkpoints; free"
             " some space, choose another disk with --runs-dir, or lower learner.checkpoint.keep"
         )
 
 
-def _size(count: int) -> str:
+def free_space(root: Path) -> tuple[Path, int]:
+    """The nearest folder that exists, and the bytes free on its disk."""
+    place = next(folder for folder in (root, *root.parents) if folder.exists())
+    return place, shutil.disk_usage(place).free
+
+
+def in_bytes(count: int) -> str:
+    """A number of bytes for people."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
