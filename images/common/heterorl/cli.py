@@ -189,6 +189,30 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 
 
 @cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def attach(run: Path) -> None:
+    """Show the live view of a run that goes on elsewhere.
+
+    RUN is its folder. Ctrl-C leaves the run as it is.
+    """
+    from heterorl.local.attach import attach
+
+    attach(run)
+
+
+@cli.command(name="list")
+@click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[FOLDER]...")
+def list_runs(folders: tuple[Path, ...]) -> None:
+    """List runs: state, progress, reward.
+
+    FOLDERS are folders of runs, or folders that hold them [default: runs].
+    """
+    from heterorl.ui.listing import print_runs
+
+    print_runs(list(folders) or [Path("runs")])
+
+
+@cli.command()
 @click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "--host",

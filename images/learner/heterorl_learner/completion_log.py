@@ -12,7 +12,7 @@ sampler. A learner that resumes repeats steps: lines of an earlier incarnation f
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -152,7 +152,7 @@ def _completion(
         "truncated": bool(rollout.truncated[i]),
         "tokens": [len(piece) for piece in pieces],
         "versions": versions,
-        "ratios": None if ratios is None else [_rounded(ratio) for ratio in ratios],
+        "ratios": None if ratios is None else [_rounded(ratio) for ratio in ratios.tolist()],
     }
 
 
@@ -161,16 +161,17 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]
 
     A tokenizer that is not a fast one cannot tell: then the first has the whole text.
     """
-    text = str(tokenizer.decode(ids))
-    if tokenizer.is_fast:
-        stream = DecodeStream(skip_special_tokens=False)
-        pieces = [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
-        rest = text.removeprefix("".join(pieces))
-        if len(rest) + sum(map(len, pieces)) == len(text):
-            pieces[-1] += rest  # of a character that was cut
-            return pieces
-    return [text] + [""] * (len(ids) - 1)
+    if not tokenizer.is_fast:
+        return [str(tokenizer.decode(ids))] + [""] * (len(ids) - 1)
+    fast, stream = tokenizer.backend_tokenizer, DecodeStream(skip_special_tokens=False)
+    pieces = [stream.step(fast, token) or "" for token in ids]
+    text, joined = fast.decode(ids, skip_special_tokens=False), "".join(pieces)
+    if not text.startswith(joined):
+        return [text] + [""] * (len(ids) - 1)
+    pieces[-1] += text[len(joined) :]  # of a character that was cut
+    return pieces
 
 
 def _rounded(value: Any) -> float | None:
-    return json.loads(f"{float(value):.4g}") if np.isfinite(value) else None
+    number = float(value)
+    return float(f"{number:.4g}") if math.isfinite(number) else None

@@ -1,12 +1,15 @@
 """The addresses of `heterorl ui`: what they answer of runs in every state, and who is let in."""
 
+import io
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from starlette.testclient import TestClient
 
 from builders import exchange_at, run_of
@@ -16,6 +19,7 @@ from heterorl.exchange.records import Evaluation, LearnerHeartbeat, RunnerState,
 from heterorl.exchange.rollout import Version
 from heterorl.spec.run import Slot
 from heterorl.ui.library import Library
+from heterorl.ui.listing import print_runs
 from heterorl.ui.server import build_app
 
 HERE = "http://127.0.0.1"
@@ -152,6 +156,19 @@ def test_an_overview_has_samplers_evaluations_and_means_over_tenths(tmp_path, cl
     assert [slot["slot"] for slot in run["slots"]] == ["far-0"]
     assert "evaluation/sums" in run["keys"]
     assert run["elapsed_s"] == 65.0
+
+
+def test_runs_are_listed_in_the_terminal_with_the_reason_below(tmp_path):
+    make_run(tmp_path / "good")
+    make_run(tmp_path / "bad").save_runner(RunnerState(status="failed", reason="the disk is full"))
+    console = Console(file=io.StringIO(), width=80)
+    print_runs([tmp_path], console)
+    printed = console.file.getvalue()
+    assert re.search(r"good +running +20/100 +0\.105 +2\.0 +\d+ s ago", printed)
+    assert re.search(r"bad +failed", printed)
+    assert printed.endswith("bad: the disk is full\n")
+    print_runs([tmp_path / "good" / "metrics"], console)
+    assert "no runs below" in console.file.getvalue()
 
 
 # ── curves and settings ──────────────────────────────────────────────────────────────────────────────────────────────

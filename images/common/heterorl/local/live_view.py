@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +23,9 @@ from heterorl.spec.run import Slot
 
 _REFRESH_S = 0.5
 _LINE_EVERY_S = 10.0
+_WIDEST = 120
+_BEGIN_UPDATE, _END_UPDATE = "\x1b[?2026h", "\x1b[?2026l"
+"""Around what a terminal is to show at once (synchronized output); one that does not know them ignores them."""
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _STYLES = {"up": "green", "away": "dim", "stopping": "yellow", "restarting": "yellow", "lost": "bold red"}
 
@@ -61,7 +62,9 @@ class RunDisplay(Protocol):
 
 
 @contextmanager
-def open_view(exchange: Exchange, console: Console | None = None) -> Iterator[RunDisplay]:
+def open_view(
+    exchange: Exchange, console: Console | None = None, *, on_interrupt: str = "Ctrl-C stops cleanly"
+) -> Iterator[RunDisplay]:
     """The view that fits where output goes: live in a terminal, lines otherwise."""
     console = console or Console()
     if not console.is_terminal:
@@ -70,7 +73,7 @@ def open_view(exchange: Exchange, console: Console | None = None) -> Iterator[Ru
         lines.close()
         return
     with Live(console=console, auto_refresh=False, transient=False) as live:
-        view = LiveView(exchange, live)
+        view = LiveView(exchange, live, on_interrupt=on_interrupt)
         yield view
         view.close()
 
@@ -78,7 +81,10 @@ def open_view(exchange: Exchange, console: Console | None = None) -> Iterator[Ru
 class LiveView:
     """A panel that is redrawn in place; messages scroll by above it."""
 
-    def __init__(self, exchange: Exchange, live: Live, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, exchange: Exchange, live: Live, clock: Callable[[], float] = time.monotonic, *, on_interrupt: str
+    ) -> None:
+        self._on_interrupt = on_interrupt
         self._reader, self._live, self._clock = ProgressReader(exchange), live, clock
         self._title, self._root = exchange.run.metadata.name, exchange.root
         self._drawn_at = float("-inf")
@@ -97,10 +103,17 @@ class LiveView:
     def close(self) -> None:
         """Draw how it ended."""
         if self._state:
+            self._on_interrupt = ""  # there is nothing left to interrupt
             self._draw(self._state)
 
     def _draw(self, state: RunView) -> None:
-        self._live.update(render(self._title, self._root, self._reader.read(), state), refresh=True)
+        console = self._live.console
+        subtitle = " · ".join(filter(None, [shown(self._root), self._on_interrupt]))
+        panel = render(self._title, subtitle, self._reader.read(), state, console.width)
+        console.file.write(_BEGIN_UPDATE)
+        self._live.update(panel, refresh=True)
+        console.file.write(_END_UPDATE)
+        console.file.flush()
         self._drawn_at = self._clock()
 
 
@@ -162,37 +175,27 @@ def describe(progress: LiveProgress, state: RunView) -> str:
     return " | ".join(parts)
 
 
-def render(title: str, root: Path, progress: LiveProgress, state: RunView) -> Panel:
-    """The panel: the learner's head lines, then a row a sampler."""
+def render(title: str, subtitle: str, progress: LiveProgress, state: RunView, width: int) -> Panel:
+    """The panel: the learner's head lines, then a row a sampler. It takes at most `width` columns."""
+    width = min(width, _WIDEST)
+    inner = width - 4  # border and padding on either side
     return Panel(
-        Group(_head(progress, state), Text(), _slot_table(progress, state.slots)),
+        Group(_head(progress, state, inner), Text(), _slot_table(progress, state.slots, inner)),
         title=f"[bold]{title}[/]",
-        subtitle=f"[dim]{shown(root)} · Ctrl-C stops cleanly[/]",
+        subtitle=Text(subtitle, style="dim"),
         border_style="cyan",
         padding=(0, 1),
-        width=100,
+        width=width,
     )
 
 
-def _head(progress: LiveProgress, state: RunView) -> Table:
+def _head(progress: LiveProgress, state: RunView, width: int) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", min_width=8)
     grid.add_column()
-    bar = Table.grid(padding=(0, 2))
-    done = progress.step / progress.steps if progress.steps else 0.0
-    times = f"{duration(state.elapsed_s)} elapsed"
-    if progress.eta_s is not None and progress.step < progress.steps:
-        times += f" · ETA {duration(progress.eta_s)}"
-    bar.add_row(
-        Text(f"{progress.step}/{progress.steps}", style="bold"),
-        ProgressBar(total=max(progress.steps, 1), completed=progress.step, width=36, complete_style="cyan"),
-        Text(f"{done:.0%}"),
-        Text(times, style="dim"),
-    )
-    grid.add_row("step", bar)
-    rewards = [progress.rewards[step] for step in sorted(progress.rewards)]
-    reward = Text("–" if progress.reward is None else f"{progress.reward:.3f}", style="bold green")
-    grid.add_row("reward", reward + Text(f"  {sparkline(rewards, 48)}", style="green"))
+    room = width - 10
+    grid.add_row("step", _steps(progress, state.elapsed_s, room))
+    grid.add_row("reward", _reward(progress, room))
     lag = "–" if progress.lag_mean is None else f"{progress.lag_mean:.1f} steps, max {progress.lag_max:.0f}"
     dropped = f" · {_count(progress.dropped, 'rollout')} too old" if progress.dropped else ""
     grid.add_row("lag", lag + dropped)
@@ -208,28 +211,77 @@ def _head(progress: LiveProgress, state: RunView) -> Table:
         grid.add_row("weights", Text(progress.weights_refused, style="red"))
     if progress.evals or state.evaluating:
         grid.add_row("evals", _evals(progress, state.evaluating))
+    if progress.completion:
+        grid.add_row("sample", Text(progress.completion, style="dim", overflow="ellipsis", no_wrap=True))
     return grid
 
 
+def _steps(progress: LiveProgress, elapsed_s: float, room: int) -> Text:
+    """Count, bar, share and times in a line; a narrow terminal does without the bar, then without the time elapsed."""
+    share = progress.step / progress.steps if progress.steps else 0.0
+    left = ""
+    if progress.eta_s is not None and progress.step < progress.steps:
+        left = f"ETA {duration(progress.eta_s)}"
+    times = " · ".join(filter(None, [f"{duration(elapsed_s)} elapsed", left]))
+    count, percent = f"{progress.step}/{progress.steps}  ", f"{share:.0%}  "
+    bar = min(36, room - len(count) - len(percent) - len(times) - 2)
+    if bar < -2:
+        times = left
+    line = Text(count, style="bold")
+    if bar >= 8:
+        done = round(share * bar)
+        line += Text("━" * done, style="cyan") + Text("━" * (bar - done) + "  ", style="bright_black")
+    return line + Text(percent, style="not bold") + Text(times, style="dim not bold")
+
+
+def _reward(progress: LiveProgress, room: int) -> Text:
+    """The recent mean, and the reward of all steps as blocks between their lowest and highest."""
+    if progress.reward is None:
+        return Text("–", style="bold green")
+    rewards = [progress.rewards[step] for step in sorted(progress.rewards)]
+    blocks, low, high = sparkline(rewards, min(48, room - 24))
+    bounds = Text(f"  {low:.3f} to {high:.3f}", style="dim")
+    return Text(f"{progress.reward:.3f}", style="bold green") + Text(f"  {blocks}", style="green") + bounds
+
+
 def _evals(progress: LiveProgress, evaluating: Version | None) -> str:
+    """Each set's mean at the first and at the last evaluation."""
     parts = []
     if progress.evals:
-        version, result = max(progress.evals.items())
-        scores = " · ".join(f"{label} {values['mean']:.3f}" for label, values in result.sets.items())
-        parts.append(f"{scores} [dim]at step {version.step}[/]")
+        (first, before), (last, after) = min(progress.evals.items()), max(progress.evals.items())
+        for label, values in after.sets.items():
+            begun = before.sets.get(label, {}).get("mean")
+            change = f"{begun:.3f} → " if first != last and begun is not None else ""
+            parts.append(f"{label} {change}{values['mean']:.3f}")
+        parts[-1] += f" [dim]at step {last.step}[/]"
     if evaluating:
         parts.append(f"[dim]evaluating step {evaluating.step}[/]")
     return " · ".join(parts)
 
 
-def _slot_table(progress: LiveProgress, slots: Mapping[Slot, ProcessState]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("sampler")
-    table.add_column("state", min_width=18)
-    for title in ("version", "lag", "rollouts", "tok/s", "waited", "swaps", "canary Δ"):
-        table.add_column(title, justify="right")
-    for slot, row in progress.slots.items():
-        table.add_row(str(slot), _slot_state(row, slots.get(slot)), *_slot_numbers(row, progress))
+_COLUMNS = ("sampler", "state", "version", "lag", "rollouts", "tok/s", "waited", "swaps", "canary Δ")
+_LEAVE_FIRST = ("canary Δ", "swaps", "waited", "tok/s", "rollouts", "lag", "version")
+"""Which columns a narrow terminal does without, in this order; names and states always stay."""
+
+
+def _slot_table(progress: LiveProgress, slots: Mapping[Slot, ProcessState], width: int) -> Table:
+    rows = [
+        [Text(str(slot)), _slot_state(row, slots.get(slot)), *map(Text, _slot_numbers(row, progress))]
+        for slot, row in progress.slots.items()
+    ]
+    gap = 2 if width > 90 else 1
+    needed = {title: max([len(title), *(len(row[i]) for row in rows)]) + gap for i, title in enumerate(_COLUMNS)}
+    shown_columns = list(_COLUMNS)
+    for title in _LEAVE_FIRST:
+        if sum(needed[column] for column in shown_columns) - gap <= width:
+            break
+        shown_columns.remove(title)
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
+    for title in shown_columns:
+        # A state is cut before a name is.
+        table.add_column(title, justify="left" if title in _COLUMNS[:2] else "right", no_wrap=title != "state")
+    for row in rows:
+        table.add_row(*(row[_COLUMNS.index(title)] for title in shown_columns))
     return table
 
 
@@ -260,15 +312,17 @@ def _slot_numbers(row: SlotProgress, progress: LiveProgress) -> list[str]:
     ]
 
 
-def sparkline(values: Sequence[float], width: int) -> str:
-    """Values as a row of blocks, lowest to highest; more values than fit are averaged."""
+def sparkline(values: Sequence[float], width: int) -> tuple[str, float, float]:
+    """Values as a row of blocks with its bounds, lowest to highest; more values than fit are averaged."""
     if not values:
-        return ""
-    count = min(width, len(values))
+        return "", 0.0, 0.0
+    count = min(max(1, width), len(values))
     edges = [round(i * len(values) / count) for i in range(count + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
-    low, span = min(means), max(means) - min(means)
-    return "".join(_BLOCKS[round((value - low) / span * (len(_BLOCKS) - 1)) if span else 0] for value in means)
+    low, high = min(means), max(means)
+    span = high - low
+    blocks = "".join(_BLOCKS[round((value - low) / span * (len(_BLOCKS) - 1)) if span else 0] for value in means)
+    return blocks, low, high
 
 
 def _count(number: int, noun: str) -> str:

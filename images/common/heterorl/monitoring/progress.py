@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
 
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation
@@ -31,8 +33,10 @@ _QUIET_S = 40.0
 """After this long without a step, the view shows what is waited for; plain lines come every ten seconds."""
 _RECENT = 20
 """Learner steps that "now" is averaged over."""
+_TAIL_BYTES, _PROMPT = 1 << 18, 40
 _KEPT = (
     "step",
+    "time",
     "reward",
     "lag/mean",
     "lag/max",
@@ -90,6 +94,8 @@ class LiveProgress:
     """Share of the recent steps' time that the learner waited for rollouts."""
     dropped: int = 0
     eta_s: float | None = None
+    completion: str | None = None
+    """The completion that was logged last, with its prompt and reward, in a line."""
     evals: Mapping[Version, Evaluation] = field(default_factory=dict)
     slots: Mapping[Slot, SlotProgress] = field(default_factory=dict)
 
@@ -103,14 +109,14 @@ class LiveProgress:
 class ProgressReader:
     """Reads a run again and again for the live view; of the metrics files only what is new."""
 
-    def __init__(self, exchange: Exchange, clock: Callable[[], float] = time.monotonic) -> None:
-        self._run, self._clock, self._opened_at = SnapshotReader(exchange), clock, exchange.now()
+    def __init__(self, exchange: Exchange) -> None:
+        self._run, self._opened_at = SnapshotReader(exchange), exchange.now()
+        self._completions = exchange.completions_file
         self._begun_at = 0.0  # when the learner started last, by its clock
         self._learner = Tail(learner_file(exchange.metrics_dir))
         self._samplers = {slot: Tail(sampler_file(exchange.metrics_dir, slot)) for slot in exchange.spec.slots}
         self._steps: list[Record] = []
         self._slots = dict.fromkeys(self._samplers, SlotProgress())
-        self._pace: deque[tuple[float, int]] = deque(maxlen=60)
 
     def read(self) -> LiveProgress:
         """The run as it is now."""
@@ -124,16 +130,28 @@ class ProgressReader:
                 self._slots[slot] = _add_line(self._slots[slot], record)
         snapshot = self._run.read()
         eta_s = self._eta(snapshot.step, snapshot.steps)
-        return live_progress(
+        found = live_progress(
             snapshot, self._steps, self._slots, opened_at=self._begun_at or self._opened_at, eta_s=eta_s
         )
+        return replace(found, completion=last_completion(self._completions))
 
     def _eta(self, step: int, steps: int) -> float | None:
-        """Seconds to go at the pace of the last minute or so; None before there is one."""
-        if not self._pace or self._clock() - self._pace[-1][0] >= 1.0:
-            self._pace.append((self._clock(), step))
-        (then, before), (now, after) = self._pace[0], self._pace[-1]
-        return (steps - step) * (now - then) / (after - before) if after > before else None
+        """Seconds to go at the median pace of the recent steps, which no pause and no start-up distorts."""
+        times = column(self._steps[-_RECENT:], "time")
+        return (steps - step) * median(b - a for a, b in pairwise(times)) if len(times) > 1 else None
+
+
+def last_completion(path: Path) -> str | None:
+    """The first completion of the last whole line of a completions file, in one line; None if there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().rpartition(b"\n")[0].splitlines()
+        group = json.loads(lines[-1])
+        first = group["completions"][0]
+        return " ".join(f"{first['reward']:g} for {group['prompt'][-_PROMPT:]} ⟶ {first['text']}".split())
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def live_progress(

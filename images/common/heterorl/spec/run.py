@@ -645,7 +645,7 @@ class CheckpointSpec(Block):
 class LogCompletionsSpec(Block):
     """Log of completions with their rewards, advantages and importance ratios, for `heterorl ui`."""
 
-    max_megabytes: float = Field(64.0, ge=0, le=1_000_000)
+    max_megabytes: float = Field(16.0, ge=0, le=1_000_000)
     """Maximum size of `completions.jsonl`; whole groups are sampled evenly over the steps. 0 disables."""
 
 

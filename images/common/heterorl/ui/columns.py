@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from heterorl.monitoring.json_lines import Record, numbers
-from heterorl.report.series import Floats, Series
+from heterorl.report.series import Floats, Series, smoothed
 
 
 class StepTable:
@@ -21,6 +21,8 @@ class StepTable:
         self._columns: dict[str, list[float]] = {}
         self.revision = 0
         """Changes whenever the table does."""
+        self._arrays: dict[str, tuple[int, Floats]] = {}
+        self._smooth: dict[str, tuple[int, Series]] = {}
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -61,9 +63,18 @@ class StepTable:
         values = self._column(key)
         return float(values[-1]) if len(values) and math.isfinite(values[-1]) else None
 
+    def smoothed(self, key: str) -> Series:
+        """The curve over the steps, smoothed."""
+        if self._smooth.get(key, (-1,))[0] != self.revision:
+            self._smooth[key] = self.revision, smoothed(self.curve(key))
+        return self._smooth[key][1]
+
     def _column(self, key: str) -> Floats:
-        column = self._columns.get(key, [])
-        return np.array(column + [math.nan] * (len(self._steps) - len(column)), np.float64)
+        if self._arrays.get(key, (-1,))[0] != self.revision:
+            column = self._columns.get(key, [])
+            padded = np.array(column + [math.nan] * (len(self._steps) - len(column)), np.float64)
+            self._arrays[key] = self.revision, padded
+        return self._arrays[key][1]
 
 
 def within(curve: Series, low: float | None, high: float | None) -> Series:

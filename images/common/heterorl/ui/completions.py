@@ -56,6 +56,7 @@ class CompletionIndex:
     def __init__(self, path: Path) -> None:
         self._path, self._tail = path, Tail(path)
         self._table, self._beginnings = _Table(), 0
+        self._arrays: dict[str, NDArray[Any]] | None = None
         self.damaged = 0
         """Lines that could not be used."""
 
@@ -64,6 +65,7 @@ class CompletionIndex:
         added = self._tail.read_places()
         if self._tail.beginnings != self._beginnings:
             self._table, self._beginnings, self.damaged = _Table(), self._tail.beginnings, 0
+            self._arrays = None
         for place, record in added:
             try:
                 self._add(place, record)
@@ -96,53 +98,60 @@ class CompletionIndex:
 
     def query(self, asked: Filter, page: int, size: int) -> dict[str, Any]:
         """A page of the groups with a completion that is asked for, newest first, and the histogram of all of them."""
-        rows = [row for _, row in self._table.places]
-        group = np.array(self._table.group, np.int64)
-        reward = np.array(self._table.reward, np.float64)
-        wanted = self._groups(asked)[group] if len(group) else np.zeros(0, np.bool_)
-        pictured = wanted.copy()  # the histogram shows what the bars choose from, so not filtered by reward
+        columns = self._columns()
+        group, reward = columns["group"], columns["reward"]
+        pictured = self._groups(asked, columns)[group]
         if asked.truncated is not None:
-            pictured &= np.array(self._table.truncated, np.bool_) == asked.truncated
-        wanted = pictured.copy()
+            pictured &= columns["truncated"] == asked.truncated
+        wanted = pictured.copy()  # the histogram shows what its bars choose from, so it is not filtered by reward
         if asked.reward_from is not None:
             wanted &= reward >= asked.reward_from
         if asked.reward_to is not None:
             wanted &= reward <= asked.reward_to
-        hits = np.bincount(group[wanted], minlength=len(rows)) if len(rows) else np.zeros(0, np.int64)
+        hits = np.bincount(group[wanted], minlength=len(self))
         found = np.flatnonzero(hits)[::-1]
         shown = found[page * size : (page + 1) * size].tolist()
+        steps = columns["step"]
         return {
-            "groups": [{"number": number, "hits": int(hits[number]), **rows[number]} for number in shown],
+            "groups": [
+                {"number": number, "hits": int(hits[number]), **self._table.places[number][1]} for number in shown
+            ],
             "found": len(found),
             "completions": int(wanted.sum()),
             "histogram": histogram(reward[pictured]),
-            "pools": sorted({row["pool"] for row in rows}),
-            "sets": sorted({row["set"] for row in rows} - {""}),
-            "steps": [min((row["step"] for row in rows), default=0), max((row["step"] for row in rows), default=0)],
+            "pools": sorted(set(columns["pool"].tolist())),
+            "sets": sorted(set(columns["set"].tolist()) - {""}),
+            "steps": [int(steps.min()), int(steps.max())] if len(steps) else [0, 0],
             "damaged": self.damaged,
         }
 
-    def _groups(self, asked: Filter) -> NDArray[np.bool_]:
+    def _columns(self) -> dict[str, NDArray[Any]]:
+        """The table as arrays: of the groups by what the list shows, of the completions by their own."""
+        if self._arrays is None or len(self._arrays["step"]) != len(self):
+            rows, table = [row for _, row in self._table.places], self._table
+            kinds: dict[str, Any] = {"step": np.int64, "incarnation": np.int64, "pool": np.str_, "set": np.str_}
+            self._arrays = {key: np.array([row[key] for row in rows], kind) for key, kind in kinds.items()}
+            self._arrays |= {
+                "group": np.array(table.group, np.int64),
+                "reward": np.array(table.reward, np.float64),
+                "truncated": np.array(table.truncated, np.bool_),
+            }
+        return self._arrays
+
+    def _groups(self, asked: Filter, columns: dict[str, NDArray[Any]]) -> NDArray[np.bool_]:
         """Which groups are asked for and were not trained by a learner that died before its step was saved."""
-        first: dict[int, int] = {}
-        for _, row in self._table.places:
-            first[row["incarnation"]] = min(row["step"], first.get(row["incarnation"], row["step"]))
-
-        def stands(row: Record) -> bool:
-            return all(row["step"] < step for other, step in first.items() if other > row["incarnation"])
-
-        superseded = len(first) > 1
-        return np.array(
-            [
-                (asked.step_from is None or row["step"] >= asked.step_from)
-                and (asked.step_to is None or row["step"] <= asked.step_to)
-                and asked.pool in (None, row["pool"])
-                and asked.dataset in (None, row["set"])
-                and (not superseded or stands(row))
-                for _, row in self._table.places
-            ],
-            np.bool_,
-        )
+        step, incarnation = columns["step"], columns["incarnation"]
+        found = np.ones(len(step), np.bool_)
+        for later in np.unique(incarnation)[1:]:
+            found &= (incarnation >= later) | (step < step[incarnation == later].min())
+        if asked.step_from is not None:
+            found &= step >= asked.step_from
+        if asked.step_to is not None:
+            found &= step <= asked.step_to
+        for key, value in (("pool", asked.pool), ("set", asked.dataset)):
+            if value is not None:
+                found &= columns[key] == value
+        return found
 
     def group(self, number: int) -> Record:
         """All of a group, each completion with the texts of its tokens; IndexError for a number that is not there."""

@@ -206,6 +206,17 @@ class RunView:
             clock = active_clock(times.tolist())
             return np.array([clock(time) for time in np.interp(found[0], steps, times)]), found[1]
 
+    def smooth_curve(self, key: str, raw: Series) -> Series:
+        """The curve `raw` of that key, smoothed; evaluations are too few for it."""
+        if key.startswith(EVALUATION):
+            return raw
+        if key == WAITING:
+            return smoothed(raw)
+        with self._lock:
+            soft = self.steps.smoothed(key)[1]
+        known = min(len(raw[0]), len(soft))  # steps may have come or gone since `raw` was read
+        return raw[0][:known], soft[:known]
+
     def _evaluation_curve(self, label: str) -> Series:
         points = [
             (version.step, result.sets[label]["mean"])
@@ -278,7 +289,7 @@ def curves_of(
         lines, families = [], dict[str, list[Series]]()
         for run in runs:
             raw = run.curve(key, x)
-            soft = raw if key.startswith(EVALUATION) else smoothed(raw)
+            soft = run.smooth_curve(key, raw)
             families.setdefault(SEED.sub("", run.name), []).append(soft)
             lines.append(
                 {"run": run.name, "raw": _points(raw, low, high, points), "smooth": _points(soft, low, high, points)}
