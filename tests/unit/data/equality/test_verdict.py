@@ -59,6 +59,10 @@ def test_ordinary_comparisons_take_at_most_ten_milliseconds_of_cpu_on_average() 
         ("0.5", "\\frac{1}{4}+\\frac{1}{4}"),
         ("1, 2", "1, 1+1"),
         ("120", "5!"),
+        ("12", "(3)(4)"),
+        ("\\frac{1}{6}", "\\frac{1}{2}\\cdot\\frac{1}{3}"),
+        ("\\frac{1}{6}", "1/2/3"),
+        ("12", "\\frac{6}{\\frac{1}{2}}"),
     ],
 )
 def test_where_a_value_is_required_a_computation_is_none(gold: str, answer: str) -> None:
@@ -83,6 +87,10 @@ def test_where_a_value_is_required_a_computation_is_none(gold: str, answer: str)
         ("\\frac{7}{3}", "2\\frac{1}{3}"),
         ("\\frac{1}{3}", "0.\\overline{3}"),
         ("1200", "1.2e3"),
+        ("1200", "1.2 \\times 10^{3}"),
+        ("5", "101_2"),
+        ("\\$18", "18.00"),
+        ("50\\%", "\\frac{1}{2}"),
         ("1, 2", "2, 1"),
         ("2\\sqrt{3}", "\\sqrt{12}"),  # no reference that is a numeral
         ("x^2-1", "(x-1)(x+1)"),

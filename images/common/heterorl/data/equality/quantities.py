@@ -2,6 +2,7 @@ r"""Quantities: a number or expression with what stands around it: `\$18`, `24 m
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from fractions import Fraction
 
@@ -15,7 +16,7 @@ from heterorl.data.equality.words import SCALES, number_of
 
 
 def quantity(found: Tokens, flags: Flags) -> Scalar:
-    """A number or expression with its unit: `\\$18`, `24 marbles`, `1.5 million`, `1 hour 30 minutes`."""
+    r"""A number or expression with its unit: `\$18`, `24 marbles`, `1.5 million`, `1 hour 30 minutes`."""
     if not found:
         raise Broken("an operand is missing")
     total: Scalar | None = None
@@ -45,16 +46,19 @@ def _one_quantity(found: Tokens, start: int, flags: Flags) -> tuple[Scalar, int]
     while end < len(rest) and not (rest[end].kind == "num" and rest[end - 1].text not in ("^", "{", "-")):
         end += 1
     tail = rest[used:end]
-    if (
-        tail
-        and tail[0].kind == "run"
-        and ((len(tail[0].text) == 1 and not scalar.literal) or scalar.value.free_symbols)
-    ):
-        raise Unreadable("letters after an expression are factors, not units")
+    _check_unit_follows(scalar, tail)
     scalar = _with_tail(scalar, tail)
     if currency is not None and not scalar.unit:
         scalar = replace(scalar, unit=UNITS[currency.text.removeprefix("\\")])
     return scalar, len(found) - len(rest) + end
+
+
+def _check_unit_follows(scalar: Scalar, tail: Tokens) -> None:
+    """Raise where bare letters would be factors: `x + 2 m`; a letter alone is a unit after a numeral only."""
+    if tail and tail[0].kind == "run":
+        alone = len(tail[0].text) == 1 and not scalar.literal
+        if alone or scalar.value.free_symbols:
+            raise Unreadable("letters after an expression are factors, not units")
 
 
 def _with_tail(scalar: Scalar, tail: Tokens) -> Scalar:
@@ -110,17 +114,20 @@ def leading_words(found: Tokens) -> tuple[Fraction, int] | None:
 
 
 def _places(found: Tokens) -> int | None:
-    bare = [
-        token for token in found if token.text not in ("+", "-", "{", "}", "(", ")") and token.text not in CURRENCIES
-    ]
+    bare = [token for token in found if token.text not in ("+", "-", "{", "}", "(", ")")]
     return places_of(bare[0].text) if len(bare) == 1 and bare[0].kind == "num" else None
+
+
+_SCIENTIFIC = re.compile(r"[+-]?[\d.]+\\cdot10\^\{?[+-]?\d+\}?")
 
 
 def _is_literal(found: Tokens, value: sympy.Expr) -> bool:
     """Whether tokens write a value: a numeral, a mixed number, a fraction that is no integer, and their negatives."""
+    if _SCIENTIFIC.fullmatch("".join(token.text for token in found)):
+        return True
     signs = [token.text for token in found if token.kind not in ("num", "rep")]
-    if any(sign not in ("-", "+", "/", "\\frac", "{", "}") and sign not in CURRENCIES for sign in signs):
-        return len(found) >= 3 and bool(value.is_Rational) and "_" in signs and not {"+", "*", "\\cdot"} & set(signs)
-    inner = [token for token in found[1:] if token.text in ("-", "+")]
-    divided = "/" in signs or "\\frac" in signs
-    return not inner and not (divided and value.is_Integer)
+    of_numerals = {"-", "+", "/", "\\frac", "{", "}", *(("_", "(", ")") if "_" in signs else ())}
+    is_sum = any(token.text in ("-", "+") for token in found[1:])
+    divisions = signs.count("/") + signs.count("\\frac")
+    is_fraction = divisions == 1 and not value.is_Integer
+    return bool(value.is_Rational) and set(signs) <= of_numerals and not is_sum and (is_fraction or divisions == 0)

@@ -1,7 +1,8 @@
-r"""Do two answers say the same? And may a reference be compared at all?"""
+"""Do two answers say the same? And may a reference be compared at all?"""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -92,16 +93,19 @@ def _readings(text: str) -> tuple[tuple[Flags, Value], ...]:
 
 def _flags(text: str) -> Iterator[Flags]:
     plain = printed(text)
-    log = re.search(r"log(?!\s*_)", plain)
-    for grouped in (True, False) if re.search(r"\d,\s*\d{3}", plain) else (True,):
-        for tight in (False, True) if re.search(r"/\s*\d+\s*[a-zA-Z(\\]", plain) else (False,):
-            for log10 in (False, True) if log else (None,):
-                for units in ("spaced", "glued", "none") if re.search(r"\d\s*[A-Za-z]", plain) else ("spaced",):
-                    yield Flags(grouped, tight, log10, units)
+    yield from itertools.starmap(
+        Flags,
+        itertools.product(
+            (True, False) if re.search(r"\d,\s*\d{3}", plain) else (True,),
+            (False, True) if re.search(r"/\s*\d+\s*[a-zA-Z(\\]", plain) else (False,),
+            (False, True) if re.search(r"log(?!\s*_)", plain) else (None,),
+            ("spaced", "glued", "none") if re.search(r"\d\s*[A-Za-z]", plain) else ("spaced",),
+        ),
+    )
 
 
 def _units_agree(gold_flags: Flags, gold: Value, answer_flags: Flags, answer: Value) -> bool:
-    """A letter glued to a number is a unit only beside a unit: `3m` says 3 meters where `3\\text{ m}` is asked for."""
+    r"""A letter glued to a number is a unit only beside a unit: `3m` says 3 meters where `3\text{ m}` is asked for."""
     return (gold_flags.units != "glued" or _has_unit(answer)) and (answer_flags.units != "glued" or _has_unit(gold))
 
 
