@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,7 @@ def test_the_plain_line_names_step_reward_lag_and_every_sampler():
     assert describe(progress, state) == (
         "step 120/400 | reward 0.410 | lag 8.2 (max 21) | far-0 v112 640 rollouts | ETA 3:10"
     )
+    assert "| lag 8.2 (max 21) | 17 dropped | far-0" in describe(replace(progress, dropped=17), state)
     away = RunView(learner=UP, slots={FAR: ProcessState("away")}, evaluating=Version(100, 1), elapsed_s=1.0)
     assert "far-0 v112 640 rollouts (away) | evaluating step 100" in describe(progress, away)
 

@@ -65,6 +65,14 @@ def test_groups_that_a_reward_failed_on_are_counted_over_all_samplers(exchange):
     assert summarise(exchange.root)["groups_unrewarded"] == 6
 
 
+def test_the_closing_line_says_what_was_dropped_of_what_was_made(exchange):
+    record(exchange, "sampler-far-0", {"names": names(0, 1, 2, 3, 4, 5)})
+    exchange.append_journal(JournalEntry(step=1, incarnation=1, names=names(0, 1, 3, 4, 5)))
+    assert "dropped" not in in_words(summarise(exchange.root))
+    exchange.append_journal(JournalEntry(step=2, incarnation=1, names=[], dropped=names(2)))
+    assert in_words(summarise(exchange.root)).endswith(", 1 of 6 rollouts dropped (16.7%)")
+
+
 def test_a_rollout_in_two_steps_of_the_journal_is_trained_twice(exchange):
     exchange.append_journal(JournalEntry(step=0, incarnation=1, names=names(0, 1)))
     exchange.append_journal(JournalEntry(step=1, incarnation=1, names=names(1, 2)))

@@ -156,6 +156,8 @@ def describe(progress: LiveProgress, state: RunView) -> str:
         parts.append(f"reward {progress.reward:.3f}")
     if progress.lag_mean is not None:
         parts.append(f"lag {progress.lag_mean:.1f} (max {progress.lag_max:.0f})")
+    if progress.dropped:
+        parts.append(f"{progress.dropped} dropped")
     if progress.learner_tokens_per_s:
         parts.append(f"learner {progress.learner_tokens_per_s:,.0f} tok/s, waiting {progress.waiting:.0%}")
     for slot, row in progress.slots.items():

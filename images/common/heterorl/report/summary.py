@@ -119,6 +119,9 @@ def in_words(result: dict[str, Any]) -> str:
         lines[0] += f", reward {result['reward_first_tenth']:.3f} → {result['reward_last_tenth']:.3f}"
     if result["lag_mean"] is not None:
         lines[0] += f", lag {result['lag_mean']:.1f} (max {result['lag_max']:.0f})"
+    if dropped := result["rollouts_dropped"]:
+        made = max(dropped, result["rollouts_published"])
+        lines[0] += f", {dropped} of {made} rollouts dropped ({dropped / made:.1%})"
     for label, scores in result["evaluations"].items():
         lines.append(f"  {label}: best {scores['best']:.3f}, last {scores['last']:.3f}, gap {scores['gap']:.3f}")
     return "\n".join(lines)
