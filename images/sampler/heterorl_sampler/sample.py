@@ -17,7 +17,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ from heterorl.monitoring.metrics import Metrics
 from heterorl.seeds import derive_seed
 from heterorl.spec.run import RunSpec
 from heterorl_sampler.activity import Activity
-from heterorl_sampler.backpressure import Queue, batch_size, pending, reason_to_wait
+from heterorl_sampler.backpressure import Queue, batch_size, pending, promised_by_others, reason_to_wait
 from heterorl_sampler.decoding import Decoder
 from heterorl_sampler.engines.build import InferenceEngine
 from heterorl_sampler.prompt_order import PromptOrder
@@ -130,6 +130,12 @@ class Sampler:
         in_scoring = [group.name for batch, _ in self._scoring for group in batch.groups]
         queue = pending(spec, published, in_scoring, learner, self._lease.slot, version)
         self._status.pending = queue.own - queue.in_scoring
+        self._status.promised = queue.own_of_version
+        if spec.mode == "online":
+            fresh_since = self._exchange.now() - spec.exchange.lease_seconds
+            beats = self._exchange.heartbeats()
+            promised = promised_by_others(beats, published, self._lease.slot, version, fresh_since=fresh_since)
+            queue = replace(queue, promised=promised)
         return queue
 
     def _wait(self, reason: str) -> None:
@@ -139,6 +145,7 @@ class Sampler:
         self._waited_s[reason] += time.monotonic() - started
 
     def _note_swap(self, swap: Swap) -> None:
+        self._status.promised = 0
         self._status.version, self._status.version_step = str(swap.version), swap.version.step
         self._status.swaps += 1
         self._status.canary_mean_abs_diff = swap.canary_mean_abs_diff
@@ -169,7 +176,11 @@ class Sampler:
     def _generate(self, version: Version, queue: Queue) -> None:
         """Generate for the slot's next prompts and hand over what was finished before `stop`."""
         spec, slot, first = self._exchange.spec, self._lease.slot, self._next_seq
-        numbers = range(first, first + batch_size(spec, self._weights.pool.prompts_per_batch, queue))
+        count = batch_size(spec, self._weights.pool.prompts_per_batch, queue, slot)
+        numbers = range(first, first + count)
+        if spec.mode == "online":  # told at once: the others decide by it what to make
+            self._status.promised += count
+            self._exchange.beat(self._lease, self._status)
         rows = [self._order.row(seq, version.step) for seq in numbers]
         started = time.monotonic()
         groups = self._engine.generate(

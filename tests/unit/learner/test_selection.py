@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import heapq
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from builders import spec_of
-from heterorl.exchange.records import LearnerHeartbeat
+from heterorl.exchange.records import LearnerHeartbeat, SlotHeartbeat
 from heterorl.exchange.rollout import RolloutName, Version
 from heterorl.spec.run import RunSpec, Slot
 from heterorl_learner.publish import versions_to_keep
 from heterorl_learner.rollout_feed import select_rollouts
-from heterorl_sampler.backpressure import Queue, batch_size, pending, reason_to_wait
+from heterorl_sampler.backpressure import Queue, batch_size, pending, promised_by_others, reason_to_wait
 from heterorl_sampler.prompt_order import PromptOrder
 
 
@@ -69,14 +71,14 @@ def test_what_was_taken_no_longer_waits() -> None:
     rollouts = [name(3, "far-0", 0), name(3, "far-0", 1), name(3, "near-0", 0), name(2, "near-0", 1)]
     learner = LearnerHeartbeat(step=3, taken={"far-0": 0})
     queue = pending(spec(), rollouts, [], learner, Slot("far", 0), Version(3, 1))
-    assert queue == Queue(own=1, total=3, of_version=2)
+    assert queue == Queue(own=1, total=3, of_version=2, own_of_version=2)
 
 
 def test_what_is_being_scored_waits_as_if_it_were_published_and_counts_once() -> None:
     published = [name(3, "far-0", 0), name(3, "near-0", 0)]
     in_scoring = [name(3, "far-0", 0), name(3, "far-0", 1)]  # the first was published a moment ago
     queue = pending(spec(), published, in_scoring, LearnerHeartbeat(step=3), Slot("far", 0), Version(3, 1))
-    assert queue == Queue(own=2, total=3, of_version=3, in_scoring=2)
+    assert queue == Queue(own=2, total=3, of_version=3, in_scoring=2, own_of_version=2)
 
 
 def test_rollouts_that_are_too_old_do_not_count_towards_backpressure() -> None:
@@ -84,7 +86,7 @@ def test_rollouts_that_are_too_old_do_not_count_towards_backpressure() -> None:
     queue = pending(
         spec(), rollouts, [], LearnerHeartbeat(step=65), Slot("far", 0), Version(1, 1)
     )  # lags 65 and 64; maxSteps 64
-    assert queue == Queue(own=1, total=1, of_version=1)
+    assert queue == Queue(own=1, total=1, of_version=1, own_of_version=1)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,8 @@ def test_rollouts_that_are_too_old_do_not_count_towards_backpressure() -> None:
         ({"mode": "online"}, {"step": 5}, Queue(0, 0, 0), 4, "weights"),  # newest is 5
         ({"mode": "online"}, {"step": 5}, Queue(32, 32, 32), 5, "weights"),  # 32 groups a step
         ({"mode": "online"}, {"step": 5}, Queue(16, 31, 31), 5, None),
+        ({"mode": "online"}, {"step": 5}, Queue(16, 16, 16, promised=16), 5, "weights"),  # another makes the rest
+        ({"mode": "online"}, {"step": 5}, Queue(16, 16, 16, promised=15), 5, None),
     ],
 )
 def test_each_reason_to_wait_holds_only_when_it_should(
@@ -118,11 +122,71 @@ def test_the_wait_policy_pauses_a_sampler_whose_rollouts_would_come_too_late() -
     assert reason_to_wait(waiting, Version(9, 1), Version(40, 1), LearnerHeartbeat(step=40), queue) == "staleness"
 
 
-def test_online_samplers_share_a_version_evenly_and_do_not_overshoot() -> None:
+@pytest.mark.parametrize(("replicas", "groups", "shares"), [(2, 32, [16, 16]), (3, 32, [10, 11, 11]), (1, 32, [32])])
+def test_the_shares_of_online_samplers_make_up_a_step(replicas: int, groups: int, shares: list[int]) -> None:
+    online = spec(mode="online", samplers=[{"name": "far", "replicas": replicas}])
+    sizes = [batch_size(online, 100, Queue(0, 0, 0), slot) for slot in online.slots]
+    assert sizes == shares
+    assert sum(sizes) == groups
+
+
+def test_an_online_batch_is_no_more_than_the_version_lacks() -> None:
     online = spec(mode="online")  # 32 groups, 2 slots
-    assert batch_size(online, 100, Queue(0, 0, 0)) == 16
-    assert batch_size(online, 100, Queue(0, 30, 30)) == 2
-    assert batch_size(spec(), 100, Queue(0, 30, 30)) == 100
+    assert batch_size(online, 8, Queue(0, 0, 0), Slot("far", 0)) == 8
+    assert batch_size(online, 100, Queue(0, 30, 30), Slot("far", 0)) == 2
+    assert batch_size(online, 100, Queue(0, 8, 8, promised=20), Slot("far", 0)) == 4
+    assert batch_size(spec(), 100, Queue(0, 30, 30), Slot("far", 0)) == 100
+
+
+def test_what_others_promised_counts_unless_it_is_published_or_they_are_gone() -> None:
+    def beat(promised: int, version: int = 3, **fields: Any) -> SlotHeartbeat:
+        return SlotHeartbeat(
+            promised=promised, version=str(Version(version, 1)), epoch=1, beats=1, **{"time": 100.0, **fields}
+        )
+
+    beats = {
+        Slot("far", 0): beat(16),  # this slot itself
+        Slot("far", 1): beat(16),  # of which two are published
+        Slot("far", 2): beat(8, version=2),  # still on other weights
+        Slot("far", 3): beat(8, released=True),
+        Slot("far", 4): beat(8, time=39.0),  # silent for longer than a lease
+        Slot("far", 5): beat(3),  # all published
+    }
+    published = [
+        name(3, "far-1", 0),
+        name(3, "far-1", 1),
+        name(2, "far-1", 2),
+        *(name(3, "far-5", i) for i in range(3)),
+    ]
+    assert promised_by_others(beats, published, Slot("far", 0), Version(3, 1), fresh_since=40.0) == 14
+
+
+@pytest.mark.parametrize("seconds", [[1.0, 1.0], [1.0, 1.7], [1.0, 3.0], [1.0, 1.1, 0.4], [0.3, 1.0, 2.0, 5.0]])
+@pytest.mark.parametrize("per_batch", [4, 16])
+def test_online_samplers_of_any_speeds_make_no_group_too_many(seconds: list[float], per_batch: int) -> None:
+    """Slots that take these times for a batch, and adopt a version at slightly different moments."""
+    online = spec(mode="online", samplers=[{"name": "far", "replicas": len(seconds)}])
+    slots, groups = online.slots, online.learner.batch.groups
+    published: list[RolloutName] = []
+    for step in range(20):
+        version, beats = Version(step, 1), dict[Slot, SlotHeartbeat]()
+        wakes = [(0.01 * i, i, 0) for i in range(len(slots))]  # when, which slot, how many it has finished by then
+        while wakes:
+            now, place, finished = heapq.heappop(wakes)
+            slot = slots[place]
+            first = 1 + max((n.seq for n in published if n.slot == slot), default=-1)
+            published += [RolloutName(version, slot, first + k) for k in range(finished)]
+            queue = pending(online, published, [], LearnerHeartbeat(step=step), slot, version)
+            promised = promised_by_others(beats, published, slot, version, fresh_since=0.0)
+            queue = replace(queue, promised=promised)
+            count = 0
+            if reason_to_wait(online, version, version, LearnerHeartbeat(step=step), queue) is None:
+                count = batch_size(online, per_batch, queue, slot)
+                heapq.heappush(wakes, (now + seconds[place] * count / per_batch, place, count))
+            beats[slot] = SlotHeartbeat(
+                promised=queue.own_of_version + count, version=str(version), epoch=1, beats=1, time=now
+            )
+        assert sum(n.version == version for n in published) == groups
 
 
 # ── prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -236,6 +236,8 @@ class SlotStatus(Record):
     tokens_per_s: float | None = None
     pending: int = 0
     """Its rollouts that wait for the learner."""
+    promised: int = 0
+    """Online: groups of its version that it has made or is making, which other samplers need not make."""
     canary_mean_abs_diff: float | None = None
     """Of the version it serves (`heterorl.exchange.canary`)."""
 
