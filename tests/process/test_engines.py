@@ -1,5 +1,6 @@
 import errno
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from builders import spec_of
-from heterorl.errors import ModelError, NotFinite, SiteError
+from heterorl.errors import ModelError, NotFinite, SiteError, UserError
 from heterorl.spec.run import LearnerSpec, RunSpec
 from heterorl_learner.engines.build import build_engine, load_policy
-from heterorl_learner.engines.torch_ddp import MicroBatch, Sequence, TrainingEngine, micro_batch, token_logps
+from heterorl_learner.engines.torch_ddp import (
+    MicroBatch,
+    Sequence,
+    TrainingEngine,
+    build_optimizer,
+    micro_batch,
+    token_logps,
+)
 from heterorl_learner.train_step import learning_rate, plan, step_m2_limit
 
 VOCABULARY = 24
@@ -286,6 +294,28 @@ def test_a_gpu_that_is_not_there_is_its_nodes_failure_and_named(folders: dict[st
         pytest.skip("this machine has GPUs")
     with pytest.raises(SiteError, match=r"learner\.gpus is 1"):
         build_engine(folders["tied"], run_spec(gpus=1))
+
+
+@pytest.mark.parametrize("strategy", ["torch", "zero2"])
+def test_the_fused_optimizer_makes_the_same_updates(folders: dict[str, Path], strategy: str) -> None:
+    states = []
+    for kind in ("adamw", "adamw_fused"):
+        spec = run_spec(strategy=strategy, optimizer={"type": kind, "weightDecay": 0.1})
+        engine = build_engine(folders["untied"], spec)
+        train(engine, range(3), learning_rate=1e-2)
+        states.append(engine.full_state_dict())
+    assert set(states[0]) == set(states[1])
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_an_optimizer_whose_package_is_missing_is_named(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    learner = LearnerSpec.model_validate({"optimizer": {"type": "adamw_8bit"}, "gpus": 1})
+    with pytest.raises(UserError, match=r"adamw_8bit, which needs the package bitsandbytes .*heterorl\[bitsandbytes\]"):
+        build_optimizer(load_policy(folders["tied"], torch.float32, "sdpa"), learner)
 
 
 # ── the schedule ─────────────────────────────────────────────────────────────────────────────────────────────────────

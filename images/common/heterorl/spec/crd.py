@@ -83,6 +83,10 @@ RULES: dict[str, list[Rule]] = {
             "self.gpus == 0 || self.processesPerReplica == self.gpus",
             "processesPerReplica must equal gpus: each rank drives one GPU",
         ),
+        (
+            "self.optimizer.type != 'adamw_8bit' || (self.gpus > 0 && self.strategy == 'torch')",
+            "optimizer.type adamw_8bit needs gpus and strategy: torch; ZeRO divides the moments instead",
+        ),
         ("self.strategy == oldSelf.strategy", "strategy cannot change: checkpoints depend on it; start a new run"),
         ("self.steps >= oldSelf.steps", "steps can only be increased"),
     ],

@@ -601,6 +601,8 @@ class LearnerBatchSpec(Block):
 class OptimizerSpec(Block):
     """AdamW."""
 
+    type: Literal["adamw", "adamw_fused", "adamw_8bit"] = "adamw"
+    """adamw_fused: one kernel for all tensors; adamw_8bit: moments in 8 bits by bitsandbytes, on GPUs without ZeRO."""
     learning_rate: float = Field(1e-6, gt=0, le=1)
     """Peak learning rate."""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
@@ -712,7 +714,13 @@ class LearnerSpec(Block):
     """Pod template of the learner and of the preparation."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
-        """One rank drives one GPU."""
+        """One rank drives one GPU; 8-bit moments are bitsandbytes' own, on GPUs."""
+        if self.optimizer.type == "adamw_8bit" and (self.gpus == 0 or self.strategy != "torch"):
+            yield (
+                "optimizer.type",
+                f"is adamw_8bit, which needs GPUs and strategy: torch; found gpus: {self.gpus} and strategy:"
+                f" {self.strategy}. ZeRO divides the moments among the ranks instead: use adamw with it",
+            )
         if self.gpus and self.processes_per_replica != self.gpus:
             yield (
                 "processesPerReplica",

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from heterorl.errors import NotFinite
+from heterorl.errors import NotFinite, UserError
 from heterorl.exchange.storage import persistently
 from heterorl.spec.run import LearnerSpec, RunSpec
 from heterorl_learner import ranks
@@ -270,14 +272,28 @@ class TrainingEngine(ABC):
         """As `step`; where the norm, the same on every rank, is not finite it only clears the gradient."""
 
 
-def build_optimizer(policy: nn.Module, learner: LearnerSpec) -> torch.optim.AdamW:
-    """AdamW; weight decay acts on matrices only, not on norms and biases."""
+def build_optimizer(policy: nn.Module, learner: LearnerSpec) -> torch.optim.Optimizer:
+    """AdamW; weight decay acts on matrices only, not on norms and biases. UserError where bitsandbytes is missing."""
     options = learner.optimizer
     matrices = [p for p in policy.parameters() if p.ndim >= 2]
     vectors = [p for p in policy.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     beta1, beta2 = options.betas
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(beta1, beta2), eps=options.eps)
+    if options.type == "adamw_8bit":
+        adamw: Callable[..., torch.optim.Optimizer] = _bitsandbytes().AdamW8bit
+    else:
+        adamw = partial(torch.optim.AdamW, fused=True) if options.type == "adamw_fused" else torch.optim.AdamW
+    return adamw(groups, lr=options.learning_rate, betas=(beta1, beta2), eps=options.eps)
+
+
+def _bitsandbytes() -> Any:
+    try:
+        return import_module("bitsandbytes.optim")
+    except ImportError as error:
+        raise UserError(
+            f"learner.optimizer.type is adamw_8bit, which needs the package bitsandbytes ({error});"
+            " pip install 'heterorl[bitsandbytes]', or use adamw"
+        ) from error
 
 
 def unique_tensors(policy: nn.Module) -> dict[str, Tensor]:
