@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-unit mutants exits cluster-programs cluster test-cluster bench-operator canary-report adaptive-order-report images check crd docs clean
+.PHONY: setup quickstart test test-unit mutants exits cluster-programs cluster test-cluster bench-operator canary-report adaptive-order-report corrections-report images check crd docs clean
 
 setup: $(VENV)/.installed
 
@@ -59,6 +59,10 @@ canary-report: setup
 # minutes on one core.
 adaptive-order-report: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m bench.adaptive_order
+
+# What losses and corrections make of stale rollouts of a tiny model, into docs/reports/corrections.md: five minutes.
+corrections-report: setup
+	PYTHONPATH=tests $(BIN)/python -m bench.corrections
 
 # The container images, with buildah or docker: make images REGISTRY=registry.example.com/heterorl EXTRA=sampler-cpu
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
