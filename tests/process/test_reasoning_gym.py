@@ -95,15 +95,13 @@ def test_a_right_answer_is_told_from_a_wrong_one(verifier: Verifier) -> None:
 
 
 def test_the_answer_stands_between_tags_or_in_the_last_box_or_alone(verifier: Verifier) -> None:
-    (row,) = drawn({"name": "gcd", "config": {"min_value": 6, "max_value": 6}})  # gcd(6, 6) = 6
-    for completion in (
-        "6",
-        r"It is \boxed{6}.",
-        "<answer>5</answer> no, <answer> 6 </answer>",
-        r"\boxed{5}<answer>6</answer>",
-    ):
+    (row,) = drawn({"name": "gcd"})
+    right, wrong = row["answer"], str(int(row["answer"]) + 1)
+    box = r"It is \boxed{%s}."
+    tags = "<answer> %s </answer>"
+    for completion in (right, box % right, tags % wrong + tags % right, box % wrong + tags % right):
         assert verifier.mark(row, completion) == 1, completion
-    for completion in (r"6 \boxed{5}", "<answer>5</answer> or 6", "</answer> 6 <answer>"):
+    for completion in (wrong, right + box % wrong, tags % wrong + right, "</answer> " + right + " <answer>"):
         assert verifier.mark(row, completion) < 1, completion
     assert verifier.mark({"columns": {}}, "6") is None
 
