@@ -376,7 +376,7 @@ def test_what_ranks_write_is_shown_and_stays_on_the_volume(exchange, capfd):
     shown = capfd.readouterr().out
     for rank, name in enumerate(("learner.log", "learner-rank1.log")):
         kept = (run.logs_dir / name).read_text().splitlines()
-        assert sorted({*kept}) in ([f"err {rank}", f"out {rank}"], [f"out {rank}"], [])
+        assert {*kept} <= {f"err {rank}", f"out {rank}"}  # a rank is killed where it stands when the other has failed
         assert all(line in shown for line in kept)
     assert "err" in shown
 
