@@ -187,12 +187,14 @@ def test_one_lost_sampler_is_given_up_and_the_run_goes_on(tmp_path, programs, ca
 @pytest.mark.parametrize("code", [2, 3])
 def test_one_sampler_that_cannot_work_never_ends_a_run_while_another_goes_on(tmp_path, programs, capsys, code):
     sampler = f"options['--index'] == '0' and sys.exit(attempts('sampler') and {code}); " + WAITS
-    learner = "until((root / 'sampler.attempts').exists); time.sleep(0.5); " + TRAINED
+    tries = {2: "x", 3: "xxx"}[code]  # a user's error is not tried again, a node's failure on a budget of its own
+    file = "root / 'sampler.attempts'"
+    enough = f"({file}).exists() and len(({file}).read_text()) >= {len(tries)}"
+    learner = f"until(lambda: {enough}); time.sleep(0.5); " + TRAINED
     run = manifest(
         samplers=[{"name": "near", "engine": "transformers", "replicas": 2}], failurePolicy={"siteRestarts": 2}
     )
     assert start(tmp_path, programs(learner=learner, sampler=sampler), run) == 0
-    tries = {2: "x", 3: "xxx"}[code]  # a user's error is not tried again, a node's failure on a budget of its own
     assert (tmp_path / "runs/demo/sampler.attempts").read_text() == tries
 
 
