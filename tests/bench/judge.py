@@ -1,23 +1,22 @@
-"""What an unreliable judge costs the engine: tokens a second of one sampler with and without it, in turns.
+"""What an unreliable judge costs the engine: tokens a second of a sampler with and without it, in turns.
 
-    python -m bench.judge [--turns 3] [--seconds 30]      (with PYTHONPATH=tests)
+    python -m bench.judge [--turns 30] [--seconds 3]      (with PYTHONPATH=tests)
 
-One sampler with a small model and the engine `transformers` generates in turns with `accuracy` alone (A) and with a
-judge beside it (B) that raises in one call of ten, hangs in one of fifty until its limit, and eats memory once. Nobody
-trains; a turn's folder is thrown away. Printed: tokens a second of the whole turn, from its first to its last batch,
-and the median of each kind, as a row for docs/rewards.md.
+A small model generates with the engine `transformers`, in turns with `accuracy` alone (A) and with a judge beside it (B)
+that raises in one call of ten, hangs in one of fifty until its limit, and eats memory once. Nobody trains. Turns are
+short and many, so that what else the machine does falls on both alike. Printed are medians over the turns of tokens a
+second, from the start of a turn's first batch to the end of its last, as a row for docs/rewards.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -29,11 +28,11 @@ from heterorl.exchange.records import SlotStatus
 from heterorl.exchange.rollout import Completion, Version
 from heterorl.monitoring.metrics import Metrics
 from heterorl.spec.run import Slot
+from heterorl_sampler import sample
 from heterorl_sampler.activity import Activity
 from heterorl_sampler.decoding import Decoder
 from heterorl_sampler.engines.transformers import TransformersEngine
 from heterorl_sampler.prompt_order import PromptOrder
-from heterorl_sampler.sample import Sampler
 from heterorl_sampler.scoring import build_rewards
 from heterorl_sampler.weight_sync import WeightSync
 from models import save_character_tokenizer, save_tiny_qwen3
@@ -69,69 +68,103 @@ class Counting(TransformersEngine):
         """As the engine does."""
         self.started = self.started or time.perf_counter()
         groups = super().generate(*args, **kwargs)  # type: ignore[arg-type]
-        self.tokens += sum(len(completion.token_ids) for group in groups if group for completion in group)
-        self.ended = time.perf_counter()
+        if all(groups):  # not the one that was stopped
+            self.tokens += sum(len(completion.token_ids) for group in groups if group for completion in group)
+            self.ended = time.perf_counter()
         return groups
 
+    def take_speed(self) -> float:
+        """Tokens a second since the last time."""
+        speed = self.tokens / (self.ended - self.started)
+        self.tokens, self.started, self.ended = 0, 0.0, 0.0
+        return speed
 
-def turn(model: Path, folder: Path, rewards: list[dict[str, object]], seconds: float) -> tuple[float, SlotStatus]:
-    """Tokens a second of a sampler with these rewards, and its status at the end."""
-    run = run_of(
-        model={"dtype": "float32"},
-        samplers=[{"name": "far", "engine": "transformers", "promptsPerBatch": 8}],
-        algorithm={"groupSize": 8},
-        generation={"maxCompletionTokens": 16},
-        exchange={"maxPendingGroups": 100_000},
-        rewards=rewards,
-    )
-    exchange = exchange_at(folder / "run", run)
-    (exchange.stage_weights(Version(0, 1)) / "model.safetensors").write_bytes(
-        (model / "model.safetensors").read_bytes()
-    )
-    engine = Counting(model, dtype="float32")
-    exchange.commit_weights(Version(0, 1), Canary([[3, 4, 5]], engine.score([[3, 4, 5]])))
-    lease, status, stop = exchange.acquire_slot(lambda: [Slot("far", 0)]), SlotStatus(), threading.Event()
-    assert lease is not None
-    order, decoder = PromptOrder(ROWS, seed=0, share=0, shares=1), Decoder(AutoTokenizer.from_pretrained(model))
-    with build_rewards(exchange.spec) as built:
-        built.load()
-        weights = WeightSync(exchange, engine, lease.slot, folder / "scratch")
-        sampler = Sampler(exchange, lease, Activity(status), weights, engine, order, decoder, built, Metrics(), stop)
+
+class Side:
+    """A sampler with these rewards, in a folder of its own."""
+
+    def __init__(self, engine: Counting, model: Path, folder: Path, rewards: list[dict[str, object]]) -> None:
+        run = run_of(
+            model={"dtype": "float32"},
+            samplers=[{"name": "far", "engine": "transformers", "promptsPerBatch": 8}],
+            algorithm={"groupSize": 8},
+            generation={"maxCompletionTokens": 16},
+            exchange={"maxPendingGroups": 100_000},
+            rewards=rewards,
+        )
+        self.exchange = exchange_at(folder / "run", run)
+        staged = self.exchange.stage_weights(Version(0, 1))
+        shutil.copy(model / "model.safetensors", staged)
+        self.exchange.commit_weights(Version(0, 1), Canary([[3, 4, 5]], engine.score([[3, 4, 5]])))
+        lease = self.exchange.acquire_slot(lambda: [Slot("far", 0)])
+        assert lease is not None
+        self._engine, self._lease, self._scratch = engine, lease, folder / "scratch"
+        self._decoder = Decoder(AutoTokenizer.from_pretrained(model))
+        self.rewards = build_rewards(self.exchange.spec)
+        self.rewards.load()
+        self.speeds: list[float] = []
+        self.groups = self.left_out = 0
+
+    def sample(self, seconds: float) -> None:
+        """One turn."""
+        status, stop = SlotStatus(), threading.Event()
+        weights = WeightSync(self.exchange, self._engine, self._lease.slot, self._scratch)
+        order = PromptOrder(ROWS, seed=0, share=0, shares=1)
+        sampler = sample.Sampler(
+            self.exchange,
+            self._lease,
+            Activity(status),
+            weights,
+            self._engine,
+            order,
+            self._decoder,
+            self.rewards,
+            Metrics(),
+            stop,
+        )
         threading.Timer(seconds, stop.set).start()
         sampler.run()
-    return engine.tokens / (engine.ended - engine.started), status
+        saved = self.exchange.load_slot(self._lease.slot)
+        assert saved is not None
+        self.groups += saved.next_seq - self._lease.first_seq
+        self._lease.first_seq = saved.next_seq
+        self.left_out += status.unrewarded
+        self.speeds.append(self._engine.take_speed())
 
 
-@contextmanager
-def _prepared() -> Iterator[Callable[[], Path]]:
-    """A folder with model and judge; gives a fresh folder for each turn."""
-    with tempfile.TemporaryDirectory(prefix="heterorl-judge-") as name:
-        folder = Path(name)
-        save_tiny_qwen3(folder / "model", True, 0)
-        save_character_tokenizer(folder / "model")
-        (folder / "unreliable.py").write_text(JUDGE)
-        sys.path.insert(0, name)
-        os.environ["JUDGED"] = str(folder / "calls")
-        yield lambda: Path(tempfile.mkdtemp(dir=name))
+def measure(folder: Path, turns: int, seconds: float) -> tuple[Side, Side]:
+    """Both sides after their turns; the first turn of each is not counted."""
+    model = folder / "model"
+    save_tiny_qwen3(model, True, 0)
+    save_character_tokenizer(model)
+    (folder / "unreliable.py").write_text(JUDGE)
+    sys.path.insert(0, str(folder))
+    os.environ["JUDGED"] = str(folder / "calls")
+    engine = Counting(model, dtype="float32")
+    sides = Side(engine, model, folder / "A", [ACCURACY]), Side(engine, model, folder / "B", [ACCURACY, UNRELIABLE])
+    for _ in range(turns + 1):
+        for side in sides:
+            side.sample(seconds)
+    for side in sides:
+        side.rewards.close()
+        del side.speeds[0]
+    return sides
 
 
 def main() -> None:
-    """Run the turns and print what they gave."""
+    """Take the turns and print what they gave."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--turns", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=3.0)
     arguments = parser.parse_args()
-    speeds: dict[str, list[float]] = {"A": [], "B": []}
-    with _prepared() as fresh:
-        for kind in "AB" * arguments.turns:
-            folder = fresh()
-            rewards = [ACCURACY] if kind == "A" else [ACCURACY, UNRELIABLE]
-            speed, status = turn(folder.parent / "model", folder, rewards, arguments.seconds)
-            speeds[kind].append(speed)
-            print(f"{kind}: {speed:,.0f} tokens/s, {status.rollouts} groups, {status.unrewarded} left out,", end=" ")
-            print(f"failed calls {status.reward_failures}", flush=True)
-    without, with_judge = median(speeds["A"]), median(speeds["B"])
-    print(f"| {without:,.0f} | {with_judge:,.0f} | {with_judge / without - 1:+.1%} |")
+    sample.LAST_SCORES_S = 60.0  # a turn's last batches are scored, however busy the machine
+    with tempfile.TemporaryDirectory(prefix="heterorl-judge-") as folder:
+        without, judged = measure(Path(folder), arguments.turns, arguments.seconds)
+    pairs = [b / a - 1 for a, b in zip(without.speeds, judged.speeds)]
+    print(f"{judged.groups} groups judged, {judged.left_out} left out, failed calls {dict(judged.rewards.failures)}")
+    print(f"B against A, turn by turn: median {median(pairs):+.1%}")
+    a, b = median(without.speeds), median(judged.speeds)
+    print(f"| {a:,.0f} | {b:,.0f} | {b / a - 1:+.1%} |")
 
 
 if __name__ == "__main__":
