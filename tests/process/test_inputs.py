@@ -361,6 +361,19 @@ def test_a_check_refuses_as_a_run_would(fault: str, tmp_path: Path, capfd: pytes
     assert "Traceback" not in output
 
 
+def test_a_reward_that_cannot_be_imported_is_the_users_error_of_a_check(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jsonl(tmp_path / "a.jsonl", *sums(1, 4))
+    (tmp_path / "own_rewards_of_a_check.py").write_text("import os\n\nKEY = os.environ['NO_SUCH_KEY_HERE']\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    own = {"name": "custom", "path": "own_rewards_of_a_check.brevity"}
+    code, output = checked(exchange_for(tmp_path, {"train": file("a.jsonl")}, rewards=[own]), capfd)
+    assert code == 2
+    assert "custom reward own_rewards_of_a_check.brevity cannot be imported: KeyError: 'NO_SUCH_KEY_HERE'" in output
+    assert "own_rewards_of_a_check.py, line 3" in output
+
+
 def test_a_stop_token_that_the_model_does_not_have_is_refused(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

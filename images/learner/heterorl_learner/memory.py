@@ -40,7 +40,7 @@ class StepMemory:
 
 
 def step_memory(spec: RunSpec, config: Any, num_parameters: int, attention: str | None) -> StepMemory:
-    """The memory of a step of a run; `config` is the model's, of transformers, `attention` its implementation."""
+    """The memory of a step of a run; `config`: the model's, of transformers; `attention`: its kernel, None for sdpa."""
     width, tokens, shape = (2 if spec.model.dtype == "bfloat16" else 4), tokens_at_once(spec), config.get_text_config()
     return StepMemory(
         *_states(spec, num_parameters, width),
