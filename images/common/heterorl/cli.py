@@ -189,6 +189,28 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 
 
 @cli.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("repo")
+@click.option("--step", type=click.IntRange(min=0), metavar="N", help="The checkpoint of step N instead of the output.")
+@click.option("--private", is_flag=True, help="Create the repository as a private one.")
+@click.option("--dry-run", is_flag=True, help="Say what would be uploaded, and upload nothing.")
+def push(run: Path, repo: str, step: int | None, private: bool, dry_run: bool) -> None:
+    """Upload a run's model to the Hugging Face Hub.
+
+    RUN is its folder, REPO a name such as my-team/my-model. The token is that of HF_TOKEN or of `hf auth login`.
+    """
+    from heterorl.local.push import push, upload_of
+
+    upload = upload_of(run, step)
+    if dry_run:
+        for name, size in upload.files:
+            click.echo(f"{size:>14,}  {name}")
+        click.echo(f"{sum(size for _, size in upload.files):>14,}  bytes would go from {upload.folder} to {repo}")
+    else:
+        click.echo(f"pushed {upload.folder} to {push(upload, repo, private=private)}")
+
+
+@cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def attach(run: Path) -> None:
     """Show the live view of a run that goes on elsewhere.
