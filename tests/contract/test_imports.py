@@ -8,12 +8,14 @@ import heterorl
 import heterorl_operator
 
 HEAVY = ("torch", "vllm", "transformers", "deepspeed", "datasets", "pyarrow", "sympy", "math_verify")
+ONLY_IN_WORKERS = "heterorl.data.equality."
+"""Built on sympy; what others import of it (through `heterorl.data.answers`) is light."""
 
 
 def modules(package):
-    """The package and everything below it, room by room."""
+    """The package and everything below it, room by room, but for what only workers import."""
     names = (module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."))
-    return [package.__name__, *names]
+    return [package.__name__, *(name for name in names if not name.startswith(ONLY_IN_WORKERS))]
 
 
 def loaded_by(statement):
