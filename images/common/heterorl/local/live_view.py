@@ -108,7 +108,8 @@ class LiveView:
 
     def _draw(self, state: RunView) -> None:
         console = self._live.console
-        subtitle = " · ".join(filter(None, [shown(self._root), self._on_interrupt]))
+        # The key comes first, so that a narrow panel cuts the end of a long path instead.
+        subtitle = " · ".join(filter(None, [self._on_interrupt, shown(self._root)]))
         panel = render(self._title, subtitle, self._reader.read(), state, console.width)
         console.file.write(_BEGIN_UPDATE)
         self._live.update(panel, refresh=True)
