@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-unit mutants exits cluster-programs cluster test-cluster bench-operator canary-report adaptive-order-report corrections-report images check crd docs clean
+.PHONY: setup quickstart test test-unit mutants exits cluster-programs cluster test-cluster bench-operator canary-report adaptive-order-report corrections-report models-table images check crd docs clean
 
 setup: $(VENV)/.installed
 
@@ -63,6 +63,11 @@ adaptive-order-report: setup
 # What losses and corrections make of stale rollouts of a tiny model, into docs/reports/corrections.md: five minutes.
 corrections-report: setup
 	PYTHONPATH=tests $(BIN)/python -m bench.corrections
+
+# What the learner, the transformers engine and vLLM make of every small causal architecture, into docs/models.md: half an
+# hour on two cores.
+models-table: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m bench.models_table --vllm
 
 # The container images, with buildah or docker: make images REGISTRY=registry.example.com/heterorl EXTRA=sampler-cpu
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -53,6 +53,7 @@ SMALL: dict[str, Any] = {
 }
 LINEAR_THEN_FULL = ["linear_attention", "full_attention"]
 SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]}, "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "axk1": {"head_dim": 16, "num_key_value_heads": 2}, "axk2": {"num_key_value_heads": 2},
     "codegen": {"n_head": 4}, "dbrx": {"attn_config": {"kv_n_heads": 1, "rope_theta": 10000.0, "clip_qkv": 8}, "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96}},
     "deepseek_v2": {"num_key_value_heads": 2}, "deepseek_v3": {"head_dim": 16, "num_key_value_heads": 2},
@@ -89,16 +90,16 @@ def names() -> list[str]:
     return [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in CANNOT]
 
 
-def tiny_config(name: str, **fields: Any) -> PretrainedConfig:
+def tiny_config(name: str, **fields: Any) -> PreTrainedConfig:
     """The smallest configuration with each kind of layer that the architecture's default has."""
     kind = CONFIG_MAPPING[name]
     default = kind()
     if "text_config" in getattr(kind, "sub_configs", {}):
-        return kind(text_config=_shrunk(default.get_text_config()) | SPECIAL.get(name, {}) | fields)
+        return kind(text_config=_shrunk(default.get_text_config()) | SPECIAL.get(name, {}) | fields)  # type: ignore[call-arg]
     return kind(**_shrunk(default) | SPECIAL.get(name, {}) | fields)
 
 
-def _shrunk(default: PretrainedConfig) -> dict[str, Any]:
+def _shrunk(default: PreTrainedConfig) -> dict[str, Any]:
     given = default.to_dict()
     aliases = set(getattr(default, "attribute_map", {}))
     fields = {key: value for key, value in SMALL.items() if key in given and key not in aliases}
@@ -119,7 +120,8 @@ def tiny_model(name: str, *, seed: int = 0, **fields: Any) -> PreTrainedModel:
         raise ValueError(f"{size / 1e6:.0f} M parameters")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+        return model
 
 
 def save(name: str, folder: Path, *, shards: str = "1GB", **fields: Any) -> Path:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import architectures
 from heterorl.errors import CorruptFile, ModelError, SiteError, UserError
 from heterorl.exchange.rollout import Sampling
 from heterorl_sampler.engines.build import build_engine
@@ -220,3 +221,35 @@ def test_missing_parts_are_said_in_one_sentence(tiny_model_dir, tmp_path, monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SiteError, match="gpus: 1, but torch finds no GPU on this node"):
         build_engine("transformers", tiny_model_dir(), dtype="float32", max_model_len=16, gpus=1)
+
+
+# ── other architectures ──────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize(
+    ("name", "reading"),
+    # Recurrent states cannot be repeated for the rows of a prompt; Mamba's cache has another name and is not used.
+    [("llama", "together"), ("opt", "together"), ("qwen3_next", "each prompt"), ("mamba", "uncached")],
+)
+def test_behaviour_log_probs_are_right_whatever_padding_and_caches_do(tmp_path, name, reading):
+    folder = architectures.save(name, tmp_path)
+    engine = engine_on(folder)
+    assert engine.reading == reading
+    model = AutoModelForCausalLM.from_pretrained(folder)  # experts are not computed in float64
+    for prompt, group in zip(PROMPTS, engine.generate(PROMPTS, 2, Sampling(max_tokens=9), seed=3)):
+        for completion in group:
+            text = torch.tensor(prompt + completion.token_ids)
+            with torch.no_grad():
+                logp = model(text[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+            expected = logp.gather(1, text[1:, None])[len(prompt) - 1 :, 0]
+            np.testing.assert_allclose(completion.logp, expected, atol=1e-5)
+
+
+def test_one_line_says_how_an_engine_reads_that_cannot_pad(tmp_path, caplog):
+    engine_on(architectures.save("qwen3_next", tmp_path))
+    (message,) = caplog.messages
+    assert message.startswith("with Qwen3NextForCausalLM the engine generates for one prompt at a time")
+    assert "; together: " in message
+
+
+def test_a_model_that_looks_ahead_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="BertLMHeadModel cannot be sampled"):
+        engine_on(architectures.save("bert", tmp_path, is_decoder=False))

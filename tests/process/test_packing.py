@@ -12,23 +12,25 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 import architectures
+from bench.models_table import committed
 from builders import rollout_of, spec_of
 from heterorl.errors import ModelError
+from heterorl.exchange.rollout import Rollout
 from heterorl.spec.run import RunSpec
 from heterorl_learner import ranks
 from heterorl_learner.engines.build import build_engine
 from heterorl_learner.engines.packing import Verdict, choose_layout
-from heterorl_learner.engines.policy import Policy
-from heterorl_learner.engines.torch_ddp import TrainingEngine
+from heterorl_learner.engines.policy import Layout, Policy
+from heterorl_learner.engines.torch_ddp import Sequence, TrainingEngine, micro_batch, token_logps
 from heterorl_learner.rollout_feed import StepBatch
 from heterorl_learner.train_step import train_on
 
 LAYOUTS = {
     **dict.fromkeys(("llama", "qwen3", "gemma2", "mistral", "phi3", "gpt2", "mixtral"), "packed"),
-    **dict.fromkeys(("opt", "falcon", "llama4", "qwen3_next", "qwen3_5", "kimi_linear", "jamba"), "padded"),
-    "rwkv": "alone",
+    **dict.fromkeys(("opt", "falcon", "llama4", "qwen3_next", "qwen3_5", "kimi_linear", "jamba", "rwkv"), "padded"),
 }
 CPU = torch.device("cpu")
 
@@ -66,8 +68,8 @@ def step_batch() -> StepBatch:
     )
 
 
-def step_of(folder: Path, token_budget: int, loss: str = "gepo") -> tuple[float, Tensor, TrainingEngine]:
-    """The loss and the gradient of one step."""
+def step_of(folder: Path, token_budget: int, loss: str = "cispo") -> tuple[float, Tensor, TrainingEngine]:
+    """The loss and the gradient of one step; that of cispo is never clipped away."""
     spec = run_spec(token_budget, algorithm={"loss": {"type": loss}, "groupSize": 3})
     engine = build_engine(folder, spec)
     metrics = train_on(engine, spec, step_batch())
@@ -86,6 +88,10 @@ def test_a_step_does_not_depend_on_how_it_is_divided(name: str, folder: Callable
         assert found.norm().item() == pytest.approx(gradient.norm().item(), rel=1e-3)
 
 
+def test_the_table_of_models_says_the_same() -> None:
+    assert {name: committed()[name][1] for name in LAYOUTS} == LAYOUTS
+
+
 def test_whole_groups_in_a_padded_model_give_the_step_that_one_pack_gives(folder: Callable[[str], Path]) -> None:
     expected, gradient, _ = step_of(folder("opt"), 1, "eqp")
     loss, found, _ = step_of(folder("opt"), 100_000, "eqp")
@@ -93,8 +99,41 @@ def test_whole_groups_in_a_padded_model_give_the_step_that_one_pack_gives(folder
     assert torch.cosine_similarity(found, gradient, dim=0) > 0.9999
 
 
+class OneRowAtATime(LlamaForCausalLM):
+    """As models are whose code was written for one text: it overlooks positions and takes no batch."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, **kwargs: object) -> object:
+        if len(input_ids) > 1:
+            raise ValueError("one row at a time")
+        return super().forward(input_ids, **kwargs)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded", "alone"])
+def test_all_layouts_give_the_values_and_gradients_of_each_sequence_alone(layout: Layout) -> None:
+    sequences = [s for r in step_batch().rollouts for s in drawn_from(r)]
+    results = []
+    for policy, batches in (
+        (Policy(architectures.tiny_model("llama")), [micro_batch(sequences)]),
+        (Policy(architectures.tiny_model("llama")), [micro_batch([s]) for s in sequences]),
+    ):
+        policy.layout = layout
+        logp = torch.cat([token_logps(policy, batch) for batch in batches])
+        (logp * torch.arange(len(logp))).sum().backward()
+        results.append(
+            (logp.detach(), torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
+        )
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=0)
+    assert torch.cosine_similarity(results[0][1], results[1][1], dim=0) > 0.999999
+
+
+def drawn_from(rollout: Rollout) -> list[Sequence]:
+    """Its completions as the learner takes them."""
+    parts = np.split(rollout.completion_ids, np.cumsum(rollout.lengths)[:-1])
+    return [Sequence(rollout.prompt_ids, part, np.zeros(len(part), np.float32), 0, 1.0) for part in parts]
+
+
 # ── the choice ───────────────────────────────────────────────────────────────────────────────────────────────────────
-def layout_of(model: torch.nn.Module, dtype: str = "float32", *, autocast: bool = False) -> str:
+def layout_of(model: PreTrainedModel, dtype: str = "float32", *, autocast: bool = False) -> str:
     return choose_layout(Policy(model), run_spec(dtype=dtype), CPU, autocast=autocast)
 
 
@@ -107,7 +146,7 @@ def test_the_choice_is_the_same_in_bfloat16(name: str, how: str, scale: float) -
             if p.ndim > 1:
                 p.mul_(scale)
     if how == "whole":
-        model.to(torch.bfloat16)
+        model = model.bfloat16()
     assert layout_of(model, "bfloat16", autocast=how == "autocast") == LAYOUTS[name]
 
 
@@ -119,6 +158,13 @@ def test_one_line_says_what_is_wrong_and_what_it_costs(caplog: pytest.LogCapture
     assert message.startswith("OPTForCausalLM reads packs wrongly, so the learner pads each sequence to the longest")
     assert "packed: beside other neighbours" in message
     assert caplog.records[0].levelno == logging.WARNING
+
+
+def test_a_model_that_takes_one_row_without_positions_reads_sequences_alone() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = OneRowAtATime(architectures.tiny_config("llama"))  # type: ignore[no-untyped-call]
+    assert layout_of(model) == "alone"
 
 
 def test_a_model_that_looks_ahead_is_refused() -> None:

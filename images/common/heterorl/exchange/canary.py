@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 CANARY_TOKENS = 272
 """Tokens of a canary text: more than two blocks of any engine's KV cache (128 on a CPU)."""
 
+ROUNDING = {"float32": 1e-4, "bfloat16": 0.05}
+"""What rounding may change where the same is computed in two ways: mean absolute difference of log-probabilities,
+as a share of their spread over tokens (`docs/models.md`)."""
+
 
 @dataclass(frozen=True, config=ConfigDict(strict=True))
 class Canary:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from heterorl.errors import ModelError
+from heterorl.exchange.canary import ROUNDING
 from heterorl.spec.run import RunSpec
 from heterorl_learner import ranks
 from heterorl_learner.engines.policy import Layout, Policy
@@ -46,10 +47,8 @@ LAYOUTS: dict[Layout, str] = {
 """The layouts, cheapest first, and what the learner does in one that costs more than the first."""
 
 
-ROUNDING = {"float32": 1e-4, "bfloat16": 0.05}
-"""Largest admissible difference from the truth, as a share of the spread."""
 LEAK = 2e-5
-"""The same for what other neighbours, or other tokens that come later, may change; in any data type."""
+"""What other neighbours, or other tokens that come later, may change, as a share of the spread; in any data type."""
 
 
 class Wrong(Exception):

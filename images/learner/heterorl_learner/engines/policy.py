@@ -87,7 +87,7 @@ class Policy(nn.Module):
         columns, width = position_ids[0], torch.arange(longest, device=input_ids.device)
         rows = (columns == 0).cumsum(0) - 1
         mask = (width < cu_seqlens.diff()[:, None]).long()  # [S, W]
-        filler = self.model.config.get_text_config().pad_token_id or 0
+        filler = getattr(self.model.config.get_text_config(), "pad_token_id", None) or 0
         ids = torch.full_like(mask, filler).index_put((rows, columns), input_ids[0])
         kept, place = columns[logit_index].unique(return_inverse=True)
         return self._logits(kept, input_ids=ids, attention_mask=mask)[rows[logit_index], place]

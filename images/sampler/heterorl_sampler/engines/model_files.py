@@ -29,8 +29,24 @@ def end_token_ids(model_dir: Path) -> list[int]:
 
 
 def context_length(model_dir: Path) -> int:
-    """Tokens that the model was made for, prompt and completion together."""
+    """Tokens that the model was made for, prompt and completion together; no bound for one that counts no positions."""
     from transformers import AutoConfig
 
-    length: int = AutoConfig.from_pretrained(model_dir).get_text_config().max_position_embeddings
-    return length
+    config = AutoConfig.from_pretrained(model_dir).get_text_config()
+    for name in ("max_position_embeddings", "max_seq_len", "seq_length"):
+        if (length := getattr(config, name, None) or -1) > 0:
+            return int(length)
+    return 2**31 - 1
+
+
+def head_and_embedding(model_dir: Path) -> tuple[str, str]:
+    """Names of the output head's and the input embedding's tensors, which a tied model shares: lm_head.weight and, of a
+    GPT-2, transformer.wte.weight. "" for what the model does not have.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    return names.get(id(model.get_output_embeddings()), ""), names.get(id(model.get_input_embeddings()), "")

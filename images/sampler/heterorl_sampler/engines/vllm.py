@@ -38,9 +38,7 @@ from heterorl.errors import HeteroRLError, SiteError, UserError
 from heterorl.exchange.canary import CANARY_TOKENS, require_same_tensors, tensor_shapes, weight_files
 from heterorl.exchange.rollout import Completion, Sampling
 from heterorl_sampler.decoding import StopTexts
-from heterorl_sampler.engines.model_files import Dtype, context_length, end_token_ids
-
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+from heterorl_sampler.engines.model_files import Dtype, context_length, end_token_ids, head_and_embedding
 
 
 class VLLMEngine:
@@ -59,7 +57,8 @@ class VLLMEngine:
     ) -> None:
         _require_device(gpus)
         self._model_dir, self._ends = model_dir, end_token_ids(model_dir)
-        self._shapes = _served_shapes(weight_files(model_dir))
+        self._head, self._embedding = head_and_embedding(model_dir)
+        self._shapes = self._served_shapes(weight_files(model_dir))
         self._views = tempfile.TemporaryDirectory(prefix="heterorl-vllm-")
         self._view_numbers = itertools.count()
         # Eager and with a given cache size, vLLM skips its warm-up on a CPU. Prompts are read whole there: after a part
@@ -147,7 +146,7 @@ class VLLMEngine:
 
     def load_weights(self, folder: Path) -> None:
         """Reload from the folder's files in place, then drop the prefix cache."""
-        require_same_tensors(_served_shapes(weight_files(folder)), self._shapes)
+        require_same_tensors(self._served_shapes(weight_files(folder)), self._shapes)
         view = self._make_view(folder)
         try:
             self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(view)})
@@ -163,14 +162,21 @@ class VLLMEngine:
         files = weight_files(folder)
         for path in files:
             (view / path.name).symlink_to(path.resolve())
-        shapes = tensor_shapes(files)
-        if HEAD not in shapes:
-            with safe_open(_holder_of(EMBEDDING, files), "pt") as tensors:
-                save_file({HEAD: tensors.get_tensor(EMBEDDING)}, view / "head.safetensors")
+        if self._is_tied(tensor_shapes(files)):
+            with safe_open(_holder_of(self._embedding, files), "pt") as tensors:
+                save_file({self._head: tensors.get_tensor(self._embedding)}, view / "head.safetensors")
         if (folder / "config.json").is_file():
             config = json.loads((folder / "config.json").read_text())
             (view / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
         return view
+
+    def _served_shapes(self, files: list[Path]) -> dict[str, tuple[int, ...]]:
+        """Shapes as they are served: a tied model's files have no head, its view has."""
+        shapes = tensor_shapes(files)
+        return shapes | {self._head: shapes[self._embedding]} if self._is_tied(shapes) else shapes
+
+    def _is_tied(self, shapes: dict[str, tuple[int, ...]]) -> bool:
+        return self._head not in shapes and self._embedding in shapes
 
     def close(self) -> None:
         """Stop vLLM and remove the serving folders."""
@@ -186,14 +192,6 @@ def _require_device(gpus: int) -> None:
         raise SiteError(f"gpus: {gpus}, but torch finds {torch.cuda.device_count()} on this node")
     if not gpus and not current_platform.is_cpu():
         raise UserError("gpus: 0, but this vLLM is not the CPU build; set gpus: 1 or install heterorl[sampler-cpu]")
-
-
-def _served_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
-    """Shapes as they are served: a tied model's files have no head, its view has."""
-    shapes = tensor_shapes(files)
-    if HEAD not in shapes and EMBEDDING in shapes:
-        shapes[HEAD] = shapes[EMBEDDING]
-    return shapes
 
 
 def _holder_of(name: str, files: list[Path]) -> Path:
