@@ -282,7 +282,7 @@ until(lambda: False)
     assert summary(tmp_path)["status"] == "stopped"
     assert summary(tmp_path)["steps"] == 2
     command = capsys.readouterr().out.splitlines()[-1].removeprefix("resume with: heterorl run ")
-    assert command == f"{tmp_path}/runs/demo/run.json --resume --runs-dir {tmp_path}/runs"
+    assert command == f"{tmp_path}/runs/demo/run.json --resume"
     written = load_run(tmp_path / "runs/demo/run.json")
     assert run_local(tmp_path / "runs/demo/run.json", written, tmp_path / "runs", True, programs()) == 0
 

@@ -249,7 +249,6 @@ def test_a_failure_is_told_again_after_a_while_with_the_number_of_those_before(
         ("no_such_module.f", "No module named 'no_such_module'"),
         ("judges.calls", "judges.calls is a list, not a function"),
         ("judges.nothing", "no attribute 'nothing'"),
-        ("judges", "judges names no module"),
     ],
 )
 def test_a_reward_that_cannot_be_imported_is_told_in_one_line(path: str, message: str) -> None:

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,38 @@ def test_check_fails_where_the_generated_file_is_not_up_to_date(capsys, monkeypa
     code, _, err = run(capsys, command, "--check")
     assert code == 1
     assert f"run `heterorl {command}`" in err
+
+
+def test_the_help_of_every_command_is_one_whole_line_in_the_list(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run(capsys, "--help")
+    listed = out.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == sorted(cli.commands)
+    assert [line for line in listed if line.endswith("...")] == []
+
+
+@pytest.mark.parametrize("command", ["run", "init", "check", "validate", "render", "report", "push", "ui"])
+def test_the_help_of_a_command_has_examples_whose_options_exist(capsys, command):
+    _, out, _ = run(capsys, command, "--help")
+    examples = re.findall(rf"^  heterorl {command}\b(.*)$", out, re.MULTILINE)
+    assert examples
+    known = {name for parameter in cli.commands[command].params for name in parameter.opts}
+    assert {word for example in examples for word in example.split() if word.startswith("--")} <= known
+
+
+def test_resuming_the_resolved_manifest_of_a_run_goes_on_in_the_folder_it_lies_in(capsys, monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr("heterorl.local.run.run_local", lambda *arguments: given.append(arguments) or 0)
+    file = tmp_path / "elsewhere" / "quickstart" / "run.json"
+    file.parent.mkdir(parents=True)
+    file.write_text((EXAMPLES / "quickstart.yaml").read_text())
+    calls = {
+        (str(file), "--resume"): tmp_path / "elsewhere",
+        (str(file), "--resume", "--runs-dir", "mine"): Path("mine"),
+        (str(file), "--resume", "--set", "name=other"): Path("runs"),
+        (str(file),): Path("runs"),
+        (str(EXAMPLES / "quickstart.yaml"), "--resume"): Path("runs"),
+    }
+    for arguments in calls:
+        assert run(capsys, "run", *arguments)[0] == 0
+    assert [runs_dir for _, _, runs_dir, _ in given] == list(calls.values())

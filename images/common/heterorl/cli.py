@@ -30,20 +30,31 @@ def cli() -> None:
 @click.argument("file", type=_FILE)
 @_SET
 @click.option("--resume", is_flag=True, help="Resume from the newest checkpoint in the run folder.")
-@click.option("--runs-dir", type=click.Path(file_okay=False, path_type=Path), default=Path("runs"), show_default=True)
-def run(file: Path, sets: tuple[str, ...], resume: bool, runs_dir: Path) -> None:
+@click.option(
+    "--runs-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    show_default="runs; with --resume of a run's run.json, where that run is",
+    help="Folder that holds the folders of runs.",
+)
+def run(file: Path, sets: tuple[str, ...], resume: bool, runs_dir: Path | None) -> None:
     """Train on this machine.
 
     Learner and samplers run as processes; a folder in RUNS-DIR takes the place of the shared volume.
+
+    \b
+    heterorl run examples/quickstart.yaml
+    heterorl run runs/quickstart/run.json --resume
     """
     from heterorl.spec.load import load_run, warnings_for
 
     manifest = load_run(file, sets)
     for warning in warnings_for(manifest):
         _say(f"warning: {warning}")
+    from heterorl.local.preflight import runs_dir_of
     from heterorl.local.run import run_local
 
-    sys.exit(run_local(file, manifest, runs_dir, resume))
+    place = runs_dir or (runs_dir_of(file, manifest) if resume else None) or Path("runs")
+    sys.exit(run_local(file, manifest, place, resume))
 
 
 @cli.command()
@@ -56,6 +67,10 @@ def init(file: Path, model: str, data: str, prompt_column: str | None, answer_co
     """Write a commented manifest to start from.
 
     FILE is run.yaml unless given, and is never overwritten.
+
+    \b
+    heterorl init --model tiny --data train.jsonl
+    heterorl init mine.yaml --model Qwen/Qwen3-0.6B --data openai/gsm8k
     """
     from heterorl.local.starter import write_starter
 
@@ -68,10 +83,14 @@ def init(file: Path, model: str, data: str, prompt_column: str | None, answer_co
 @_SET
 @click.option("--runs-dir", type=click.Path(file_okay=False, path_type=Path), default=Path("runs"), show_default=True)
 def check(file: Path, sets: tuple[str, ...], runs_dir: Path) -> None:
-    """Check all that a run would read, in seconds and without training.
+    """Check all that a run would read, without training.
 
-    Reads model, tokenizer, data, rewards, disk and devices, prints three prompts with their tokens, the rewards of a
-    right and of a wrong answer, and what a step costs in memory.
+    In seconds: reads model, tokenizer, data, rewards, disk and devices, prints three prompts with their tokens, the
+    rewards of a right and of a wrong answer, and what a step costs in memory.
+
+    \b
+    heterorl check run.yaml
+    heterorl check run.yaml --set learner.batch.groups=64
     """
     from heterorl.spec.load import load_run, warnings_for
 
@@ -90,6 +109,10 @@ def validate(files: tuple[Path, ...], sets: tuple[str, ...]) -> None:
     """Validate manifests and report every problem at once.
 
     Reads no model and no data: `heterorl check` does.
+
+    \b
+    heterorl validate examples/*.yaml
+    heterorl validate run.yaml --set algorithm.loss.type=gspo
     """
     from heterorl.spec.load import load_run, warnings_for
 
@@ -123,7 +146,11 @@ def validate(files: tuple[Path, ...], sets: tuple[str, ...]) -> None:
 def render(file: Path, sets: tuple[str, ...], namespace: str | None, images: str, image_tag: str | None) -> None:
     """Print the Kubernetes objects of a run.
 
-    For clusters without the operator: heterorl render FILE | kubectl apply -f -
+    For clusters without the operator.
+
+    \b
+    heterorl render run.yaml | kubectl apply -f -
+    heterorl render run.yaml --images registry.example.com/heterorl --image-tag 1.0
     """
     from importlib.metadata import version
 
@@ -182,6 +209,10 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     """Plot a run, or compare several.
 
     Writes a PNG and a self-contained HTML page.
+
+    \b
+    heterorl report runs/quickstart
+    heterorl report runs/gepo runs/gspo --out compared
     """
     from heterorl.report.page import write_report
 
@@ -198,6 +229,10 @@ def push(run: Path, repo: str, step: int | None, private: bool, dry_run: bool) -
     """Upload a run's model to the Hugging Face Hub.
 
     RUN is its folder, REPO a name such as my-team/my-model. The token is that of HF_TOKEN or of `hf auth login`.
+
+    \b
+    heterorl push runs/quickstart my-team/my-model --dry-run
+    heterorl push runs/quickstart my-team/my-model --private
     """
     from heterorl.local.push import push, upload_of
 

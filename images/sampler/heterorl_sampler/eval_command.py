@@ -36,6 +36,12 @@ def _checked_temperature(_context: click.Context, _option: click.Parameter, valu
     return value
 
 
+def _checked_pattern(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+    for _, message in ColumnsSpec.model_construct(answer_pattern=value).broken_rules():
+        raise click.BadParameter(message)
+    return value
+
+
 @dataclass(frozen=True)
 class EvalOptions:
     """The command line; `command` describes each option."""
@@ -117,6 +123,7 @@ class EvalOptions:
 @click.option(
     "--answer-pattern",
     metavar="REGEX",
+    callback=_checked_pattern,
     help="Regular expression whose first group is the answer, such as '#### (.+)' for GSM8K.",
 )
 @click.option("--strip-suffix", metavar="TEXT", help="Text to remove from the end of each problem.")

@@ -210,8 +210,6 @@ def _completion(group: Group, i: int) -> str | list[dict[str, str]]:
 @functools.cache
 def _imported(path: str) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
-    if not module:
-        raise ImportError(f"{path} names no module")
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     if not callable(function):
         raise TypeError(f"{path} is a {type(function).__name__}, not a function")

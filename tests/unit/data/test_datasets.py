@@ -175,8 +175,6 @@ def test_a_pattern_that_does_not_match_is_a_bad_row(tmp_path: Path) -> None:
     columns = ColumnsSpec(answer_pattern="#### (.+)")
     with pytest.raises(DataError, match=r"answerPattern '#### \(\.\+\)' is not found in the answer \(line 1\)"):
         load_rows(dataset.model_copy(update={"columns": columns}), tmp_path)
-    with pytest.raises(DataError, match="not a valid regular expression"):
-        load_rows(dataset.model_copy(update={"columns": ColumnsSpec(answer_pattern="(")}), tmp_path)
 
 
 def test_half_a_surrogate_pair_is_a_bad_row(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from heterorl.errors import SpecError
@@ -181,6 +183,43 @@ def test_a_wrong_value_from_set_is_reported_as_such(manifest):
 )
 def test_a_change_that_cannot_be_made_is_refused(manifest, change, expected):
     assert expected in problems(manifest(), change)[0]
+
+
+@pytest.mark.parametrize("pattern", ["(", "*", "a{3,2}"])
+def test_an_answer_pattern_that_cannot_be_compiled_is_refused_at_its_field(manifest, pattern):
+    for field in ("data.train.columns", "data.evals"):
+        columns = f"{{answerPattern: '{pattern}'}}"
+        value = columns if field == "data.train.columns" else f"[{{label: a, columns: {columns}}}]"
+        (problem,) = problems(manifest(), f"{field}={value}")
+        assert "columns.answerPattern: " in problem
+        assert f"{pattern!r} is not a valid regular expression: " in problem
+    assert load_run(manifest(), ["data.train.columns={answerPattern: '#### (.+)'}"])
+
+
+@pytest.mark.parametrize(
+    "path", ["brevity", "mine/rewards.py:brevity", "mine.rewards:brevity", ".brevity", "mine.", "a..b"]
+)
+def test_a_custom_reward_that_is_not_a_dotted_path_is_refused(manifest, path):
+    (problem,) = problems(manifest(), f"rewards=[{{name: custom, path: '{path}'}}]")
+    assert problem == (
+        f'--set: spec.rewards.custom.path: found "{path}", expected the import path of a function, such as '
+        "package.module.function"
+    )
+
+
+def test_a_parameter_of_a_loss_that_is_not_chosen_is_warned_about(manifest):
+    assert warnings_for(load_run(manifest(), ["algorithm.loss.gspo.low=0.1", "algorithm.loss.type=gspo"])) == []
+    sets = ["algorithm.loss.gspo.low=0.1", "algorithm.loss.dr_grpo.delta=2", "algorithm.loss.gepo.high=0.4"]
+    assert warnings_for(load_run(manifest(), sets)) == [
+        "spec.algorithm.loss.dr_grpo.delta is set, but loss.type is gepo",
+        "spec.algorithm.loss.gspo.low is set, but loss.type is gepo",
+    ]
+
+
+def test_a_resolved_manifest_which_names_every_default_is_not_warned_about(tmp_path, manifest):
+    resolved = tmp_path / "run.json"
+    resolved.write_text(json.dumps(load_run(manifest(), ["algorithm.loss.type=gspo"]).resolved()))
+    assert warnings_for(load_run(resolved)) == []
 
 
 def test_settings_that_change_the_sampling_distribution_are_warned_about_by_name(manifest):

@@ -141,7 +141,7 @@ def _usable_rows(
 
     `DataError` when a bad row is to be refused, or when no row is left.
     """
-    pattern = _compiled(dataset.columns.answer_pattern)
+    pattern = re.compile(dataset.columns.answer_pattern) if dataset.columns.answer_pattern else None
     ready = dataset.source == "reasoningGym"  # its rows are made in our form
     rows: list[Row] = []
     bad: list[tuple[str, _BadRow]] = []
@@ -225,13 +225,6 @@ def _mapped(found: FileRow, columns: ColumnsSpec, pattern: re.Pattern[str] | Non
     # Parquet and the Hub may hold dates, bytes, decimals: columns travel as JSON, so such values travel as text.
     columns_as_json = json.loads(json.dumps(original, default=str))
     return {"id": found.id, "prompt": prompt, "answer": answer, "columns": columns_as_json}
-
-
-def _compiled(pattern: str | None) -> re.Pattern[str] | None:
-    try:
-        return None if pattern is None else re.compile(pattern)
-    except re.error as error:
-        raise DataError(f"columns.answerPattern {pattern!r} is not a valid regular expression: {error}") from error
 
 
 def _column(original: Row, name: str, aliases: Mapping[str, tuple[str, ...]], what: str) -> Any:

@@ -63,6 +63,13 @@ def look(manifest: Path, run: HeteroRLRun, runs_dir: Path, *, resume: bool = Fal
     return run, root
 
 
+def runs_dir_of(manifest: Path, run: HeteroRLRun) -> Path | None:
+    """Where the run's folder lies, if the manifest is the resolved one of that folder."""
+    root = manifest.resolve().parent
+    is_own = root.name == run.metadata.name and manifest.resolve() == Exchange(root).run_file
+    return root.parent if is_own else None
+
+
 # ── the folder ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def check_folder(root: Path, run: HeteroRLRun, *, resume: bool) -> None:
     """Refuse a folder that is in use, used by another spec, or not there; writes nothing."""

@@ -66,10 +66,7 @@ def _conclude(exchange: Exchange, verdict: Verdict, *, resumable: bool) -> None:
 
 def _resume_command(exchange: Exchange) -> str:
     """The resolved manifest is named, because the user's own was perhaps changed by --set."""
-    command = ["heterorl", "run", shown(exchange.run_file), "--resume"]
-    if exchange.root.parent != Path("runs").resolve():
-        command += ["--runs-dir", shown(exchange.root.parent)]
-    return shlex.join(command)
+    return shlex.join(["heterorl", "run", shown(exchange.run_file), "--resume"])
 
 
 def _draw_report(exchange: Exchange) -> Path | None:

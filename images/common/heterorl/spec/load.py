@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from heterorl.errors import DataError, SpecError
+from heterorl.spec.base import Block
 from heterorl.spec.run import DelaySpec, DelayTraceSpec, HeteroRLRun
 from heterorl.spec.validation import Location, SpecProblem, check, dotted, find_item
 
@@ -51,6 +52,10 @@ def load_run(path: Path | str, sets: Sequence[str] = ()) -> HeteroRLRun:
 
 def warnings_for(run: HeteroRLRun) -> list[str]:
     """Warnings about settings that are valid but probably unintended."""
+    return [*_biased_sampling(run), *_other_losses(run)]
+
+
+def _biased_sampling(run: HeteroRLRun) -> list[str]:
     generation = run.spec.generation
     neutral = {"topP": (generation.top_p, 1), "topK": (generation.top_k, 0), "minP": (generation.min_p, 0)}
     neutral["repetitionPenalty"] = (generation.repetition_penalty, 1)
@@ -60,6 +65,18 @@ def warnings_for(run: HeteroRLRun) -> list[str]:
             f"{', '.join(f'{name}: {off}' for name, (_, off) in neutral.items())} avoid that"
         ]
     return []
+
+
+def _other_losses(run: HeteroRLRun) -> list[str]:
+    """Parameters of losses that are not trained with, where they are not the default (a run.json names them all)."""
+    loss = run.spec.algorithm.loss
+    return [
+        f"spec.algorithm.loss.{name}.{field} is set, but loss.type is {loss.type}"
+        for name, block in loss
+        if isinstance(block, Block) and name != loss.type
+        for field, value in block.model_dump(by_alias=True).items()
+        if value != type(block)().model_dump(by_alias=True)[field]
+    ]
 
 
 # ── YAML ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

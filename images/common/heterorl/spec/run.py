@@ -18,6 +18,7 @@ from heterorl.spec.base import (
     Block,
     BrokenRule,
     FreeForm,
+    FunctionPath,
     Path_,
     PoolName,
     Quantity,
@@ -129,6 +130,13 @@ class ColumnsSpec(Block):
     """Regular expression whose first group is the answer, such as `#### (.+)`; default: the last box, or all of it."""
     strip_suffix: Text | None = None
     """Text removed from the end of each problem, for files whose problems already end with an instruction."""
+
+    def broken_rules(self) -> Iterable[BrokenRule]:
+        """The pattern is one of Python's regular expressions."""
+        try:
+            re.compile(self.answer_pattern or "")
+        except (re.error, OverflowError, RecursionError) as error:
+            yield "answerPattern", f"{self.answer_pattern!r} is not a valid regular expression: {error}"
 
 
 class ArithmeticSpec(Block):
@@ -295,7 +303,7 @@ class RewardSpec(Block):
     """accuracy, format, tag_count, length, cosine, repetition, language, reasoning_steps, boxed, task, or custom."""
     weight: float = Field(1.0, ge=-1000, le=1000)
     """Weight of this reward in the sum."""
-    path: ShortText | None = None
+    path: FunctionPath | None = None
     """Import path of a function `(completions, **columns) -> list[float | None]` (`name: custom`)."""
     batched: bool = False
     """custom: call the function once with all completions of a generated batch, as TRL does, not once per group."""
