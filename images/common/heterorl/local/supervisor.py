@@ -34,6 +34,8 @@ TICK_S = 0.2
 GRACE_S = 120.0
 """Time between SIGTERM and SIGKILL: a learner may be in the middle of a long step, and saves a checkpoint after it."""
 _SAVE_EVERY_S = 2.0
+_NAMED = 8
+"""Processes that are named when the run is told to stop; of more, the number is said."""
 TAKEN_OVER = "taken over"
 """How a run ended whose folder another runner has taken over."""
 
@@ -163,7 +165,7 @@ class Runner:
             self.kill_all()
         if self.interrupts.count and (verdict is None or verdict.status == "succeeded"):
             verdict = Verdict("stopped", INTERRUPTED, "interrupted")
-            view.say("stopping: processes finish what they have begun and save it; Ctrl-C again kills them at once")
+            view.say(f"stopping: {self._awaited()}")
         deadline = self.spec.active_deadline_seconds
         if verdict is None and deadline and self.state.elapsed_s > deadline:
             verdict = Verdict(
@@ -183,6 +185,15 @@ class Runner:
                 failure = self._ended(role, outcome, view)
                 verdict = verdict or failure
         return verdict
+
+    def _awaited(self) -> str:
+        """Whom a run that is told to stop waits for: those that have a process; one that never started is not there."""
+        names = [role.name for role in self._roles() if role.running and role is not self.learner]
+        if len(names) > _NAMED:
+            names = [*names[: _NAMED - 1], f"{len(names) - _NAMED + 1} more"]
+        if self.learner.running:
+            names.insert(0, "learner (saving its checkpoint)")
+        return f"waiting for {', '.join(names)}; Ctrl-C again kills them at once" if names else "nothing runs"
 
     def _trained(self) -> bool:
         """Whether the last step is trained and the learner, which writes the output after it, has left."""
