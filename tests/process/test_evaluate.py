@@ -20,7 +20,7 @@ from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.rollout import Completion, Sampling, Version
 from heterorl_sampler.engines.transformers import TransformersEngine
-from heterorl_sampler.eval_command import command
+from heterorl_sampler.eval_command import main
 from heterorl_sampler.evaluate import Measure, evaluate, evaluate_version, pass_at_k
 
 GREEDY = Sampling(max_tokens=6, temperature=0)
@@ -97,7 +97,13 @@ def test_means_lengths_and_truncation_are_counted_over_all_problems(folder: Path
     }
     rows = [{"prompt_ids": [2], "answer": "5"}, {"prompt_ids": [3], "answer": "9"}, {"prompt_ids": [4], "answer": "8"}]
     engine = Scripted(script)
-    result = evaluate(engine, tokenizer, rows, checker, Measure(Sampling(max_tokens=4), 4, (1, 2, 4), batch_prompts=2))
+    measure, noted = Measure(Sampling(max_tokens=4), 4, (1, 2, 4), batch_prompts=2), []
+    result = evaluate(engine, tokenizer, rows, checker, measure, note=lambda *answered: noted.append(answered))
+    assert noted == [
+        (rows[0], ["5", "5", "6", "55"], [True, True, False, False]),
+        (rows[1], ["1", "2", "3", "4"], [False] * 4),
+        (rows[2], ["8"] * 4, [True] * 4),
+    ]
     assert result["mean"] == pytest.approx((0.5 + 0 + 1) / 3)
     assert result["pass@1"] == pytest.approx(result["mean"])
     assert result["pass@2"] == pytest.approx((5 / 6 + 0 + 1) / 3)  # of the 6 pairs of problem 1 one has none right
@@ -184,9 +190,10 @@ def files(tmp_path: Path) -> list[str]:
 
 
 def exit_code_of(arguments: list[str]) -> object:
-    with pytest.raises(SystemExit) as ended:
-        command(arguments)
-    return ended.value.code
+    try:
+        return main(arguments)
+    except SystemExit as ended:
+        return ended.code
 
 
 def test_a_model_folder_is_evaluated_on_files(folder: Path, files: list[str], tmp_path, capsys, monkeypatch) -> None:
@@ -209,16 +216,36 @@ def test_a_model_folder_is_evaluated_on_files(folder: Path, files: list[str], tm
         (lambda args: [*args[:-1], "none.jsonl"], "none.jsonl: no such file"),
         (lambda args: [*args, "--max-tokens", "2000"], "leaves no room for a prompt"),
         (lambda args: [*args, "--template", "think"], "no chat template"),
+        (lambda args: [*args, "--answer-pattern", "("], "'(' is not a valid regular expression"),
+        (lambda args: [*args, "--answers", "none/answers.jsonl"], "lies in none, which is no folder"),
     ],
 )
-def test_what_is_wrong_is_said_and_the_exit_code_is_two(folder, files, change, message, caplog) -> None:
+def test_what_is_wrong_is_said_and_the_exit_code_is_two(folder, files, change, message, capsys) -> None:
     assert exit_code_of(change([str(folder), "--engine", "transformers", "--max-tokens", "6", "--data", files[0]])) == 2
-    assert message in caplog.text
+    err = capsys.readouterr().err
+    assert err.startswith("heterorl: ")
+    assert message in err
 
 
-def test_a_model_without_a_tokenizer_is_refused(tiny_model_dir, files, caplog) -> None:
+def test_the_trained_model_of_a_run_is_evaluated_and_its_answers_are_written(
+    folder, run, files, tmp_path, capsys
+) -> None:
+    arguments = [str(run.root), "--engine", "transformers", "--max-tokens", "3", "--samples", "2", "--data", files[0]]
+    assert exit_code_of(arguments) == 2
+    assert "is a run without output/, which is written after the last step" in capsys.readouterr().err
+    shutil.copytree(folder, run.output_dir)
+    answers = tmp_path / "answers.jsonl"
+    assert exit_code_of([*arguments, "--json", "--answers", str(answers)]) == 0
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [(line["data"], line["problem"], line["reference"]) for line in lines] == [(files[0], "1+1=", "2")] * 3
+    assert [(len(line["completions"]), len(line["correct"])) for line in lines] == [(2, 2)] * 3
+    (result,) = json.loads(capsys.readouterr().out).values()
+    assert result["mean"] == pytest.approx(fmean(fmean(line["correct"]) for line in lines))
+
+
+def test_a_model_without_a_tokenizer_is_refused(tiny_model_dir, files, capsys) -> None:
     assert exit_code_of([str(tiny_model_dir()), "--engine", "transformers", "--data", files[0]]) == 2
-    assert "has no tokenizer (tokenizer.json)" in caplog.text
+    assert "has no tokenizer (tokenizer.json)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -227,4 +254,4 @@ def test_a_model_without_a_tokenizer_is_refused(tiny_model_dir, files, caplog) -
 )
 def test_arguments_that_do_not_fit_together_are_refused(arguments: list[str], capsys) -> None:
     assert exit_code_of(arguments) == 2
-    assert "Error: " in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith(("heterorl: ", "Usage: "))

@@ -194,7 +194,7 @@ def docs(check: bool) -> None:
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
     add_help_option=False,
 )
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="MODEL --data FILE")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="MODEL|RUN --data FILE")
 def evaluate(arguments: tuple[str, ...]) -> None:
     """Evaluate a model on datasets."""
     sys.exit(subprocess.call([sys.executable, "-m", "heterorl_sampler.eval_command", *arguments]))
@@ -316,9 +316,14 @@ def _say(text: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """`heterorl`."""
+    run_command(cli, "heterorl", arguments)
+
+
+def run_command(command: click.Command, name: str, arguments: list[str] | None = None) -> None:
     """Run a command; expected errors are printed without a stack trace and exit with the code of their class."""
     try:
-        cli.main(args=arguments, prog_name="heterorl", standalone_mode=False)
+        command.main(args=arguments, prog_name=name, standalone_mode=False)
     except HeteroRLError as error:
         _say(str(error))
         sys.exit(error.exit_code)

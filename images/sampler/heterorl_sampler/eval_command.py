@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, get_args
 
 import click
 
+from heterorl.blame import explained
+from heterorl.cli import run_command
 from heterorl.data.answers import AnswerChecker
-from heterorl.data.datasets import prepare_rows
+from heterorl.data.datasets import Row, prepare_rows
 from heterorl.data.prompts import PROBLEM, Template
 from heterorl.data.tokenizer import load_tokenizer
-from heterorl.entry import Stop, exit_code, leave
+from heterorl.entry import Stop, leave
 from heterorl.errors import ModelError, UserError
+from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.rollout import Sampling
 from heterorl.logs import setup_logging
 from heterorl.spec.run import MIN_TEMPERATURE, ColumnsSpec, DatasetSpec, PromptTemplate
@@ -39,6 +42,13 @@ def _checked_temperature(_context: click.Context, _option: click.Parameter, valu
 def _checked_pattern(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
     for _, message in ColumnsSpec.model_construct(answer_pattern=value).broken_rules():
         raise click.BadParameter(message)
+    return value
+
+
+def _checked_file(_context: click.Context, _option: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None and (value.is_dir() or not value.parent.is_dir()):
+        what = "is a folder" if value.is_dir() else f"lies in {value.parent}, which is no folder"
+        raise click.BadParameter(f"{value} {what}; give the path of a file to write")  # before hours of work
     return value
 
 
@@ -68,11 +78,12 @@ class EvalOptions:
     answer_pattern: str | None
     strip_suffix: str | None
     out: Path | None
+    answers: Path | None
     json: bool
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.argument("model", type=_PATH)
+@click.argument("model", type=_PATH, metavar="MODEL|RUN")
 @click.option(
     "--data",
     type=_PATH,
@@ -127,32 +138,67 @@ class EvalOptions:
     help="Regular expression whose first group is the answer, such as '#### (.+)' for GSM8K.",
 )
 @click.option("--strip-suffix", metavar="TEXT", help="Text to remove from the end of each problem.")
-@click.option("--out", type=_PATH, metavar="FILE", help="Also write the results to this file, as JSON.")
+@click.option(
+    "--out", type=_PATH, metavar="FILE", callback=_checked_file, help="Also write the results to this file, as JSON."
+)
+@click.option(
+    "--answers",
+    type=_PATH,
+    metavar="FILE",
+    callback=_checked_file,
+    help="Also write a JSON line for each problem: data, problem, reference, completions, correct.",
+)
 @click.option("--json", is_flag=True, help="Print JSON instead of a table.")
 def command(**given: Any) -> None:
-    """Evaluate MODEL, a Hugging Face folder such as output/ of a run, on datasets with reference answers."""
+    """Evaluate a model on datasets with reference answers.
+
+    MODEL is a Hugging Face folder; of RUN, the folder of a run, it is the trained model.
+
+    \b
+    heterorl eval runs/quickstart --data sums.jsonl --engine transformers
+    heterorl eval MODEL --data math500.jsonl --samples 4 --pass-k 4 --answers answers.jsonl
+    """
     options = EvalOptions(**given)
     if max(options.pass_k) > options.samples:
         raise click.UsageError(f"--pass-k {max(options.pass_k)} needs as many --samples; it is {options.samples}")
-    sys.exit(exit_code(lambda: _report(options), options.model))
+    with explained(options.model):
+        _report(options)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`heterorl eval`, whose errors look as those of the other commands; returns 0, or exits with another code."""
+    run_command(command, "heterorl eval", arguments)
+    return 0
 
 
 def _report(options: EvalOptions) -> None:
-    results = evaluate_folder(options)
+    results, answers = evaluate_folder(options)
     text = json.dumps(results, indent=2)
     if options.out:
         options.out.write_text(text + "\n")
+    if options.answers:
+        options.answers.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
     if options.json:
         click.echo(text)
     else:
         _print_table(results)
 
 
-def evaluate_folder(options: EvalOptions) -> dict[str, EvalResult]:
-    """Evaluate a model folder on files; results by the file's path."""
-    model_dir = options.model
-    if not model_dir.is_dir():
-        raise ModelError(f"{model_dir}: no such folder; give a Hugging Face model folder")
+def model_folder(given: Path) -> Path:
+    """The model folder that is given, or that of the trained model if it is a run's; ModelError if there is none."""
+    if not given.is_dir():
+        raise ModelError(f"{given}: no such folder; give a Hugging Face model folder, or the folder of a run")
+    run = Exchange(given)
+    if not run.run_file.exists():
+        return given
+    if not run.output_dir.is_dir():
+        raise ModelError(f"{given} is a run without {run.output_dir.name}/, which is written after the last step")
+    return run.output_dir
+
+
+def evaluate_folder(options: EvalOptions) -> tuple[dict[str, EvalResult], list[dict[str, Any]]]:
+    """Evaluate a model folder on files; results by the file's path, and what was answered to each problem."""
+    model_dir = model_folder(options.model)
     tokenizer = load_tokenizer(model_dir)
     room = context_length(model_dir) - options.max_tokens
     if room < 1:
@@ -199,11 +245,17 @@ def evaluate_folder(options: EvalOptions) -> dict[str, EvalResult]:
         gpus=options.gpus,
         tensor_parallel=max(1, options.gpus),
     )
-    results = {}
+    results, answers = {}, []
+
+    def note(name: str, row: Row, texts: list[str], right: list[bool]) -> None:
+        about = {"data": name, "problem": row["prompt"], "reference": row["answer"]}
+        answers.append({**about, "completions": texts, "correct": right})
+
     with closing(engine), AnswerChecker(boxed_only=options.template != "raw") as checker:
         for name, data in prepared.items():
-            results[name] = evaluate(engine, tokenizer, data.rows, checker, measure) | {"skipped": data.skipped}
-    return results
+            result = evaluate(engine, tokenizer, data.rows, checker, measure, note=partial(note, name))
+            results[name] = result | {"skipped": data.skipped}
+    return results, answers
 
 
 def _own_dtype(model_dir: Path) -> Dtype:
@@ -238,4 +290,4 @@ def _print_table(results: dict[str, EvalResult]) -> None:
 if __name__ == "__main__":
     Stop().listen()
     setup_logging("evaluate")
-    leave(lambda: command(prog_name="heterorl eval"))
+    leave(main)

@@ -1,6 +1,6 @@
 """Evaluation: a share of right answers, by the same engines, prompts and answer checks as in training.
 
-heterorl eval MODEL --data FILE                                 a model folder on data files (`eval_command`)
+heterorl eval MODEL|RUN --data FILE                             a model folder on data files (`eval_command`)
 python -m heterorl_sampler evaluate --root ROOT --version V     a published version of a run on its data.evals,
                                                                 written to ROOT/evals/ (by the runner, when due)
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -69,11 +69,12 @@ def evaluate(
     checker: AnswerChecker,
     measure: Measure,
     verifier: Verifier | None = None,
+    note: Callable[[Row, list[str], list[bool]], object] = lambda row, texts, right: None,
 ) -> EvalResult:
     """Means over the problems: `mean` (mean@k), `pass@K`, completion lengths, the truncated share, counts.
 
     `rows` are prepared ones, with `prompt_ids` and `answer`; for those of reasoning-gym `verifier` says what is right,
-    which is a full mark.
+    which is a full mark. `note` is told of each problem, its completions and which of them are right.
     """
     made = 1 if measure.sampling.temperature == 0 else measure.samples
     decoder = Decoder(tokenizer)
@@ -87,16 +88,18 @@ def evaluate(
             assert group is not None  # nothing stops this generation
             texts, strict = [decoder.text(c.token_ids) for c in group], row.get("require_value", False)
             if verifier:
-                correct.append(fmean(verifier.mark(row, text) == 1 for text in texts))
+                right = [verifier.mark(row, text) == 1 for text in texts]
             else:
-                correct.append(fmean(checker.check(row["answer"], text, require_value=strict) for text in texts))
+                right = [checker.check(row["answer"], text, require_value=strict) for text in texts]
+            note(row, texts, right)
+            correct.append(fmean(right))
             completions += group
         log.info("%d of %d problems", len(correct), len(rows))
     lengths = [len(completion.token_ids) for completion in completions]
-    right = [round(share * measure.samples) for share in correct]
+    solved = [round(share * measure.samples) for share in correct]
     return {
         "mean": fmean(correct),
-        **{f"pass@{k}": fmean(pass_at_k(measure.samples, c, k) for c in right) for k in measure.pass_k},
+        **{f"pass@{k}": fmean(pass_at_k(measure.samples, c, k) for c in solved) for k in measure.pass_k},
         "completions/mean_length": fmean(lengths),
         "completions/max_length": max(lengths),
         "completions/clipped_ratio": fmean(completion.truncated for completion in completions),
