@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-unit mutants exits cluster-programs cluster test-cluster bench-operator canary-report adaptive-order-report corrections-report models-table images check crd docs clean
+.PHONY: setup quickstart test test-unit test-gpu mutants exits cluster-programs cluster test-cluster bench-operator canary-report adaptive-order-report corrections-report models-table images check crd docs clean
 
 setup: $(VENV)/.installed
 
@@ -24,6 +24,11 @@ test: setup test-unit cluster-programs
 # No process and no engine is started in these: under a minute.
 test-unit: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/unit
+
+# On a machine with a GPU, without a download: the learner and the engines against the CPU, and the figures of a step at
+# the size of Qwen3-1.7B. Meant for under 10 minutes on one card. Without a GPU every test is skipped.
+test-gpu: setup
+	$(BIN)/python -m pytest -rA tests/gpu
 
 # Would the tests notice? One line broken at a time, recorded in docs/reports/mutants.md: under 10 minutes.
 mutants: setup
