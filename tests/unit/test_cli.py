@@ -85,11 +85,15 @@ def test_the_help_of_every_command_is_one_whole_line_in_the_list(capsys, monkeyp
     assert [line for line in listed if line.endswith("...")] == []
 
 
-@pytest.mark.parametrize("command", ["run", "init", "check", "validate", "render", "report", "push", "ui"])
-def test_the_help_of_a_command_has_examples_whose_options_exist(capsys, command):
+@pytest.mark.parametrize(
+    "command", ["run", "init", "check", "validate", "render", "report", "push", "attach", "list", "ui"]
+)
+def test_the_help_of_a_command_has_examples_whose_options_exist(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
     _, out, _ = run(capsys, command, "--help")
     examples = re.findall(rf"^  heterorl {command}\b(.*)$", out, re.MULTILINE)
     assert examples
+    assert [line for line in out.splitlines() if len(line) > 80] == []
     known = {name for parameter in cli.commands[command].params for name in parameter.opts}
     assert {word for example in examples for word in example.split() if word.startswith("--")} <= known
 

@@ -150,7 +150,7 @@ def render(file: Path, sets: tuple[str, ...], namespace: str | None, images: str
 
     \b
     heterorl render run.yaml | kubectl apply -f -
-    heterorl render run.yaml --images registry.example.com/heterorl --image-tag 1.0
+    heterorl render run.yaml --images registry.example.com/rl --image-tag 1.0
     """
     from importlib.metadata import version
 
@@ -251,6 +251,9 @@ def attach(run: Path) -> None:
     """Show the live view of a run that goes on elsewhere.
 
     RUN is its folder. Ctrl-C leaves the run as it is.
+
+    \b
+    heterorl attach runs/quickstart
     """
     from heterorl.local.attach import attach
 
@@ -263,6 +266,10 @@ def list_runs(folders: tuple[Path, ...]) -> None:
     """List runs: state, progress, reward.
 
     FOLDERS are folders of runs, or folders that hold them [default: runs].
+
+    \b
+    heterorl list
+    heterorl list runs/quickstart /mnt/team/runs
     """
     from heterorl.ui.listing import print_runs
 

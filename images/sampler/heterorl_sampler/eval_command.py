@@ -156,7 +156,7 @@ def command(**given: Any) -> None:
 
     \b
     heterorl eval runs/quickstart --data sums.jsonl --engine transformers
-    heterorl eval MODEL --data math500.jsonl --samples 4 --pass-k 4 --answers answers.jsonl
+    heterorl eval MODEL --data math500.jsonl --samples 4 --answers answers.jsonl
     """
     options = EvalOptions(**given)
     if max(options.pass_k) > options.samples:
