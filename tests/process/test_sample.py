@@ -29,7 +29,7 @@ from heterorl_sampler.activity import Activity
 from heterorl_sampler.adaptive_order import build_order
 from heterorl_sampler.decoding import Decoder
 from heterorl_sampler.engines.build import build_engine
-from heterorl_sampler.engines.transformers import TransformersEngine
+from heterorl_sampler.engines.transformers import Reading, TransformersEngine
 from heterorl_sampler.prompt_order import PromptOrder
 from heterorl_sampler.sample import Sampler, load_rewards
 from heterorl_sampler.scoring import build_rewards
@@ -90,6 +90,9 @@ class Watched(TransformersEngine):
     """Tells of every batch it has generated."""
 
     until: Until
+
+    def _choose_reading(self, tolerance: float) -> Reading:
+        return "together"  # only the run's batches count, not those by which an engine tries itself
 
     def generate(self, *args: object, **kwargs: object) -> list[list[Completion] | None]:
         groups = super().generate(*args, **kwargs)
