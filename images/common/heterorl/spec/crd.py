@@ -370,6 +370,11 @@ def _structural(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str
     for bound, limit in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         if bound in result:
             result |= {limit: result[bound], bound: True}
+    minimum = result.get("minimum", 0)
+    if minimum != int(minimum) and "exclusiveMinimum" not in result:
+        # Beside an integer the API server cuts the bound to one: 0 would be at least 0.01.
+        message = f"must be at least {minimum}"
+        result["x-kubernetes-validations"] = [{"rule": f"self >= {minimum}", "message": message}]
     if "const" in result:
         result["enum"] = [result.pop("const")]
     if "properties" in result:
