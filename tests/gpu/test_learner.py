@@ -1,5 +1,6 @@
 """The learner on a GPU computes what it computes on the CPU in float32, and takes a step at the size of a real model."""
 
+import functools
 import math
 import tempfile
 import time
@@ -37,14 +38,7 @@ NOISE = {"float32": 1e-5, "bfloat16": 5e-3}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            made[name] = architectures.save(name, tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return make
+    return functools.cache(lambda name: architectures.save(name, tmp_path_factory.mktemp(name)))
 
 
 # ── losses ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -4,6 +4,7 @@ Which of them transformers reads wrongly when packed is known from its issues (#
 and slime#1686. `make models-table` does the same for all architectures, into docs/models.md.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -37,14 +38,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            made[name] = architectures.save(name, tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return make
+    return functools.cache(lambda name: architectures.save(name, tmp_path_factory.mktemp(name)))
 
 
 def run_spec(token_budget: int = 8192, **spec: object) -> RunSpec:
