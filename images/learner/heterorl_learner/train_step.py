@@ -204,12 +204,19 @@ def pack(items: SequenceOf[list[Sequence]], token_budget: int, *, padded: bool =
     Padded, only the newest pack is asked: in those before, a row is longer.
     """
     packs: list[list[Sequence]] = []
+    used: list[int] = []  # tokens of each
+    row = 0  # padded, those of a row of the newest, whose first item is its longest
     for item in _longest_first(items, padded):
-        open_packs = packs[-1:] if padded else packs
-        place = next((p for p in open_packs if _num_tokens(p + item, padded) <= token_budget), None)
+        size = len(item) * row if padded else _num_tokens(item)
+        open_packs = range(max(0, len(packs) - 1) if padded else 0, len(packs))
+        place = next((at for at in open_packs if used[at] + size <= token_budget), None)
         if place is None:
-            packs.append(place := [])
-        place.extend(item)
+            place, row = len(packs), max(sequence.num_tokens for sequence in item)
+            size = _num_tokens(item, padded)
+            packs.append([])
+            used.append(0)
+        packs[place].extend(item)
+        used[place] += size
     return packs
 
 
