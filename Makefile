@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-unit test-gpu mutants exits cluster-programs cluster test-cluster bench-operator canary-report adaptive-order-report corrections-report models-table images check crd docs clean
+.PHONY: setup quickstart test test-unit test-gpu mutants exits cluster-programs cluster test-cluster bench bench-quick bench-operator canary-report adaptive-order-report corrections-report models-table images check crd docs clean
 
 setup: $(VENV)/.installed
 
@@ -49,6 +49,15 @@ cluster: setup cluster-programs
 
 test-cluster: setup cluster-programs
 	$(BIN)/python -m pytest tests/cluster
+
+# Ours against a peer, measured in turn, into docs/benchmarks.md: under 25 minutes on two cores. IDS="8-time 11-pick" only
+# those; DIR a folder for the files.
+bench: setup
+	PYTHONPATH=tests $(BIN)/python -m bench $(if $(DIR),--dir $(DIR)) $(IDS)
+
+# The same in three minutes, small and with few rounds: gates and gross regressions. Records nothing.
+bench-quick: setup
+	PYTHONPATH=tests $(BIN)/python -m bench --quick $(if $(DIR),--dir $(DIR)) $(IDS)
 
 # Time, memory and writes of the operator with many runs, recorded in docs/benchmarks.md: half an hour. RUNS=1000 prints
 # only that row.

@@ -9,18 +9,16 @@ the table into docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from kubernetes import config
 
+from bench.page import PAGE, ROOT, machine, put
 from cluster.harness import Cluster
 from cluster.operators import OperatorProcess, run_manifest, wait_for
 from heterorl.kubernetes.manifests import Images, desired_state
@@ -28,7 +26,6 @@ from heterorl.spec.run import HeteroRLRun
 from heterorl_operator.client import Api
 from heterorl_operator.resources import BY_NAME, DEPLOYMENT, POD, RUN, ResourceKind
 
-ROOT = Path(__file__).parents[2]
 NAMESPACE = "bench"
 POOLS = ("near", "mid", "far")
 OBJECTS = 8  # ConfigMap, claim, Service, Job, StatefulSet, three Deployments
@@ -219,7 +216,6 @@ def _in_parallel(work: Callable[[Any], object], items: Any) -> None:
 
 
 # ── telling ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-BEGIN, END = "<!-- operator scale: begin -->", "<!-- operator scale: end -->"
 COLUMNS: dict[str, Callable[[Result], str]] = {
     "runs": lambda r: f"{r.runs:,}",
     "objects": lambda r: f"{r.runs * OBJECTS:,}",
@@ -241,20 +237,6 @@ def table(results: list[Result]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def machine() -> str:
-    """What it was measured on."""
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    return f"{os.cpu_count()} cores ({cpu.split(':')[1].strip()}), Python {platform.python_version()}"
-
-
-def record(results: list[Result]) -> None:
-    """Put the table where docs/benchmarks.md has room for it."""
-    page = ROOT / "docs" / "benchmarks.md"
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{table(results)}\n\nMeasured on {machine()}.\n{END}{after}")
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -264,7 +246,7 @@ def main() -> None:
     results = [measure(runs) for runs in args.runs]
     print(table(results))
     if args.record:
-        record(results)
+        put(PAGE, "operator scale", f"{table(results)}\n\nMeasured on {machine()}.")
 
 
 if __name__ == "__main__":
