@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -49,6 +50,21 @@ def own_logging() -> Iterator[None]:
     yield
     root.handlers[:], root.level = handlers, level
     logging.captureWarnings(False)
+
+
+@pytest.fixture
+def own_process_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For a test that builds a DeepSpeed engine here: the process group of one ends with the test, for DeepSpeed, too.
+
+    DeepSpeed remembers the group; were it taken down by torch alone, the next engine of this process would ask for it.
+    """
+    monkeypatch.setenv("LOCAL_RANK", "0")  # the engine would set it for all processes that later tests start
+    yield
+    if "deepspeed" in sys.modules:
+        from deepspeed import comm
+
+        if comm.is_initialized():
+            comm.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

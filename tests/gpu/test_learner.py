@@ -142,13 +142,8 @@ def large(shape: dict[str, Any], device: torch.device) -> Iterator[tuple[Path, i
         yield Path(made), save_random_model(AutoConfig.for_model("qwen3", **shape), Path(made), device)
 
 
-@pytest.fixture(params=["torch", "zero2"])
-def strategy(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield request.param
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # the next test's engine is plain torch
-
-
+@pytest.mark.usefixtures("own_process_group")
+@pytest.mark.parametrize("strategy", ["torch", "zero2"])
 def test_a_step_at_the_size_of_qwen3_1_7b_is_finite_and_moves_the_weights(
     strategy: str, large: tuple[Path, int], device: torch.device
 ) -> None:

@@ -296,6 +296,7 @@ def test_a_gpu_that_is_not_there_is_its_nodes_failure_and_named(folders: dict[st
         build_engine(folders["tied"], run_spec(gpus=1))
 
 
+@pytest.mark.usefixtures("own_process_group")
 @pytest.mark.parametrize("strategy", ["torch", "zero2"])
 def test_the_fused_optimizer_makes_the_same_updates(folders: dict[str, Path], strategy: str) -> None:
     states = []

@@ -103,6 +103,7 @@ def test_the_rate_goes_with_the_root_of_the_effective_sample_size(exchange: Exch
     assert [record["learning_rate"] for record in watch.records] == pytest.approx(expected)
 
 
+@pytest.mark.usefixtures("own_process_group")
 @pytest.mark.parametrize("strategy", ["torch", "zero2"])
 def test_the_reference_is_the_starting_model_however_far_the_learner_is(exchange: Exchange, strategy: str) -> None:
     penalty = {"klToReference": {"weight": 0.1}}
