@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 from builders import CANARY, FAR, Clock, exchange_at, publish, put, rollout_name, rollout_of, run_of
 from heterorl.errors import CorruptFile, ExchangeError, RunFolderError, Superseded
@@ -191,6 +194,43 @@ def test_every_cut_and_every_flipped_byte_of_a_rollout_is_noticed() -> None:
     for position in range(len(data)):
         with pytest.raises(CorruptFile):
             Rollout.from_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+
+
+def test_every_bit_of_a_rollouts_arrays_comes_back() -> None:
+    wide = np.array([0, 1, 255, 256, 151_935, 2**31 - 1, -1, -(2**31)], np.int32)
+    logp = np.array([-0.0, -1e-45, -1e-38, -0.1, -1 / 3, -88.7, -3.4e38, 0.0], np.float32)
+    made = rollout_of(lengths=[3, 5], logp=logp, terms={"a": [np.nan, 1.0], "": [0.1, -0.0]})
+    made = dataclasses.replace(made, completion_ids=wide, prompt_ids=wide)
+    found = Rollout.from_bytes(made.to_bytes())
+    for name in ("prompt_ids", "completion_ids", "lengths", "logp", "rewards", "truncated"):
+        assert getattr(found, name).tobytes() == getattr(made, name).tobytes()
+    assert {name: term.tobytes() for name, term in found.reward_terms.items()} == {
+        name: term.tobytes() for name, term in made.reward_terms.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        '{"prompt_ids": 1000000000000}',
+        '{"prompt_ids": -2, "completion_ids": 5}',
+        '{"prompt_ids": "2"}',
+        "{}",
+        "[2]",
+        "null",
+        '{"prompt_ids": 2, "completion_ids": 3}',
+    ],
+)
+def test_a_rollout_that_claims_other_arrays_than_it_holds_is_refused(arrays: str) -> None:
+    data = rollout().to_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    packed = load(data)["packed"]
+    header = {**header, "arrays": arrays}
+    del header["sha256"]
+    signature = hashlib.sha256(json.dumps(header, sort_keys=True).encode() + f"uint8:{packed.shape}".encode())
+    signature.update(packed.tobytes())
+    with pytest.raises(CorruptFile, match="an array or a part of the header"):
+        Rollout.from_bytes(save({"packed": packed}, {**header, "sha256": signature.hexdigest()}))
 
 
 @pytest.mark.parametrize(

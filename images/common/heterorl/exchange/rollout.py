@@ -1,8 +1,10 @@
 """A rollout: its name, and the contents of its file: one prompt, its group of completions, flat from end to end.
 
 Names carry what selection needs, so that choosing opens no file. The file is safetensors with a JSON header; no pickle,
-no padding. A digest over names, types, shapes and bytes of all arrays and over the header is part of the header,
-because a file on a far volume may be cut or changed.
+no padding. Its one tensor holds all arrays, compressed: of each first the lowest byte of every value, then the second
+of every value, and so on. Bytes that hardly vary (the upper ones of token ids, exponents) then lie together, and zstd
+leaves little of them. A digest over that tensor and the header is part of the header, because a file on a far volume
+may be cut or changed.
 
 The header also says how the rollout was made (`Provenance`), so that a run whose rewards, prompts or sampling were
 edited meanwhile never mixes it in unnoticed.
@@ -13,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import total_ordering
 from typing import Any, Self
@@ -24,12 +27,16 @@ from pydantic_core import from_json
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
+from zstandard import ZstdCompressor, ZstdDecompressor, ZstdError, frame_content_size
 
 from heterorl.errors import CorruptFile, UnknownProtocol
 from heterorl.exchange import PROTOCOL
 from heterorl.spec.run import GenerationSpec, RunSpec, Slot
 
+_PACKED = "packed"
 _TERM = "reward/"
+_MOST_BYTES = 1 << 30
+"""Of a file's arrays: what claims more would fill the memory of its reader."""
 _DTYPES = {
     "prompt_ids": np.int32,
     "completion_ids": np.int32,
@@ -217,8 +224,10 @@ class Rollout:
             "provenance": self.provenance.model_dump_json(),
             "lease_epoch": str(self.lease_epoch),
             "meta": json.dumps(self.meta, sort_keys=True),
+            "arrays": json.dumps({name: array.size for name, array in arrays.items()}),
         }
-        return save_safetensors(arrays, {**header, "sha256": _digest(arrays, header)})
+        packed = _pack(arrays.values())
+        return save_safetensors({_PACKED: packed}, {**header, "sha256": _digest(packed, header)})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Rollout:
@@ -229,24 +238,24 @@ class Rollout:
             protocol = int(header["protocol"])
             if protocol > PROTOCOL:
                 raise UnknownProtocol("the rollout", f"protocol {protocol}", f"protocol {PROTOCOL}")
-            arrays = load_safetensors(data)
+            packed = load_safetensors(data)[_PACKED]
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CorruptFile(f"not a rollout file: {error}") from error
         if protocol != PROTOCOL:
             raise CorruptFile(f"there never was a protocol {protocol}")
         claimed = header.pop("sha256", None)
-        if claimed != _digest(arrays, header):
+        if claimed != _digest(packed, header):
             raise CorruptFile("the digest does not fit the contents")
-        terms = {name.removeprefix(_TERM): array for name, array in arrays.items() if name.startswith(_TERM)}
         try:
+            arrays = _unpack(packed, from_json(header["arrays"]))
             rollout = cls(
                 **{name: arrays[name] for name in _DTYPES},
                 provenance=Provenance.model_validate_json(header["provenance"]),
                 lease_epoch=int(header["lease_epoch"]),
-                reward_terms=terms,
+                reward_terms={n.removeprefix(_TERM): array for n, array in arrays.items() if n.startswith(_TERM)},
                 meta=dict(from_json(header["meta"])),
             )
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, ZstdError) as error:
             raise CorruptFile(f"an array or a part of the header is missing: {error}") from error
         rollout.check()
         return rollout
@@ -275,10 +284,30 @@ def _fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(arrays: dict[str, NDArray[Any]], header: dict[str, str]) -> str:
+def _digest(packed: NDArray[Any], header: dict[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(f"{name}:{array.dtype}:{array.shape}".encode())
-        digest.update(array.tobytes())
+    digest.update(f"{packed.dtype}:{packed.shape}".encode())
+    digest.update(packed.tobytes())
     return digest.hexdigest()
+
+
+def _pack(arrays: Iterable[NDArray[Any]]) -> NDArray[np.uint8]:
+    """Byte planes of arrays of one axis, one after the other, compressed."""
+    planes = [array.view(np.uint8).reshape(array.size, array.itemsize).T.tobytes() for array in arrays]
+    return np.frombuffer(ZstdCompressor(level=1).compress(b"".join(planes)), np.uint8)
+
+
+def _unpack(packed: NDArray[np.uint8], counts: dict[str, int]) -> dict[str, NDArray[Any]]:
+    """The arrays by name; ValueError or ZstdError if it does not hold as many values of each."""
+    data = packed.tobytes()
+    types = {name: np.dtype(_DTYPES.get(name, np.float32)) for name in counts}
+    total = sum(types[name].itemsize * count for name, count in counts.items())
+    if min(counts.values()) < 0 or total > _MOST_BYTES or frame_content_size(data) != total:
+        raise ValueError(f"the compressed arrays are not {total} bytes, of at most {_MOST_BYTES}")
+    planes = np.frombuffer(ZstdDecompressor().decompress(data), np.uint8)
+    arrays, end = {}, 0
+    for name, count in counts.items():
+        begin, end = end, end + types[name].itemsize * count
+        values = planes[begin:end].reshape(types[name].itemsize, count).T.copy()
+        arrays[name] = values.view(types[name]).reshape(count)
+    return arrays
