@@ -285,7 +285,7 @@ def test_a_version_that_stands_and_lacks_a_file_is_damaged_and_not_retired(
         exchange.fetch_weights(version, tmp_path / "here")
 
 
-@pytest.mark.parametrize("later", [LATER, b'{"protocol": 1, "kind": "delta", "base": "v00000002-i0001"}'])
+@pytest.mark.parametrize("later", [LATER, b'{"protocol": 1, "kind": "hologram"}'])
 def test_what_a_later_version_published_is_refused_by_name_and_outlives_every_retirement(
     exchange: Exchange, tmp_path: Path, later: bytes
 ) -> None:

@@ -32,7 +32,8 @@ Rules
   3. Nothing is deleted on doubt. A higher protocol, or a kind of folder that this one does not know, is refused as
      UnknownProtocol and stays as it is; what failed its checks goes to quarantine, also when its time to be deleted
      has come; a record that cannot be read goes there before its writer replaces it.
-  4. Weights are anchors (`kind: anchor`, whole); `kind: delta` with a `base` has its place in the manifest.
+  4. A version is an anchor (`kind: anchor`, whole weights) or a delta (`kind: delta`: files that change the weights of
+     earlier versions into these, and the digest of what they lead to).
   5. Each version carries a canary: texts and the learner's own log-probabilities of them. A sampler that loaded a
      version scores them in its engine and does not generate if they differ.
   6. A rollout's name carries weights version, slot and sequence number. A slot saves its next number before it
@@ -81,13 +82,21 @@ from heterorl.errors import CorruptFile, ExchangeError
 from heterorl.exchange import published_folder
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.learner_state import LearnerState
-from heterorl.exchange.records import Evaluation, SlotHeartbeat, SlotState, SlotStatus, WeightsManifest, parse_canary
+from heterorl.exchange.records import (
+    WEIGHTS_FILE,
+    Evaluation,
+    SlotHeartbeat,
+    SlotState,
+    SlotStatus,
+    WeightsManifest,
+    parse_canary,
+)
 from heterorl.exchange.rollout import Rollout, RolloutName, Version
 from heterorl.exchange.slots import Lease, Slots
 from heterorl.spec.run import Slot
 
 _SAFETENSORS = ".safetensors"
-_MODEL, _CANARY = "model.safetensors", "canary.json"
+_CANARY = "canary.json"
 
 
 @dataclass(frozen=True)
@@ -141,7 +150,7 @@ class Exchange(LearnerState):
         """
         source = self._version(version)
         manifest = published_folder.read_manifest(self.files, source, WeightsManifest)
-        if lacking := {_MODEL, _CANARY} - set(manifest.files):
+        if lacking := {WEIGHTS_FILE, _CANARY} - set(manifest.files):
             raise CorruptFile(f"weights {version}: the manifest does not list {', '.join(sorted(lacking))}")
         to.mkdir(parents=True, exist_ok=True)
         with published_folder.standing(self.files, source):

@@ -7,7 +7,7 @@ means raises `heterorl.exchange.PROTOCOL`; a record with a higher one is refused
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -20,6 +20,7 @@ from pydantic import (
     PositiveInt,
     TypeAdapter,
     ValidationError,
+    model_validator,
 )
 from pydantic_core import from_json
 
@@ -28,6 +29,8 @@ from heterorl.exchange import PROTOCOL
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.rollout import RolloutName, Version
 
+WEIGHTS_FILE = "model.safetensors"
+"""Of a version: the whole weights."""
 BARREN_GROUPS = 64
 """After so many groups in a row without a difference in reward, a slot says that there is nothing to learn from."""
 
@@ -69,7 +72,7 @@ class FileEntry(BaseModel):
 
 
 class Manifest(Record):
-    """Written last into a published folder: its files, relative to it. One of the two kinds below."""
+    """Written last into a published folder: its files, relative to it. Of one of the kinds below."""
 
     kind: str
     time: float
@@ -78,10 +81,42 @@ class Manifest(Record):
     files: Annotated[dict[Annotated[str, AfterValidator(_inside)], FileEntry], Field(min_length=1)]
 
 
-class WeightsManifest(Manifest):
-    """Of a version: whole weights. (`kind: delta` with a `base` is a place kept for a later version.)"""
+class DeltaBase(BaseModel):
+    """The weights that a delta changes."""
 
-    kind: Literal["anchor"] = "anchor"
+    model_config = ConfigDict(frozen=True)
+
+    version: _Version
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Of their model.safetensors."""
+
+
+class WeightsManifest(Manifest):
+    """Of a version: an anchor holds the weights whole, a delta only ways to make them of earlier versions'.
+
+    An anchor may hold such ways as well, for readers that have an earlier version already.
+    """
+
+    kind: Literal["anchor", "delta"] = "anchor"
+    rebuilt: FileEntry | None = None
+    """Of a delta: what model.safetensors is once it is rebuilt, whichever way that went."""
+    deltas: dict[str, DeltaBase] = {}
+    """Files of the folder that each change the weights of an earlier version into these."""
+
+    @property
+    def weights(self) -> FileEntry:
+        """What model.safetensors of this version is, in the folder or rebuilt."""
+        return self.rebuilt or self.files[WEIGHTS_FILE]
+
+    @model_validator(mode="after")
+    def _leads_to_weights(self) -> Self:
+        if missing := self.deltas.keys() - self.files.keys():
+            raise ValueError(f"the manifest does not list {', '.join(sorted(missing))}")
+        if self.kind == "anchor" and WEIGHTS_FILE not in self.files:
+            raise ValueError(f"the manifest does not list {WEIGHTS_FILE}")
+        if self.kind == "delta" and not (self.rebuilt and self.deltas):
+            raise ValueError("a delta has to say what it changes and what comes of it")
+        return self
 
 
 class CheckpointManifest(Manifest):
@@ -321,7 +356,7 @@ class QuarantineNote(Record):
 
 
 _R = TypeVar("_R", bound=Record)
-_KINDS = ("anchor", "checkpoint")
+_KINDS = ("anchor", "delta", "checkpoint")
 
 
 def parse_record(model: type[_R], data: bytes, what: str) -> _R:
