@@ -16,9 +16,12 @@ START = 1_767_225_600.0
 
 
 def write_run(
-    root: Path, *, steps: int, groups: int = 0, status: str = "succeeded", seed: int = 0, **spec: Any
+    root: Path, *, steps: int, groups: int = 0, problems: int = 0, status: str = "succeeded", seed: int = 0, **spec: Any
 ) -> Exchange:
-    """A run that trained these steps, ten seconds each, with pools near and far, and logged groups of 8 completions."""
+    """A run that trained these steps, ten seconds each, with pools near and far.
+
+    It logged groups of 8 completions, and 4 answers to each problem at the first and the last step.
+    """
     pools = [{"name": "near"}, {"name": "far"}]
     run = run_of(root.name, **{"learner": {"steps": steps}, "samplers": pools, "seed": seed, **spec})
     exchange = exchange_at(root, run)
@@ -35,6 +38,8 @@ def write_run(
         _write(exchange.metrics_dir / f"sampler-{pool}-0.jsonl", _sampler(steps, every))
     if groups:
         _write(exchange.completions_file, [_group(number, groups, steps) for number in range(groups)])
+    for step in (0, steps) if problems else ():
+        _write(exchange.answers_dir / f"{Version(step, 1)}.jsonl", [_problem(row, step) for row in range(problems)])
     return exchange
 
 
@@ -85,4 +90,17 @@ def _group(number: int, groups: int, steps: int) -> dict[str, Any]:
     return {
         "step": step, "incarnation": 1, "rollout": f"v{step - 1:08d}-i0001--{pool}-0--s{number:010d}", "row": number,
         "prompt": f"What is {number} plus a few? <script>document.title='broken'</script>", "reference": str(number), "completions": completions,
+    }  # fmt: skip
+
+
+def _problem(row: int, step: int) -> dict[str, Any]:
+    """Of its 4 answers, row % 5 are right; at first one fewer of an odd row, if it has any."""
+    right = row % 5 - (step == 0 and row % 2 == 1 and row % 5 > 0)
+    completions = [
+        {"text": f"I say {row + (i >= right)}", "correct": i < right, "truncated": i == 3, "tokens": 3}
+        for i in range(4)
+    ]
+    prompt = f"How much is {row} plus nothing? <script>document.title='broken'</script>"
+    return {
+        "step": step, "set": "sums", "row": row, "prompt": prompt, "reference": str(row), "completions": completions,
     }  # fmt: skip

@@ -292,7 +292,7 @@ def _pod(body: Object) -> CachedPod:
     role = intern(labels.get(ROLE_LABEL, ""))
     # Ours is named after the role; others are sidecars that the cluster injects, as a service mesh does.
     container: Object = next((each for each in status.get("containerStatuses") or [] if each["name"] == role), {})
-    waiting = container.get("state", {}).get("waiting", {})
+    waiting = _waiting(container, status.get("initContainerStatuses") or [])
     ended = container.get("state", {}).get("terminated") or container.get("lastState", {}).get("terminated") or {}
     return CachedPod(
         name=metadata["name"],
@@ -314,6 +314,15 @@ def _pod(body: Object) -> CachedPod:
         restarts=container.get("restartCount", 0),
         resumes=_resumes(metadata.get("annotations") or {}),
     )
+
+
+def _waiting(container: Object, before: list[Object]) -> Object:
+    """What our container waits for; while one that is started before it has no image or cannot start, that."""
+    waiting: Object = container.get("state", {}).get("waiting", {})
+    if waiting.get("reason") != "PodInitializing":
+        return waiting
+    others = (each.get("state", {}).get("waiting") for each in before)
+    return next((other for other in others if other and other["reason"] != "PodInitializing"), waiting)
 
 
 def _outcome(kind: str, status: Object) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.rollout import Completion, Sampling, Version
 from heterorl_sampler.engines.transformers import TransformersEngine
-from heterorl_sampler.eval_command import main
+from heterorl_sampler.eval_command import main, set_names
 from heterorl_sampler.evaluate import Measure, evaluate, evaluate_version, pass_at_k
 
 GREEDY = Sampling(max_tokens=6, temperature=0)
@@ -100,9 +100,9 @@ def test_means_lengths_and_truncation_are_counted_over_all_problems(folder: Path
     measure, noted = Measure(Sampling(max_tokens=4), 4, (1, 2, 4), batch_prompts=2), []
     result = evaluate(engine, tokenizer, rows, checker, measure, note=lambda *answered: noted.append(answered))
     assert noted == [
-        (rows[0], ["5", "5", "6", "55"], [True, True, False, False]),
-        (rows[1], ["1", "2", "3", "4"], [False] * 4),
-        (rows[2], ["8"] * 4, [True] * 4),
+        (rows[0], script[2], ["5", "5", "6", "55"], [True, True, False, False]),
+        (rows[1], script[3], ["1", "2", "3", "4"], [False] * 4),
+        (rows[2], script[4], ["8"] * 4, [True] * 4),
     ]
     assert result["mean"] == pytest.approx((0.5 + 0 + 1) / 3)
     assert result["pass@1"] == pytest.approx(result["mean"])
@@ -157,6 +157,30 @@ def test_a_published_version_is_evaluated_on_every_set_and_the_result_published(
     assert result.average == 0.75
     lines = [json.loads(line) for line in (run.metrics_dir / "evaluate.jsonl").read_text().splitlines()]
     assert [(line["step"], line["eval/all/mean"]) for line in lines if "step" in line] == [(3, 0.5)]
+
+
+def test_what_was_answered_to_each_problem_is_written_beside_the_result(run: Exchange, rows) -> None:
+    evaluate_version(run, Version(3, 1))
+    (file,) = run.answers_dir.iterdir()
+    assert file.name == "v00000003-i0001.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(line["set"], line["row"], line["step"]) for line in lines] == [
+        *(("even", place, 3) for place in (0, 2, 4)),
+        *(("all", place, 3) for place in range(6)),
+    ]
+    assert [line["prompt"] for line in lines[3:]] == PROMPTS
+    # the reference of an even problem is the model's own answer, that of an odd one what equals nothing
+    assert [[made["correct"] for made in line["completions"]] for line in lines[3:]] == [[True], [False]] * 3
+    assert [line["completions"][0]["text"] for line in lines[3::2]] == [row["answer"] for row in rows[::2]]
+
+
+def test_a_budget_of_nothing_writes_no_answers(run: Exchange) -> None:
+    tree = json.loads(run.run_file.read_text())
+    tree["spec"]["monitoring"]["logAnswers"] = {"maxMegabytes": 0}
+    run.run_file.write_text(json.dumps(tree))
+    evaluate_version(Exchange(run.root), Version(3, 1))
+    assert not run.answers_dir.exists()
+    assert list(run.read_evals()) == [Version(3, 1)]
 
 
 def test_it_is_the_published_weights_that_are_evaluated(run: Exchange, tiny_model_dir) -> None:
@@ -237,10 +261,26 @@ def test_the_trained_model_of_a_run_is_evaluated_and_its_answers_are_written(
     answers = tmp_path / "answers.jsonl"
     assert exit_code_of([*arguments, "--json", "--answers", str(answers)]) == 0
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert [(line["data"], line["problem"], line["reference"]) for line in lines] == [(files[0], "1+1=", "2")] * 3
-    assert [(len(line["completions"]), len(line["correct"])) for line in lines] == [(2, 2)] * 3
+    assert [(line["set"], line["row"], line["prompt"], line["reference"]) for line in lines] == [
+        ("sums", row, "1+1=", "2") for row in range(3)
+    ]
+    marks = [[made["correct"] for made in line["completions"]] for line in lines]
+    assert list(map(len, marks)) == [2] * 3
     (result,) = json.loads(capsys.readouterr().out).values()
-    assert result["mean"] == pytest.approx(fmean(fmean(line["correct"]) for line in lines))
+    assert result["mean"] == pytest.approx(fmean(map(fmean, marks)))
+    assert not run.answers_dir.exists()
+
+
+def test_answers_of_a_runs_model_are_put_into_its_folder(folder, run, files) -> None:
+    shutil.copytree(folder, run.output_dir)
+    data = ["--data", files[0], "--data", files[1]]
+    assert exit_code_of([str(run.root), "--engine", "transformers", "--max-tokens", "3", "--limit", "1", *data]) == 0
+    assert sorted(path.name for path in run.answers_dir.iterdir()) == ["eval-long.jsonl", "eval-sums.jsonl"]
+
+
+def test_sets_are_named_after_their_files_and_numbered_where_these_are_alike() -> None:
+    paths = [Path("a/math.jsonl"), Path("b/math.csv"), Path("all/*.parquet"), Path("math")]
+    assert set_names(paths) == ["math", "math-2", "_", "math-3"]
 
 
 def test_a_model_without_a_tokenizer_is_refused(tiny_model_dir, files, capsys) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from heterorl.report.page import write_report
 from run_folders import write_run
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -185,6 +186,31 @@ def test_samplers_are_read_along_their_strip(long_run, visit):
     )
 
 
+def test_answers_of_evaluations_are_found_by_how_they_came_out_and_opened(tmp_path, visit):
+    write_run(tmp_path / "evaluated", steps=40, problems=100)
+    page = visit(tmp_path, at="#/run/evaluated/evaluation")
+    found = page.get_by_role("status").filter(has_text="problem")
+    expect(found).to_contain_text("100 problems")
+    outcomes = page.get_by_role("group", name="How it was answered")
+    outcomes.get_by_role("button", name=re.compile("^wrong")).click()
+    expect(found).to_contain_text("20 problems")  # rows 0, 5, ...
+    outcomes.get_by_role("button", name=re.compile("^better than at first")).click()
+    expect(found).to_contain_text("40 problems")  # odd rows but 5, 15, ..., 95
+    page.get_by_role("combobox", name="Weights of step").select_option("0")
+    expect(found).to_contain_text("0 problems")
+    outcomes.get_by_role("button", name=re.compile("^all")).click()
+    page.get_by_role("searchbox", name="Find").fill("is 7 plus")
+    expect(found).to_contain_text("1 problem;")
+    page.get_by_role("link", name=re.compile("25% right: How much is 7 plus")).click()
+    expect(page.get_by_role("region", name="Reference")).to_contain_text("7")
+    last = page.get_by_role("region", name="Step 40")
+    expect(last.get_by_role("article", name=re.compile("right$"))).to_have_count(2)
+    expect(last.get_by_role("article", name="Completion 4, wrong")).to_contain_text("truncated")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("list", name="Problems")).to_be_visible()
+    assert "broken" not in page.title()
+
+
 def test_two_runs_are_compared(tmp_path, visit):
     write_run(tmp_path / "gepo-s0", steps=40, seed=0)
     write_run(tmp_path / "gepo-s1", steps=40, seed=1)
@@ -201,6 +227,39 @@ def test_two_runs_are_compared(tmp_path, visit):
     expect(rows.filter(has_text="algorithm.loss.type")).to_contain_text("grpo")
     expect(rows.filter(has_text=re.compile("^seed"))).to_be_visible()
     expect(rows.filter(has_text="learningRate")).to_have_count(0)
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_report_is_one_file_that_draws_its_charts_without_a_server(tmp_path, browser, width):
+    roots = [tmp_path / "gepo-s0", tmp_path / "gepo-s1", tmp_path / "grpo"]
+    for seed, root in enumerate(roots):
+        write_run(root, steps=60, seed=seed, algorithm={"loss": {"type": root.name.partition("-")[0]}})
+    file = write_report(roots, tmp_path / "out")
+    page = browser.new_context(viewport={"width": width, "height": 900}, offline=True).new_page()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(file.as_uri())
+    reward = page.get_by_role("region", name="Reward", exact=True)
+    expect(reward.get_by_role("img")).to_have_accessible_name(re.compile("gepo: 0.2.* last"))
+    expect(page.get_by_role("region", name="Gradient norm").locator("path").first).to_be_attached()
+    masked = page.get_by_role("region", name="Masked or rejected")
+    expect(masked).to_contain_text("this run has no correction")
+    assert masked.locator("svg").count() == 0
+    # both seeds of gepo went from 0.2 to 0.7
+    expect(page.get_by_role("region", name="Evaluation").get_by_role("row", name=re.compile("^gepo"))).to_contain_text(
+        "0.700 ± 0"
+    )
+    expect(page.get_by_role("row", name=re.compile("^Learning rate"))).to_contain_text("1e-06")
+    page.get_by_role("button", name="Time").click()
+    expect(reward.locator("svg text").last).to_contain_text("min")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(UNNAMED) == []
+    assert page.evaluate(CONTRAST) == []
+    assert problems == []
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    page.close()
 
 
 def test_damaged_files_leave_what_is_whole(tmp_path, visit):
@@ -225,14 +284,22 @@ def test_damaged_files_leave_what_is_whole(tmp_path, visit):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_view_fits_a_phone_and_has_names_and_contrast(tmp_path, visit, scheme):
-    write_run(tmp_path / "a-run-with-a-rather-long-name-s0", steps=30, groups=30)
+    write_run(tmp_path / "a-run-with-a-rather-long-name-s0", steps=30, groups=30, problems=30)
     page = visit(tmp_path, width=400, color_scheme=scheme)
     expect(page.get_by_role("link", name="a-run")).to_be_visible()
     for view in (
         "",
         *(
             f"run/a-run-with-a-rather-long-name-s0/{tab}"
-            for tab in ("curves", "samplers", "completions", "completions/7", "evaluation", "settings")
+            for tab in (
+                "curves",
+                "samplers",
+                "completions",
+                "completions/7",
+                "evaluation",
+                "evaluation/sums/7",
+                "settings",
+            )
         ),
     ):
         page.goto(re.sub("#.*", "", page.url) + f"#/{view}")

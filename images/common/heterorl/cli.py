@@ -206,9 +206,9 @@ def evaluate(arguments: tuple[str, ...]) -> None:
     "--out", type=click.Path(file_okay=False, path_type=Path), help="Output folder [default: that of the first run]."
 )
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
-    """Plot a run, or compare several.
+    """Report on a run, or compare several.
 
-    Writes a PNG and a self-contained HTML page.
+    Writes report.html, one file that needs no server, and with matplotlib report.png.
 
     \b
     heterorl report runs/quickstart

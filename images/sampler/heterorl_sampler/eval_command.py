@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from itertools import count
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, get_args
@@ -16,7 +17,7 @@ import click
 from heterorl.blame import explained
 from heterorl.cli import run_command
 from heterorl.data.answers import AnswerChecker
-from heterorl.data.datasets import Row, prepare_rows
+from heterorl.data.datasets import prepare_rows
 from heterorl.data.prompts import PROBLEM, Template
 from heterorl.data.tokenizer import load_tokenizer
 from heterorl.entry import Stop, leave
@@ -25,6 +26,7 @@ from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.rollout import Sampling
 from heterorl.logs import setup_logging
 from heterorl.spec.run import MIN_TEMPERATURE, ColumnsSpec, DatasetSpec, PromptTemplate
+from heterorl_sampler.answer_log import AnswerLog
 from heterorl_sampler.engines.build import build_engine
 from heterorl_sampler.engines.model_files import Dtype, context_length
 from heterorl_sampler.evaluate import EvalResult, Measure, evaluate
@@ -146,7 +148,8 @@ class EvalOptions:
     type=_PATH,
     metavar="FILE",
     callback=_checked_file,
-    help="Also write a JSON line for each problem: data, problem, reference, completions, correct.",
+    show_default="of RUN: its answers/, for heterorl ui",
+    help="Also write a JSON line for each problem: set, row, prompt, reference, completions, which of them are right.",
 )
 @click.option("--json", is_flag=True, help="Print JSON instead of a table.")
 def command(**given: Any) -> None:
@@ -172,33 +175,49 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(options: EvalOptions) -> None:
-    results, answers = evaluate_folder(options)
+    run = run_at(options.model)
+    results, logs = evaluate_folder(options, run)
     text = json.dumps(results, indent=2)
     if options.out:
         options.out.write_text(text + "\n")
     if options.answers:
-        options.answers.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+        options.answers.write_bytes(b"".join(line for log in logs.values() for line in log.lines))
+    elif run:
+        for label, log in logs.items():
+            run.write_answers(f"eval-{label}", log.lines)
     if options.json:
         click.echo(text)
     else:
         _print_table(results)
 
 
-def model_folder(given: Path) -> Path:
-    """The model folder that is given, or that of the trained model if it is a run's; ModelError if there is none."""
+def run_at(given: Path) -> Exchange | None:
+    """The run whose folder is given, trained; None for a model folder, ModelError if it is neither."""
     if not given.is_dir():
         raise ModelError(f"{given}: no such folder; give a Hugging Face model folder, or the folder of a run")
     run = Exchange(given)
     if not run.run_file.exists():
-        return given
+        return None
     if not run.output_dir.is_dir():
         raise ModelError(f"{given} is a run without {run.output_dir.name}/, which is written after the last step")
-    return run.output_dir
+    return run
 
 
-def evaluate_folder(options: EvalOptions) -> tuple[dict[str, EvalResult], list[dict[str, Any]]]:
-    """Evaluate a model folder on files; results by the file's path, and what was answered to each problem."""
-    model_dir = model_folder(options.model)
+def set_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each data file, glob or folder: its own without the ending, numbered where several are alike."""
+    names: list[str] = []
+    for path in paths:
+        stem = re.sub(r"[^\w.-]+", "_", path.stem)
+        names.append(next(name for n in count(1) if (name := stem if n == 1 else f"{stem}-{n}") not in names))
+    return names
+
+
+def evaluate_folder(options: EvalOptions, run: Exchange | None) -> tuple[dict[str, EvalResult], dict[str, AnswerLog]]:
+    """Evaluate a model folder, or a run's trained model, on files.
+
+    Results by the file's path, and by its name what was answered to each problem.
+    """
+    model_dir = run.output_dir if run else options.model
     tokenizer = load_tokenizer(model_dir)
     room = context_length(model_dir) - options.max_tokens
     if room < 1:
@@ -245,17 +264,14 @@ def evaluate_folder(options: EvalOptions) -> tuple[dict[str, EvalResult], list[d
         gpus=options.gpus,
         tensor_parallel=max(1, options.gpus),
     )
-    results, answers = {}, []
-
-    def note(name: str, row: Row, texts: list[str], right: list[bool]) -> None:
-        about = {"data": name, "problem": row["prompt"], "reference": row["answer"]}
-        answers.append({**about, "completions": texts, "correct": right})
-
+    trained = run.learner.step if run and run.learner else None
+    logs = {label: AnswerLog(tokenizer, trained, label) for label in set_names(list(map(Path, prepared)))}
+    results = {}
     with closing(engine), AnswerChecker(boxed_only=options.template != "raw") as checker:
-        for name, data in prepared.items():
-            result = evaluate(engine, tokenizer, data.rows, checker, measure, note=partial(note, name))
-            results[name] = result | {"skipped": data.skipped}
-    return results, answers
+        for (path, data), log in zip(prepared.items(), logs.values()):
+            result = evaluate(engine, tokenizer, data.rows, checker, measure, note=log.note)
+            results[path] = result | {"skipped": data.skipped}
+    return results, logs
 
 
 def _own_dtype(model_dir: Path) -> Dtype:

@@ -28,6 +28,7 @@ from heterorl.exchange.rollout import Completion, Sampling, Version
 from heterorl.exchange.storage import persistently
 from heterorl.monitoring.metrics import Metrics
 from heterorl.seeds import derive_seed
+from heterorl_sampler.answer_log import AnswerLog, bytes_a_version, within
 from heterorl_sampler.decoding import Decoder
 from heterorl_sampler.engines.build import InferenceEngine, build_engine
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("heterorl_sampler.evaluate")
 
 EvalResult = dict[str, float]
+Note = Callable[[Row, list[Completion], list[str], list[bool]], object]
 
 
 # ── the measure ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -69,12 +71,12 @@ def evaluate(
     checker: AnswerChecker,
     measure: Measure,
     verifier: Verifier | None = None,
-    note: Callable[[Row, list[str], list[bool]], object] = lambda row, texts, right: None,
+    note: Note = lambda row, completions, texts, right: None,
 ) -> EvalResult:
     """Means over the problems: `mean` (mean@k), `pass@K`, completion lengths, the truncated share, counts.
 
     `rows` are prepared ones, with `prompt_ids` and `answer`; for those of reasoning-gym `verifier` says what is right,
-    which is a full mark. `note` is told of each problem, its completions and which of them are right.
+    which is a full mark. `note` is told of each problem, its completions, their texts and which of them are right.
     """
     made = 1 if measure.sampling.temperature == 0 else measure.samples
     decoder = Decoder(tokenizer)
@@ -91,7 +93,7 @@ def evaluate(
                 right = [verifier.mark(row, text) == 1 for text in texts]
             else:
                 right = [checker.check(row["answer"], text, require_value=strict) for text in texts]
-            note(row, texts, right)
+            note(row, group, texts, right)
             correct.append(fmean(right))
             completions += group
         log.info("%d of %d problems", len(correct), len(rows))
@@ -133,6 +135,7 @@ def evaluate_version(exchange: Exchange, version: Version) -> Evaluation:
         seed=spec.seed + evaluation.seed,
     )
     sets: dict[str, EvalResult] = {}
+    answers: list[bytes] = []
     with (
         _served(exchange, version, generation.max_prompt_tokens + measure.sampling.max_tokens) as engine,
         AnswerChecker(boxed_only=spec.data.prompt_template != "raw", require_value=spec.require_value) as checker,
@@ -140,8 +143,10 @@ def evaluate_version(exchange: Exchange, version: Version) -> Evaluation:
         tokenizer = exchange.tokenizer()
         for dataset in spec.data.evals:
             rows = list(exchange.rows(f"eval-{dataset.label}"))
+            given = AnswerLog(tokenizer, version.step, dataset.label)
             with Verifier([dataset], checker) if dataset.source == "reasoningGym" else nullcontext() as verifier:
-                sets[dataset.label] = evaluate(engine, tokenizer, rows, checker, measure, verifier)
+                sets[dataset.label] = evaluate(engine, tokenizer, rows, checker, measure, verifier, given.note)
+            answers += within(given.lines, bytes_a_version(spec) / len(spec.data.evals), spec.seed)
             log.info("%s on %s: mean@%d %.3f", version, dataset.label, measure.samples, sets[dataset.label]["mean"])
     average = fmean(values["mean"] for values in sets.values())
     with Metrics.open(exchange.metrics_dir, "evaluate", spec.monitoring, run=exchange.run.metadata.name) as metrics:
@@ -149,9 +154,20 @@ def evaluate_version(exchange: Exchange, version: Version) -> Evaluation:
             version.step,
             {f"eval/{label}/{key}": value for label, values in sets.items() for key, value in values.items()},
         )
+    _write_answers(exchange, version, answers)
     result = Evaluation(average=average, sets=sets)
     exchange.write_eval(version, result)
     return result
+
+
+def _write_answers(exchange: Exchange, version: Version, lines: Sequence[bytes]) -> None:
+    """Before the result, so that who sees the result finds them; a volume that is full of them ends no evaluation."""
+    if not exchange.spec.monitoring.log_answers.max_megabytes:
+        return
+    try:
+        exchange.write_answers(str(version), lines)
+    except OSError as error:
+        log.warning("the answers of %s cannot be written: %s", version, error)
 
 
 @contextmanager

@@ -377,6 +377,38 @@ def named(objects, name):
     return next(found for found in objects if found["metadata"]["name"] == name and "template" in found["spec"])
 
 
+# ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_the_page_is_a_sidecar_of_the_learner_alone_that_only_reads_and_listens_to_the_pod_itself():
+    objects = desired_state(run_of(monitoring={"page": True}), images=IMAGES)
+    with_page = {
+        found["metadata"]["name"]: pod_of(found) for found in workloads(objects) if "initContainers" in pod_of(found)
+    }
+    (pod,) = with_page.values()
+    assert list(with_page) == ["demo-learner"]
+    (page,) = pod["initContainers"]
+    assert page["restartPolicy"] == "Always"  # it runs beside the learner and neither delays nor outlives it
+    mounts = {mount["mountPath"]: mount for mount in page["volumeMounts"]}
+    assert mounts["/volume"] == {"name": "exchange", "mountPath": "/volume", "readOnly": True}
+    assert "--host" not in page["command"]  # the default is 127.0.0.1, where a port-forward ends
+    assert page["securityContext"] == container_of(objects_of(run_of())["StatefulSet"])["securityContext"]
+    assert "nvidia.com/gpu" not in json.dumps(page)
+    assert "initContainers" not in pod_of(objects_of(run_of())["StatefulSet"])
+
+
+def test_the_page_follows_the_learners_image_environment_and_mounts():
+    given = {
+        "image": "example.com/mine:2", "env": [{"name": "PYTHONPATH", "value": "/packages"}],
+        "volumes": [{"name": "packages", "emptyDir": {}}], "volumeMounts": [{"name": "packages", "mountPath": "/packages"}],
+        "resources": {"limits": {"nvidia.com/gpu": "1"}},
+    }  # fmt: skip
+    run = run_of(monitoring={"page": True}, learner={"podTemplate": given})
+    (page,) = pod_of(objects_of(run)["StatefulSet"])["initContainers"]
+    assert page["image"] == "example.com/mine:2"
+    assert given["env"][0] in page["env"]
+    assert ("packages", "/packages") in [(mount["name"], mount["mountPath"]) for mount in page["volumeMounts"]]
+    assert page["resources"]["limits"].keys() == {"cpu", "memory"}
+
+
 def test_lists_of_the_pod_template_are_merged_by_key(far_site):
     learner = named(far_site, "far-site-learner")
     env = env_of(learner)

@@ -35,6 +35,14 @@ READY = {"conditions": [{"type": "Ready", "status": "True"}]}
         ({"container": waiting("ErrImagePull", "not found")}, "ImagePullFailed", ["not found", "imagePullSecrets"]),
         ({"container": waiting("ImagePullBackOff")}, "ImagePullFailed", ["ImagePullBackOff"]),
         ({"container": waiting("InvalidImageName")}, "ImagePullFailed", ["podTemplate"]),
+        (
+            {
+                "container": waiting("PodInitializing"),
+                "status": {"initContainerStatuses": [waiting("ErrImagePull", "no page")]},
+            },
+            "ImagePullFailed",
+            ["no page"],
+        ),
         ({"container": waiting("CreateContainerConfigError", "no secret s")}, "PodConfigInvalid", ["no secret s"]),
         ({"container": ended(137)}, "Crashed", ["code 137", "kubectl logs -p far"]),
         (
@@ -60,6 +68,7 @@ def test_a_pod_that_does_not_run_says_why_and_what_to_do(fields, reason, words):
         {},
         {"status": {"phase": "Pending"}},
         {"container": waiting("ContainerCreating")},
+        {"container": waiting("PodInitializing"), "status": {"initContainerStatuses": [waiting("PodInitializing")]}},
         {"status": scheduled(NO_CLAIM)},  # told of the storage
         {"status": {"conditions": [{"type": "PodScheduled", "status": "False", "reason": "SchedulingGated"}]}},
         {"container": ended(0)},

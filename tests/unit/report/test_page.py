@@ -1,6 +1,5 @@
 """The report: curves against values worked by hand, pictures and pages of runs in every state."""
 
-import base64
 import json
 import re
 import struct
@@ -8,14 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from builders import exchange_at, run_of
 from heterorl.errors import RunFolderError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation, LearnerHeartbeat
 from heterorl.exchange.rollout import Version
-from heterorl.report.page import read_runs, render_page, write_report
-from heterorl.report.series import RunSeries, active_clock, lives, mean_of, series, smooth, waiting_shares
+from heterorl.monitoring.series import active_clock, mean_of, series, smooth
+from heterorl.report.bundle import script
+from heterorl.report.comparison import comparison, mean_and_interval
+from heterorl.report.page import PAGE, facts_of, names_of, render_page, write_report
+from heterorl.report.series import RunSeries, lives, waiting_shares
+from heterorl.ui.run_view import RunView
 
 
 def make_run(root: Path, name: str = "quickstart", *, seed: int = 0, **spec) -> Path:
@@ -71,13 +75,20 @@ def png_size(path: Path) -> tuple[int, int]:
 
 def page_of(*roots: Path) -> str:
     """The page without the seconds that a picture takes."""
-    return render_page(*read_runs(roots), b"")
+    runs = [RunView(name, root) for name, root in zip(names_of(roots), roots)]
+    return render_page(runs, [facts_of(root) for root in roots])
+
+
+def carried_by(page: str) -> dict:
+    """What the page's modules would ask a server for."""
+    (held,) = re.findall(r'<script id="answers" type="application/json">(.*?)</script>', page, re.DOTALL)
+    return json.loads(held)
 
 
 def cells(page: str, row: str) -> list[str]:
-    found = re.search(rf"<tr><th>{re.escape(row)}</th>(.*?)</tr>", page, re.DOTALL)
-    assert found, f"no row {row}"
-    return re.findall(r"<td>(.*?)</td>", found[1], re.DOTALL)
+    report = carried_by(page)["report"]
+    (found,) = [each for each in (*report["settings"], *report["results"]) if each["name"] == row]
+    return found["cells"]
 
 
 # ── curves ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -150,17 +161,63 @@ def test_names_that_differ_in_their_seed_belong_together(name, family):
 
 
 # ── pages ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def test_page_stands_alone_and_holds_the_picture(tmp_path):
+def test_page_stands_alone_and_a_picture_lies_beside_it(tmp_path):
     root = fill(make_run(tmp_path / "run"))
     page_path = write_report([root])
     assert page_path == root / "report.html"
     page = page_path.read_text()
-    assert not re.search(r"(src|href)=\"(?!data:)|https?://|@import|<script", page)
-    (image,) = re.findall(r"data:image/png;base64,([^\"]+)", page)
-    assert base64.b64decode(image) == (root / "report.png").read_bytes()
+    assert not re.search(r"(src|href)=\"(?!data:)|https?://(?!www\.w3\.org/2000/svg)|@import|url\(", page)
+    assert "import {" not in page
     width, height = png_size(root / "report.png")
     assert 1500 <= width <= 2500
     assert height > 1000
+
+
+def test_page_carries_every_curve_over_steps_and_over_time(tmp_path):
+    curves = carried_by(page_of(fill(make_run(tmp_path / "run"))))["curves"]
+    assert curves["step"]["reward"]["runs"][0]["raw"][0] == list(range(1, 41))
+    assert curves["time"]["reward"]["runs"][0]["raw"][0] == list(range(40))  # a second a step
+    for key in ("weight/ess", "completions/mean_length", "lag/by_pool/far", "waiting"):
+        assert len(curves["step"][key]["runs"][0]["raw"][1]) == 40
+
+
+def test_modules_become_one_script_in_the_order_of_their_imports(tmp_path):
+    (tmp_path / "a.js").write_text('import { half } from "./c.js";\nimport { b } from "./b.js";\nb(half);\n')
+    (tmp_path / "b.js").write_text('import { half, K } from "./c.js";\nexport async function b() { return half(K); }\n')
+    (tmp_path / "c.js").write_text(
+        "export const K = 4;\nexport function half(x) { return x / 2; }\nfunction own() {}\n"
+    )
+    bundled = script(tmp_path, "a")
+    assert re.findall(r"^const (module_\w+) =", bundled, re.MULTILINE) == ["module_c", "module_b", "module_a"]
+    assert "const { half, K } = module_c;\nasync function b()" in bundled
+    assert "return { K, half };" in bundled
+    assert not re.search(r"^(import|export) ", script(PAGE, "report"), re.MULTILINE)
+
+
+def test_interval_is_students_and_a_single_seed_has_none():
+    values = [0.5, 0.7, 0.6, 0.9]
+    mean, half = mean_and_interval(values)
+    low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    assert (mean, half) == (pytest.approx(0.675), pytest.approx((high - low) / 2, rel=1e-3))
+    for count in (2, 31, 32, 200):
+        _, half = mean_and_interval([0.0] * (count // 2) + [1.0] * (count - count // 2))
+        expected = stats.t.ppf(0.975, count - 1) * stats.sem([0.0] * (count // 2) + [1.0] * (count - count // 2))
+        assert half == pytest.approx(expected, rel=3e-3)
+    assert mean_and_interval([0.5]) == (0.5, None)
+
+
+def test_runs_are_compared_by_family_on_the_sets_that_all_seeds_have():
+    def scores(**best):
+        return {label: {"best": value, "last": value - 0.1, "gap": 0.1} for label, value in best.items()}
+
+    found = comparison(["a-s0", "a-s1", "b"], [scores(sums=0.5, hard=0.2), scores(sums=0.7), scores(sums=0.4)])
+    assert found["sets"] == ["sums"]
+    assert [(row["family"], row["seeds"]) for row in found["rows"]] == [("a", 2), ("b", 1)]
+    first, second = (row["sets"]["sums"] for row in found["rows"])
+    # two values 0.2 apart: half of the interval is 12.706 x 0.1 x sqrt(2) / sqrt(2)
+    assert first["best"] == (pytest.approx(0.6), pytest.approx(1.2706))
+    assert first["gap"] == (pytest.approx(0.1), pytest.approx(0.0))
+    assert second["last"] == (pytest.approx(0.3), None)
 
 
 def test_table_says_what_the_run_came_to(tmp_path):
@@ -171,8 +228,25 @@ def test_table_says_what_the_run_came_to(tmp_path):
     assert cells(page, "Weight swaps by sampler") == ["far-0 4, near-0 40"]
     assert cells(page, "Largest canary difference") == ["4.0e-05"]
     assert cells(page, "Samplers") == [
-        "near: 1 × transformers, no delay<br>far: 1 × transformers, lognormal delay, 0.6 to 19.2 s, hold"
+        "near: 1 × transformers, no delay\nfar: 1 × transformers, lognormal delay, 0.6 to 19.2 s, hold"
     ]
+
+
+def test_table_of_settings_says_how_the_run_was_made(tmp_path):
+    root = fill(make_run(tmp_path / "run", generation={"temperature": 0.6, "topK": 20}))
+    made_by = {"python": "3.11.2", "torch": "2.13.0", "commit": "f" * 40}
+    start = {"event": "start", "time": 0.0, "software": made_by}
+    lines = (root / "metrics" / "learner.jsonl").read_text()
+    (root / "metrics" / "learner.jsonl").write_text(json.dumps(start) + "\n" + lines)
+    page = page_of(root)
+    expected = {
+        "Training data": "sums of 2 digits, 4,096 problems", "Rewards": "accuracy × 1", "Temperature": "0.6, top-k 20",
+        "Learning rate": "1e-06, constant, warm-up 3%", "Batch": "32 groups, 256 completions",
+        "Group": "8 completions of a prompt", "Prompt template": "raw", "Versions": "python 3.11.2, torch 2.13.0",
+        "Commit": "f" * 40, "Date": "1970-01-01 00:16 UTC",
+    }  # fmt: skip
+    assert {name: cells(page, name) for name in expected} == {name: [value] for name, value in expected.items()}
+    assert cells(page, "Loss")[0].startswith("gepo\n")
 
 
 def test_several_runs_are_drawn_over_each_other(tmp_path):
@@ -186,7 +260,7 @@ def test_several_runs_are_drawn_over_each_other(tmp_path):
         Exchange(fill(root)).write_eval(Version(20, 1), Evaluation(average=0.6, sets={"sums": {"mean": 0.6}}))
         roots.append(root)
     page = write_report(roots, tmp_path / "out").read_text()
-    assert cells(page, "Loss") == ["gepo", "gepo", "grpo"]
+    assert [loss.split()[0] for loss in cells(page, "Loss")] == ["gepo", "gepo", "grpo"]
     assert cells(page, "Seed") == ["0", "1", "0"]
     assert png_size(tmp_path / "out" / "report.png")[1] > 1000
     assert not (roots[0] / "report.html").exists()
@@ -194,7 +268,7 @@ def test_several_runs_are_drawn_over_each_other(tmp_path):
 
 def test_runs_of_one_name_go_by_their_folders(tmp_path):
     roots = [fill(make_run(tmp_path / folder)) for folder in ("monday", "tuesday")]
-    assert "2 runs: monday, tuesday" in page_of(*roots)
+    assert carried_by(page_of(*roots))["report"]["names"] == ["monday", "tuesday"]
 
 
 def test_evaluations_are_listed_by_best_last_and_gap(tmp_path):
@@ -212,7 +286,7 @@ def test_runs_that_crashed_or_have_only_begun_are_drawn_as_far_as_they_came(tmp_
     page = write_report([begun, crashed]).read_text()
     assert cells(page, "Steps") == ["0 of 40", "0 of 40"]
     assert cells(page, "Reward, first → last tenth") == ["– → –", "– → –"]
-    assert cells(page, "Status")[1] == "failed: learner: &lt;killed&gt; &amp; gone"
+    assert cells(page, "Status")[1] == "failed: learner: <killed> & gone"
 
 
 @pytest.mark.parametrize("state", ["begun", "one step"])

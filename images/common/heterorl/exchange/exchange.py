@@ -18,6 +18,7 @@ Processes never communicate directly. One side writes, the other lists names and
       attempts/...-end.json         how it ended                                          it, or its successor
       pins/VERSION                  this version is still being evaluated                 runner or launcher
       evals/VERSION.json            results                                               evaluation
+      answers/NAME.jsonl            what was answered, by problem                         evaluation, heterorl eval
       quarantine/                   what failed its checks, with the reason               learner, or its writer
       output/  logs/  metrics/      the trained model, logs, JSONL
 
@@ -311,6 +312,11 @@ class Exchange(LearnerState):
         """Results of one version on every evaluation set."""
         self.files.make_dir(self.root / "evals")
         self._records.write(self._eval(version), result)
+
+    def write_answers(self, name: str, lines: Iterable[bytes]) -> None:
+        """What was answered to the problems of one evaluation; replaces what an earlier try left."""
+        self.files.make_dir(self.answers_dir)
+        self.files.replace(self.answers_dir / f"{name}.jsonl", b"".join(lines))
 
     def list_evals(self) -> list[Version]:
         """Versions that have results, oldest first."""

@@ -80,6 +80,11 @@ class RunFolder:
         return self.root / "completions.jsonl"
 
     @property
+    def answers_dir(self) -> Path:
+        """Answers of evaluations by problem, as text: a file an evaluation, within the budget of the spec."""
+        return self.root / "answers"
+
+    @property
     def summary_file(self) -> Path:
         """Results of the run."""
         return self.root / "summary.json"

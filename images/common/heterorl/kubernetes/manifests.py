@@ -42,6 +42,7 @@ from heterorl.kubernetes.pods import (
     build_pod,
     merge_into_metadata,
     metrics_port,
+    page_container,
     secret_env,
     without_devices,
 )
@@ -203,6 +204,7 @@ class _Builder:
         ]
         # Tells a container that was restarted in its pod from a pod that took another one's place.
         pod_uid = {"name": "POD_UID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
+        page = page_container(self.images.learner, learner.pod_template, self.images.pull_policy)
         pod = self._pod(
             "learner",
             self.images.learner,
@@ -212,6 +214,7 @@ class _Builder:
             gpus=learner.gpus,
             threads=learner.threads,
             readiness={"httpGet": {"path": "/ready", "port": "metrics"}},
+            beside=[page] if self.spec.monitoring.page else [],
         )
         return {
             "apiVersion": "apps/v1",

@@ -26,12 +26,15 @@ VOLUME = "/volume"
 """Where every pod sees the shared volume, which is the run's folder."""
 SPEC_FILE = "/etc/heterorl/run.json"
 """Where every pod finds the spec."""
+PAGE_PORT = 6070
+"""Where the page is served on a learner's pod, to the pod itself alone: `kubectl port-forward` ends there."""
 METRICS_PORT = 9400
 """Port of /metrics where the spec leaves it open: pods do not share one, so it need not be any free one."""
 
 KUEUE = "kueue.x-k8s.io/"
 _KEYS = {"env": "name", "volumeMounts": "mountPath", "volumes": "name", "imagePullSecrets": "name"}
 _CONTAINER = ("env", "volumeMounts", "resources", "image", "imagePullPolicy")
+_PROGRAM = ("env", "volumeMounts", "image", "imagePullPolicy")
 _WORKLOAD = ("labels", "annotations")
 _HOME = "/home/heterorl"
 _USER_ID = 1000
@@ -91,6 +94,7 @@ def build_pod(
     gpus: int = 0,
     threads: int = 0,
     readiness: Object | None = None,
+    beside: Sequence[Object] = (),
     pull_policy: str | None = None,
     pull_secrets: Sequence[str] = (),
 ) -> Object:
@@ -98,7 +102,8 @@ def build_pod(
 
     `program` is a package and one of its programs: `heterorl_learner prepare`. `given` is the manifest's podTemplate.
     `threads` 0 is the container's CPU limit, or the node's cores without one. `readiness` is how the kubelet asks
-    whether the pod is ready. Nothing kills a pod for waiting: the preparation of a large model may take hours.
+    whether the pod is ready. `beside` are containers that start before ours and end after it. Nothing kills a pod for
+    waiting: the preparation of a large model may take hours.
     """
     container = {
         "name": role,
@@ -121,6 +126,7 @@ def build_pod(
         "imagePullSecrets": [{"name": secret} for secret in pull_secrets],
         "affinity": {} if "ReadWriteMany" in run.spec.exchange.volume.access_modes else _one_node(run.metadata.name),
         "securityContext": _POD_SECURITY,
+        "initContainers": [_without_empty(other) for other in beside],
         "containers": [_without_empty(container)],
         "volumes": _volumes(run),
     }
@@ -128,6 +134,30 @@ def build_pod(
     if resumes := run.spec.failure_policy.resumes:
         metadata["annotations"] = {RESUMES_ANNOTATION: str(resumes)}
     return merge_into_pod({"metadata": metadata, "spec": _without_empty(spec)}, given)
+
+
+def page_container(image: str, given: PodTemplateSpec, pull_policy: str | None) -> Object:
+    """`heterorl ui` of the volume, which it mounts read-only: a sidecar, whose end or memory is never the learner's.
+
+    Of the learner's podTemplate (`given`) it follows what a program needs to start: image, env and mounts.
+    """
+    exchange = {"name": "exchange", "mountPath": VOLUME, "readOnly": True}
+    container: Object = {
+        "name": "page",
+        "image": image,
+        "imagePullPolicy": pull_policy,
+        "restartPolicy": "Always",
+        "command": ["python", "-m", "heterorl", "ui", VOLUME, "--port", str(PAGE_PORT)],
+        "env": list(_ENV[:3]),
+        "resources": {
+            "requests": {"cpu": "10m", "memory": "256Mi"},
+            "limits": {"cpu": "1", "memory": "1Gi"},
+        },
+        "securityContext": _CONTAINER_SECURITY,
+        "volumeMounts": [exchange, {"name": "tmp", "mountPath": "/tmp"}, {"name": "home", "mountPath": _HOME}],
+    }
+    wishes = {key: value for key, value in _plain(given).items() if key in _PROGRAM and value not in ({}, [])}
+    return container | {key: _merged(container[key], wish, _KEYS.get(key)) for key, wish in wishes.items()}
 
 
 def without_devices(pod: Object) -> Object:

@@ -74,9 +74,7 @@ def _draw_report(exchange: Exchange) -> Path | None:
         from heterorl.report.page import write_report
 
         return write_report([exchange.root])
-    except ModuleNotFoundError as error:
-        reason = f"{error.name} is not installed; pip install 'heterorl[plot]'"
-    except Exception as error:  # a picture that fails must not fail a run that trained for days
+    except Exception as error:  # a report that fails must not fail a run that trained for days
         reason = f"{type(error).__name__}: {error}"
-    print(f"no report drawn: {reason}; then `heterorl report {shown(exchange.root)}`")
+    print(f"no report drawn: {reason}; when that is mended: `heterorl report {shown(exchange.root)}`")
     return None

@@ -25,6 +25,7 @@ from heterorl.monitoring.background import Background, Sink
 from heterorl.monitoring.boards import TensorBoard, WandbRun, check_wandb
 from heterorl.monitoring.json_lines import JsonLines, Record
 from heterorl.monitoring.prometheus import PrometheusPage
+from heterorl.monitoring.software import software
 from heterorl.spec.run import MonitoringSpec
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Metrics:
                 Background("Weights & Biases", lambda: WandbRun(folder, run, monitoring.wandb), close_s=_UPLOAD_S)
             )
         metrics = cls(sinks, clock=clock)
-        metrics.event("start", {"pid": os.getpid()})
+        metrics.event("start", {"pid": os.getpid(), "software": software()})
         return metrics
 
     def write(self, step: int | None, values: Mapping[str, Any]) -> None:

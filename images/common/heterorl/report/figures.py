@@ -20,19 +20,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from heterorl.report.series import (
-    Floats,
-    RunSeries,
-    Series,
-    active_clock,
-    lives,
-    mean_of,
-    pool_of,
-    series,
-    smooth,
-    smoothed,
-    waiting_shares,
-)
+from heterorl.monitoring.series import Floats, Series, active_clock, mean_of, series, smooth, smoothed
+from heterorl.report.series import RunSeries, lives, pool_of, waiting_shares
 
 INK, FAINT = "#1b1f24", "#8b949e"
 # Okabe and Ito's colours, which hold for colour-blind readers.
@@ -220,11 +209,14 @@ def _draw_evals(axes: Axes, runs: Sequence[RunSeries], colours: dict[str, str]) 
         own = COLOURS[i % len(COLOURS)]
         for family, colour in colours.items():
             curves = [_eval_curve(run, label) for run in runs if run.family == family]
+            for curve in curves if len(curves) > 1 else ():
+                axes.plot(*curve, color=colour, lw=0.8, alpha=0.4)
             axes.plot(*mean_of(curves), color=own if len(runs) == 1 else colour, **look)
         axes.plot([], [], color=own if len(runs) == 1 else FAINT, label=label, **look)
     _finish(axes, "Evaluation", "mean@k", runs)
     axes.margins(x=0.02)  # room for the markers at both ends
     axes.autoscale(axis="x")
+    _from_zero(axes)
 
 
 def _eval_curve(run: RunSeries, label: str) -> Series:
@@ -246,6 +238,15 @@ def _finish(axes: Axes, title: str, unit: str, runs: Sequence[RunSeries]) -> Non
 def _say_if_empty(axes: Axes) -> None:
     if not any(len(line.get_xdata()) for line in axes.lines):  # type: ignore[arg-type]
         axes.text(0.5, 0.5, "nothing recorded yet", transform=axes.transAxes, ha="center", color=FAINT)
+        axes.xaxis.set_visible(False)
+        axes.yaxis.set_visible(False)
+        axes.spines[:].set_visible(False)
+
+
+def _from_zero(axes: Axes) -> None:
+    """The axis begins a little below 0, so that values of 0 do not lie on it."""
+    top = axes.get_ylim()[1]
+    axes.set_ylim(bottom=-0.03 * top, top=top)
 
 
 def _legend_above(axes: Axes) -> None:
@@ -261,12 +262,12 @@ def _scale(axes: Axes, panel: Panel, values: Sequence[Floats]) -> None:
     together = np.concatenate([np.empty(0), *values])
     positive = together[together > 0]
     if panel.top is not None:
-        axes.set_ylim(0, panel.top * 1.03)
+        axes.set_ylim(-0.03 * panel.top, panel.top * 1.03)
     elif panel.log and len(positive) and np.quantile(positive, 0.99) > 30 * np.quantile(positive, 0.01):
         axes.set_yscale("log")
         axes.set_ylim(bottom=float(np.quantile(positive, 0.01)) / 3)
     elif len(together) and together.min() >= -0.01 * together.max():  # a k3 estimate of nothing may be a rounding below
-        axes.set_ylim(bottom=0)
+        _from_zero(axes)
 
 
 # ── the timeline ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,22 +1,23 @@
-"""What a run's records say, as curves: series over steps, smoothed, averaged over seeds, and each slot's lives."""
+"""What the figures draw of a run: its records, who waited, and each slot's lives."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from heterorl.exchange.exchange import Exchange
 from heterorl.monitoring.json_lines import Record
-from heterorl.monitoring.run_records import is_batch, learner_wait_share, sampler_wait_share
-
-Floats = npt.NDArray[np.float64]
-Series = tuple[Floats, Floats]
-
-SEED = re.compile(r"[-_](s|seed)-?\d+$")
-"""What tells the seeds of one thing apart: the end of the name."""
+from heterorl.monitoring.run_records import (
+    is_batch,
+    learner_wait_share,
+    read_samplers,
+    read_steps,
+    sampler_wait_share,
+)
+from heterorl.monitoring.series import Series, family_of, series
 
 
 @dataclass(frozen=True)
@@ -36,49 +37,24 @@ class RunSeries:
     @property
     def family(self) -> str:
         """The name without its seed."""
-        return SEED.sub("", self.name)
+        return family_of(self.name)
 
 
-def series(records: Iterable[Record], x: str, y: str) -> Series:
-    """The finite values of two keys, in the order written."""
-    pairs = [(r[x], r[y]) for r in records if r.get(x) is not None and r.get(y) is not None]
-    columns = np.array(pairs, np.float64).reshape(-1, 2)
-    return columns[:, 0], columns[:, 1]
-
-
-def smooth(values: Floats) -> Floats:
-    """Exponential mean over about a 25th of the series, without a bias towards its start."""
-    span = max(3.0, len(values) / 25)
-    decay = 1 - 1 / span
-    weighted, total, out = 0.0, 0.0, np.empty_like(values)
-    for i, value in enumerate(values):
-        weighted, total = decay * weighted + value, decay * total + 1
-        out[i] = weighted / total
-    return out
-
-
-def smoothed(curve: Series) -> Series:
-    """The same curve with smoothed values."""
-    return curve[0], smooth(curve[1])
-
-
-def mean_of(many: Sequence[Series]) -> Series:
-    """Mean of several curves over the stretch that all of them reach, between their points by straight lines."""
-    drawn = [(x, y) for x, y in many if len(x)]
-    if not drawn:
-        return np.empty(0), np.empty(0)
-    grid = np.unique(np.concatenate([x for x, _ in drawn]))
-    grid = grid[(grid >= max(x[0] for x, _ in drawn)) & (grid <= min(x[-1] for x, _ in drawn))]
-    return grid, np.mean([np.interp(grid, x, y) for x, y in drawn], axis=0)
-
-
-def active_clock(times: Sequence[float]) -> Callable[[float], float]:
-    """Seconds since the first record; long gaps without records (the run was stopped) are shortened."""
-    known = np.unique(np.array(times, np.float64))
-    gaps = np.diff(known)
-    longest = max(60.0, 20 * float(np.median(gaps))) if len(gaps) else 0.0
-    elapsed = np.concatenate([[0.0], np.cumsum(np.minimum(gaps, longest))])
-    return lambda time: float(np.interp(time, known, elapsed))
+def read_run(root: Path, name: str, about: str) -> RunSeries:
+    """What is drawn of the run in a folder, under this name."""
+    exchange = Exchange(root)
+    evals: dict[str, list[tuple[int, float]]] = {}
+    for version, result in sorted(exchange.read_evals().items()):
+        for label, scores in result.sets.items():
+            if scores.get("mean") is not None:
+                evals.setdefault(label, []).append((version.step, scores["mean"]))
+    return RunSeries(
+        name=name,
+        about=about,
+        learner=read_steps(exchange.metrics_dir),
+        samplers={str(slot): records for slot, records in read_samplers(exchange.metrics_dir).items()},
+        evals=evals,
+    )
 
 
 def waiting_shares(run: RunSeries) -> dict[str, Series]:

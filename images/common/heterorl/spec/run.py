@@ -659,6 +659,13 @@ class LogCompletionsSpec(Block):
     """Maximum size of `completions.jsonl`; whole groups are sampled evenly over the steps. 0 disables."""
 
 
+class LogAnswersSpec(Block):
+    """Log of what was answered in evaluations, by problem, for `heterorl ui`."""
+
+    max_megabytes: float = Field(16.0, ge=0, le=1_000_000)
+    """Maximum size of `answers/`, in equal parts for each evaluation, of the same problems in each. 0 disables."""
+
+
 class WandbSpec(Block):
     """Weights & Biases; needs the wandb package and an API key in the environment."""
 
@@ -685,6 +692,10 @@ class MonitoringSpec(Block):
     """Compute the policy's entropy every N steps, which takes a forward pass; 0 disables."""
     log_completions: LogCompletionsSpec = LogCompletionsSpec()
     """Log of completions."""
+    log_answers: LogAnswersSpec = LogAnswersSpec()
+    """Log of the answers in evaluations."""
+    page: bool = False
+    """On Kubernetes: serve `heterorl ui` in a container beside the learner, for `kubectl port-forward` (docs/ui.md)."""
 
 
 class LearnerSpec(Block):

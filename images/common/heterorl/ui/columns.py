@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from heterorl.monitoring.json_lines import Record, numbers
-from heterorl.report.series import Floats, Series, smoothed
+from heterorl.monitoring.series import Floats, Series, smoothed
 
 
 class StepTable:

@@ -18,8 +18,9 @@ from heterorl.exchange.records import RunnerState
 from heterorl.monitoring.json_lines import Tail
 from heterorl.monitoring.progress import LiveProgress, ProgressReader
 from heterorl.monitoring.run_records import is_step, learner_file, sampler_file
-from heterorl.report.series import SEED, Series, active_clock, mean_of, smooth, smoothed
+from heterorl.monitoring.series import Series, active_clock, family_of, mean_of, smooth, smoothed
 from heterorl.spec.run import Slot
+from heterorl.ui.answers import AnswerIndex
 from heterorl.ui.columns import StepTable, decimated, plain, rounded, within
 from heterorl.ui.completions import CompletionIndex
 from heterorl.ui.settings import settings_of
@@ -42,6 +43,7 @@ class RunView:
         self._learner = Tail(learner_file(self._exchange.metrics_dir))
         self._samplers: dict[Slot, tuple[Tail, Lane]] = {}
         self._completions = CompletionIndex(self._exchange.completions_file)
+        self._answers = AnswerIndex(self._exchange.answers_dir)
         self._progress: ProgressReader | None = None
         self._lock = threading.RLock()
         self._beginnings = 0
@@ -69,7 +71,7 @@ class RunView:
     def card(self) -> dict[str, Any]:
         """The run in a list of runs; one that cannot be read says why."""
         with self._lock:
-            card: dict[str, Any] = {"id": self.name, "folder": str(self.root), "family": SEED.sub("", self.name)}
+            card: dict[str, Any] = {"id": self.name, "folder": str(self.root), "family": family_of(self.name)}
             try:
                 return plain({**card, **self._card()})  # type: ignore[no-any-return]
             except (HeteroRLError, OSError, ValueError) as error:
@@ -266,6 +268,11 @@ class RunView:
         self._completions.update()
         return self._completions
 
+    def answers(self) -> AnswerIndex:
+        """What was answered in evaluations, read up to the newest. Keep to one thread while using it: see `lock`."""
+        self._answers.update()
+        return self._answers
+
     @property
     def lock(self) -> threading.RLock:
         """Of everything that is read here."""
@@ -290,7 +297,7 @@ def curves_of(
         for run in runs:
             raw = run.curve(key, x)
             soft = run.smooth_curve(key, raw)
-            families.setdefault(SEED.sub("", run.name), []).append(soft)
+            families.setdefault(family_of(run.name), []).append(soft)
             lines.append(
                 {"run": run.name, "raw": _points(raw, low, high, points), "smooth": _points(soft, low, high, points)}
             )

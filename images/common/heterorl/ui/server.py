@@ -7,6 +7,8 @@
     /api/timeline?run=               who held which version
     /api/completions?run=&page=...   groups that a filter finds, and the histogram of their rewards
     /api/group?run=&number=          one group with all texts
+    /api/answers?run=&set=&...       problems of an evaluation set that a filter finds
+    /api/problem?run=&set=&row=      one problem with all its answers
     /api/settings?run=               the manifest beside its defaults
 
 Where it listens on more than this machine, a token is asked for, once in the address and from then on in a cookie.
@@ -34,6 +36,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from heterorl.errors import HeteroRLError, UserError
+from heterorl.ui.answers import OUTCOMES
 from heterorl.ui.completions import Filter
 from heterorl.ui.library import Library
 from heterorl.ui.run_view import RunView, curves_of
@@ -72,6 +75,8 @@ def build_app(library: Library, *, token: str | None = None) -> Starlette:
             Route("/api/timeline", _answer(library, _timeline)),
             Route("/api/completions", _answer(library, _completions)),
             Route("/api/group", _answer(library, _group)),
+            Route("/api/answers", _answer(library, _answers)),
+            Route("/api/problem", _answer(library, _problem)),
             Route("/api/settings", _answer(library, _settings)),
             Mount("/page", StaticFiles(directory=PAGE)),
         ],
@@ -133,7 +138,7 @@ def _answer(library: Library, answer: Answer) -> Callable[[Request], Response]:
         except KeyError as error:
             raise HTTPException(404, f"there is no run {error.args[0]!r}") from error
         except IndexError as error:
-            raise HTTPException(404, "there is no such group") from error
+            raise HTTPException(404, "there is no such group or problem") from error
         except ValueError as error:
             raise HTTPException(400, f"{error}") from error
         except (HeteroRLError, OSError) as error:
@@ -188,6 +193,27 @@ def _group(library: Library, request: Request) -> Any:
     with run.lock:
         number = _whole(request, "number")
         return run.completions().group(-1 if number is None else number)
+
+
+def _answers(library: Library, request: Request) -> Any:
+    run, outcome = _named(library, request), request.query_params.get("outcome") or None
+    if outcome is not None and outcome not in OUTCOMES:
+        raise ValueError(f"outcome is {outcome!r}; expected {', '.join(OUTCOMES)}")
+    with run.lock:
+        return run.answers().query(
+            request.query_params.get("set", ""),
+            _whole(request, "step"),
+            outcome,
+            request.query_params.get("words", ""),
+            max(0, _whole(request, "page") or 0),
+            min(_MOST_GROUPS, _whole(request, "size") or 25),
+        )
+
+
+def _problem(library: Library, request: Request) -> Any:
+    run = _named(library, request)
+    with run.lock:
+        return run.answers().problem(request.query_params.get("set", ""), request.query_params.get("row", ""))
 
 
 def _settings(library: Library, request: Request) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 
 from heterorl.monitoring.json_lines import Record
 from heterorl.monitoring.run_records import is_batch, is_swap, sampler_wait_s
-from heterorl.report.series import Floats, Series
+from heterorl.monitoring.series import Floats, Series
 from heterorl.ui.columns import rounded
 
 _MARKS = 200

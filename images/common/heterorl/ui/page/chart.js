@@ -16,8 +16,9 @@ function point(x) {
  * `onZoom(range)` is called with what was chosen, null for all.
  */
 export class Chart {
-  constructor({ title, unit = "", help = "", onZoom }) {
+  constructor({ title, unit = "", help = "", absent = "nothing recorded", onZoom }) {
     this.title = title;
+    this.absent = absent;
     this.onZoom = onZoom;
     this.now = h("div.now");
     this.plot = h("div.plot");
@@ -94,7 +95,7 @@ export class Chart {
   draw() {
     const known = this.state.series.some((line) => line.x.length);
     if (!known) {
-      this.plot.replaceChildren(h("div.nothing", {}, "nothing recorded yet"));
+      this.plot.replaceChildren(h("div.nothing", {}, this.absent));
       this.now.replaceChildren();
       this.svg = null;
       return;

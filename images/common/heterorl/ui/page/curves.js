@@ -8,18 +8,18 @@ const DASHES = [null, "6 4", "2 3", "9 3 2 3"];
 const ALWAYS = [
   ["Learning", [
     { title: "Reward", unit: "mean of a step", keys: ["reward"], zero: true, help: "Thin: every step. Bold: smoothed." },
-    { title: "Evaluation", unit: "mean@k", match: /^evaluation\//, zero: true, marks: true },
-    { title: "Reward parts", unit: "mean of a step", match: /^rewards\/.*\/mean$/, zero: true, least: 2 },
+    { title: "Evaluation", unit: "mean@k", match: /^evaluation\//, zero: true, marks: true, absent: "not evaluated" },
+    { title: "Reward parts", unit: "mean of a step", match: /^rewards\/.*\/mean$/, zero: true },
     { title: "Groups without a gradient", unit: "share", keys: ["frac_reward_zero_std"], zero: true, top: 1, help: "All completions of the group have the same reward." },
   ]],
   ["How far off-policy", [
     { title: "Lag", unit: "steps", keys: ["lag/mean", "lag/max"], zero: true, names: ["mean", "oldest"], jagged: true, help: "Learner step minus the step of the weights that generated." },
-    { title: "Lag by pool", unit: "steps", match: /^lag\/by_pool\//, zero: true, jagged: true, least: 2 },
+    { title: "Lag by pool", unit: "steps", match: /^lag\/by_pool\//, zero: true, jagged: true },
     { title: "KL divergence", unit: "nats per token", keys: ["mismatch_kl"], log: true, help: "k3 estimate from sampler to learner, before the update." },
     { title: "Importance weight", unit: "variance", keys: ["weight/variance"], log: true, help: "Of the loss's own weights; grows with the lag." },
     { title: "Effective sample size", unit: "share", keys: ["weight/ess"], zero: true, top: 1 },
     { title: "Clipped", unit: "share", match: /^clip_ratio\/(low_mean|high_mean|region_mean)$/, zero: true },
-    { title: "Masked", unit: "share", match: /^mask/, zero: true },
+    { title: "Masked or rejected", unit: "share", match: /^correction\/(truncated|masked|rejected|opsm|m2po|zero)$/, zero: true, absent: "this run has no correction", help: "By algorithm.correction: tokens, or whole completions (rejected, opsm)." },
   ]],
   ["Optimization", [
     { title: "Loss", keys: ["loss"] },
@@ -36,10 +36,10 @@ const ALWAYS = [
     { title: "Dropped rollouts", unit: "too old, in all", keys: ["lag/dropped"], zero: true },
   ]],
 ];
-const OPTIONAL = ["Masked", "Entropy", "Evaluation", "Lag by pool", "Reward parts", "Clipped"];
 
 export class CurvesTab {
-  constructor(ask, ids) {
+  /** `whole`: all charts are drawn at once, as a file is printed. */
+  constructor(ask, ids, root = "", { whole = false } = {}) {
     Object.assign(this, { ask, ids });
     this.range = null;
     this.xName = "step";
@@ -47,7 +47,7 @@ export class CurvesTab {
     this.drawn = "";
     this.charts = new Map();
     this.visible = new Set();
-    this.watch = new IntersectionObserver((entries) => this.seen(entries), { rootMargin: "200px" });
+    this.watch = new IntersectionObserver((entries) => this.seen(entries), { rootMargin: whole ? "100000px" : "200px" });
     this.legend = h("ul.legend", { "aria-label": "Runs" });
     this.reset = h("button", { type: "button", hidden: true, click: () => this.zoom(null) }, "Show all");
     this.body = h("div");
@@ -96,8 +96,7 @@ export class CurvesTab {
     this.charts.clear();
     this.visible.clear();
     const used = new Set(["time", "step", "num_tokens"]);
-    const sections = ALWAYS.map(([name, panels]) => [name, panels.map((panel) => ({ ...panel, keys: panel.keys ?? keys.filter((key) => panel.match.test(key)) }))
-      .filter((panel) => panel.keys.length >= (panel.least ?? 1) && (!OPTIONAL.includes(panel.title) || panel.keys.some((key) => keys.includes(key))))]);
+    const sections = ALWAYS.map(([name, panels]) => [name, panels.map((panel) => ({ ...panel, keys: panel.keys ?? keys.filter((key) => panel.match.test(key)) }))]);
     for (const { keys: own, match } of ALWAYS.flatMap(([, panels]) => panels)) {
       for (const key of own ?? keys.filter((one) => match.test(one))) used.add(key);
     }
@@ -131,11 +130,9 @@ export class CurvesTab {
   // ── data ──────────────────────────────────────────────────────────────────────────────────────────────────────────
   async load(elements) {
     const keys = [...new Set(elements.flatMap((element) => this.charts.get(element)?.panel.keys ?? []))];
-    if (!keys.length) return;
     const [from, to] = this.range ?? [null, null];
     const asked = { run: this.ids, key: keys, x: this.xName, points: 400, from, to };
-    const answer = await this.ask("curves", asked);
-    Object.assign(this.answers, answer);
+    if (keys.length) Object.assign(this.answers, await this.ask("curves", asked));
     for (const element of elements) this.draw(element);
   }
 
@@ -201,5 +198,5 @@ export class CurvesTab {
 }
 
 function shortened(key) {
-  return key.replace(/^(evaluation|rewards|lag\/by_pool|clip_ratio)\//, "").replace(/\/mean$|_mean$/, "");
+  return key.replace(/^(evaluation|rewards|lag\/by_pool|clip_ratio|correction)\//, "").replace(/\/mean$|_mean$/, "");
 }

@@ -3,12 +3,14 @@
 //   #/                          all runs
 //   #/run/ID/TAB                one run: curves, samplers, completions, evaluation, settings
 //   #/run/ID/completions/N      a group of completions
+//   #/run/ID/evaluation/SET/ROW a problem of an evaluation set
 //   #/compare/ID,ID,.../TAB     several runs: curves, settings
 
 import { ask } from "./api.js";
 import { h } from "./dom.js";
 import { RunPage } from "./run.js";
 import { RunsPage } from "./runs.js";
+import { followTheme } from "./theme.js";
 
 const EVERY_MS = 2000;
 const main = document.getElementById("main");
@@ -68,26 +70,10 @@ async function follow() {
   setTimeout(follow, EVERY_MS);
 }
 
-// ── theme ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-const system = matchMedia("(prefers-color-scheme: dark)");
-
-function theme() {
-  const chosen = localStorage.getItem("theme") ?? (system.matches ? "dark" : "light");
-  if (document.documentElement.dataset.theme !== chosen) {
-    document.documentElement.dataset.theme = chosen;
-    page?.themed?.();
-  }
-}
-
-document.getElementById("theme").addEventListener("click", () => {
-  localStorage.setItem("theme", document.documentElement.dataset.theme === "dark" ? "light" : "dark");
-  theme();
-});
-system.addEventListener("change", theme);
 document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault();
   main.focus();
 });
-theme();
+followTheme(() => page?.themed?.());
 window.addEventListener("hashchange", route);
 route().then(() => setTimeout(follow, EVERY_MS));

@@ -100,7 +100,8 @@ function several(runs) {
     h("thead", {}, h("tr", {}, heads.map((words, i) => h(i > 1 ? "th.number" : "th", { scope: "col" }, words)))), h("tbody", {}, rows)))];
 }
 
-function tiles(run) {
+/** What a run came to, in a few large numbers. */
+export function tiles(run) {
   const [first, last] = run.rewards ?? [];
   const found = [
     ["Reward", last === undefined ? "–" : `${number(first)} → ${number(last)}`, "first and last tenth of the steps"],

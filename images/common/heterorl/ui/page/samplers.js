@@ -3,6 +3,7 @@
 import { duration, h, number, percent, speak } from "./dom.js";
 
 const STRETCHES = 300;
+const SHADES = 48;
 
 export class SamplersTab {
   constructor(ask, ids) {
@@ -20,19 +21,11 @@ export class SamplersTab {
     this.element = h(
       "div", {},
       h("div.tools", {}, h("div.segmented", { role: "group", "aria-label": "Colour" }, pick("lag", "Lag", true), pick("waiting", "Waiting", false)), this.scale),
-      this.strips, h("h2", { style: "margin-top:1.6rem" }, "Now"), this.table,
+      this.strips, h("h2", { style: "margin-top:1.6rem" }, "Each sampler"), this.table,
     );
-    this.resized = new ResizeObserver(() => this.answer && this.paintAll());
-    this.resized.observe(this.strips);
   }
 
-  dispose() {
-    this.resized.disconnect();
-  }
-
-  themed() {
-    this.draw();
-  }
+  dispose() {}
 
   async show(runs) {
     await this.refresh(runs);
@@ -60,15 +53,14 @@ export class SamplersTab {
     }
     this.top = Math.max(1, ...lanes.flatMap((lane) => lane.lag.filter((lag) => lag !== null)));
     const focused = document.activeElement?.dataset?.slot;
-    this.canvases = lanes.map((lane) => this.strip(lane));
+    const strips = lanes.map((lane) => this.strip(lane));
     this.strips.replaceChildren(
-      ...lanes.map((lane, i) => h("div.lane", {}, h("div.slot", {}, lane.slot, h("div.faint.small", { style: "font-weight:400" }, `${number(lane.swap_count)} swaps`)), this.canvases[i])),
+      ...lanes.map((lane, i) => h("div.lane", {}, h("div.slot", {}, lane.slot, h("div.faint.small", { style: "font-weight:400" }, `${number(lane.swap_count)} swaps`)), strips[i])),
       h("div.lane", {}, h("span"), h("div.ends", {}, h("span", {}, "0 s"), h("span", {}, `${duration((to - from) / 2)}`), h("span", {}, duration(to - from)))),
       this.told,
     );
     this.scale.replaceChildren(...this.key());
-    if (focused) this.canvases.find((canvas) => canvas.dataset.slot === focused)?.focus();
-    this.paintAll();
+    if (focused) strips.find((strip) => strip.dataset.slot === focused)?.focus();
   }
 
   key() {
@@ -78,26 +70,38 @@ export class SamplersTab {
   }
 
   strip(lane) {
+    const count = lane.lag.length;
     const known = lane.lag.filter((lag) => lag !== null);
     const mean = known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
-    const canvas = h("canvas", { tabindex: 0, role: "img", "data-slot": lane.slot, "aria-label": `${lane.slot}: mean lag ${number(mean)} steps, ${lane.swap_count} swaps. Arrow keys read it.` });
-    canvas.at = 0;
+    const { from, to } = this.answer;
+    const strip = h(
+      "svg", { viewBox: `0 0 ${count} 1`, preserveAspectRatio: "none", tabindex: 0, role: "img", "data-slot": lane.slot, "aria-label": `${lane.slot}: mean lag ${number(mean)} steps, ${lane.swap_count} swaps. Arrow keys read it.` },
+      runs(lane.lag.map((_, i) => this.colour(lane, i))).map(([begin, end, fill]) => h("rect", { x: begin, width: end - begin + 0.02, height: 1, fill })),
+      lane.swaps.map((time) => ((time - from) / (to - from)) * count).map((x) => h("line.swap", { x1: x, x2: x, y1: 0, y2: 1 })),
+    );
+    let at = 0;
     const tell = (i) => {
-      canvas.at = Math.min(lane.lag.length - 1, Math.max(0, i));
-      this.told.textContent = this.words(lane, canvas.at);
+      at = Math.min(count - 1, Math.max(0, i));
+      this.told.textContent = this.words(lane, at);
     };
-    canvas.addEventListener("pointermove", (event) => {
-      const box = canvas.getBoundingClientRect();
-      tell(Math.floor(((event.clientX - box.left) / box.width) * lane.lag.length));
+    strip.addEventListener("pointermove", (event) => {
+      const box = strip.getBoundingClientRect();
+      tell(Math.floor(((event.clientX - box.left) / box.width) * count));
     });
-    canvas.addEventListener("keydown", (event) => {
+    strip.addEventListener("keydown", (event) => {
       const step = { ArrowLeft: -5, ArrowRight: 5, Home: -1e9, End: 1e9 }[event.key];
       if (!step) return;
       event.preventDefault();
-      tell(canvas.at + step);
+      tell(at + step);
       speak(this.told.textContent);
     });
-    return canvas;
+    return strip;
+  }
+
+  colour(lane, i) {
+    const share = this.mode === "lag" ? (lane.lag[i] === null ? null : lane.lag[i] / this.top) : lane.waiting[i];
+    const gone = lane.away[i] || lane.version[i] === null || share === null;
+    return gone ? "var(--grid)" : colourOf(Math.round(share * SHADES) / SHADES);
   }
 
   words(lane, i) {
@@ -109,36 +113,11 @@ export class SamplersTab {
     return `${lane.slot} at ${at}: ${holds}${behind}; waits ${percent(lane.waiting[i])} of the time`;
   }
 
-  paintAll() {
-    this.answer.lanes.forEach((lane, i) => this.paint(this.canvases[i], lane));
-  }
-
-  paint(canvas, lane) {
-    const { width, height } = canvas.getBoundingClientRect();
-    if (!width) return;
-    const ratio = devicePixelRatio || 1;
-    [canvas.width, canvas.height] = [width * ratio, height * ratio];
-    const context = canvas.getContext("2d");
-    const style = getComputedStyle(document.documentElement);
-    const each = canvas.width / lane.lag.length;
-    lane.lag.forEach((lag, i) => {
-      const share = this.mode === "lag" ? (lag === null ? null : lag / this.top) : lane.waiting[i];
-      const gone = lane.away[i] || lane.version[i] === null;
-      context.fillStyle = gone || share === null ? style.getPropertyValue("--grid") : colourOf(share);
-      context.fillRect(Math.floor(i * each), 0, Math.ceil(each) + 1, canvas.height);
-    });
-    context.fillStyle = style.getPropertyValue("--card");
-    for (const time of lane.swaps) {
-      const x = ((time - this.answer.from) / (this.answer.to - this.answer.from)) * canvas.width;
-      context.fillRect(Math.round(x), 0, ratio, canvas.height);
-    }
-  }
-
   // ── now ───────────────────────────────────────────────────────────────────────────────────────────────────────────
   drawTable() {
     const heads = [["sampler"], ["state"], ["version", 1], ["lag", 1], ["rollouts", 1], ["tok/s", 1], ["waited", 1], ["swaps", 1], ["refused", 1], ["canary Δ", 1]];
     const rows = (this.run.slots ?? []).map((row) => h(
-      "tr", {}, h("td", {}, h("b", {}, row.slot)), h("td", {}, row.activity || "not started"),
+      "tr", {}, h("td.nowrap", {}, h("b", {}, row.slot)), h("td", {}, row.activity || "not started"),
       ...[row.version, row.lag, row.rollouts, Math.round(row.tokens_per_s)].map((value) => h("td.number", {}, number(value))),
       h("td.number", {}, duration(row.waited_s)), h("td.number", {}, number(row.swaps)),
       h("td.number", { style: row.rejected ? "color:var(--bad)" : "" }, number(row.rejected)), h("td.number", {}, number(row.canary)),
@@ -147,6 +126,16 @@ export class SamplersTab {
       h("p.notice.bad", {}, h("b", {}, `${row.slot} refused ${version}`), why)));
     this.table.replaceChildren(h("table", {}, h("thead", {}, h("tr", {}, heads.map(([words, right]) => h(right ? "th.number" : "th", { scope: "col" }, words)))), h("tbody", {}, rows)), ...refused);
   }
+}
+
+/** Neighbours of one colour as [begin, end, colour]. */
+function runs(colours) {
+  const found = [];
+  colours.forEach((colour, i) => {
+    if (found.at(-1)?.[2] === colour) found.at(-1)[1] = i + 1;
+    else found.push([i, i + 1, colour]);
+  });
+  return found;
 }
 
 const RAMP = [[126, 182, 222], [242, 208, 107], [224, 122, 63], [163, 38, 30]];
