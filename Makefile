@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-unit test-gpu mutants exits cluster-programs cluster test-cluster bench bench-quick bench-operator canary-report adaptive-order-report corrections-report models-table images check crd docs clean
+.PHONY: setup quickstart test test-unit test-gpu mutants exits cluster-programs cluster test-cluster bench bench-quick bench-operator canary-report adaptive-order-report corrections-report models-table page-report page-cost pictures images check crd docs clean
 
 setup: $(VENV)/.installed
 
@@ -82,6 +82,18 @@ corrections-report: setup
 # hour on two cores.
 models-table: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m bench.models_table --vllm
+
+# Milliseconds of every interaction with the page of `heterorl ui` in Chromium, and seconds of the quickstart with and
+# without the page open, in turn; both into docs/ui.md.
+page-report: setup
+	PYTHONPATH=tests $(BIN)/python -m bench.ui_speed
+
+page-cost: setup
+	PYTHONPATH=tests $(BIN)/python -m bench.ui_speed --cost $(or $(PAIRS),3)
+
+# The pictures of README and docs/ in docs/pictures: of three quickstart runs, ten minutes, or of RUNS=FOLDER with such.
+pictures: setup
+	PYTHONPATH=tests $(BIN)/python -m bench.pictures $(if $(RUNS),--runs $(RUNS)) $(if $(KUBECTL),--kubectl $(KUBECTL))
 
 # The container images, with buildah or docker: make images REGISTRY=registry.example.com/heterorl EXTRA=sampler-cpu
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)

@@ -46,6 +46,16 @@ def test_waiting_is_the_share_of_each_stretch():
     assert found["waiting"] == pytest.approx([0.5, 0.0, 0.5])
 
 
+def test_refused_versions_are_told_by_the_batch_that_counts_more_of_them():
+    records = [
+        {**batch(10.0 * n, 0, wait=0.0, work=1.0), "rejected_versions": count} for n, count in enumerate((0, 1, 1, 2))
+    ]
+    again = [{"event": "start", "time": 40.0}, {**batch(45.0, 3, wait=0.0, work=1.0), "rejected_versions": 1}]
+    lane = lane_of({"event": "start", "time": 0.0}, *records, *again)
+    assert lane.stretches(np.array([0.0, 25.0, 50.0]), LEARNER)["refusals"] == [10.0, 30.0, 45.0]
+    assert lane.stretches(np.array([0.0, 5.0]), LEARNER)["refusals"] == []
+
+
 def test_a_sampler_that_was_killed_holds_nothing_until_it_is_back():
     lane = lane_of(
         {"event": "start", "time": 0.0}, batch(4.0, 0, wait=0.0, work=1.0),

@@ -16,7 +16,7 @@ from heterorl.monitoring.series import Floats, Series
 from heterorl.ui.columns import rounded
 
 _MARKS = 200
-"""Swaps that are marked one by one."""
+"""Swaps, or refused versions, that are marked one by one."""
 
 
 class Lane:
@@ -28,6 +28,9 @@ class Lane:
         self.batches: list[tuple[float, float, float]] = []
         """(begin, end, seconds waited)."""
         self.swaps: list[float] = []
+        self.refusals: list[float] = []
+        """When a version was refused, as the next batch tells."""
+        self._refused = 0
         self._at: float | None = None
         self._held: int | None = None
 
@@ -40,13 +43,16 @@ class Lane:
 
     def _take(self, record: Record, time: float) -> None:
         if record.get("event") == "start":
-            self._at, self._held = time, None
+            self._at, self._held, self._refused = time, None, 0
             return
         if self._at is not None and time >= self._at:
             self.spans.append((self._at, time, self._held))
         if is_batch(record):
             wait, work = sampler_wait_s(record), sum(record.get(f"rollout/{k}_s") or 0.0 for k in ("generate", "score"))
             self.batches.append((time - wait - work, time, wait))
+            refused = int(record.get("rejected_versions") or 0)
+            self.refusals += [time] * (refused > self._refused)
+            self._refused = refused
         if is_swap(record):
             self.swaps.append(time)
         self._held = record.get("version_step", self._held)
@@ -66,14 +72,16 @@ class Lane:
         )
         lag = np.full(len(middles), np.nan) if known is None else np.maximum(0, known - version)
         begin, end = edges[0], edges[-1]
-        marks = [time for time in self.swaps if begin <= time <= end]
+        swaps = [round(time, 3) for time in self.swaps if begin <= time <= end]
+        refusals = [round(time, 3) for time in self.refusals if begin <= time <= end]
         return {
             "version": rounded(version, 9),
             "lag": rounded(lag),
             "waiting": rounded(_waiting(self.batches, edges)),
             "away": [bool(gone) for gone in np.isnan(_covered(self.spans, middles))],
-            "swaps": [round(time, 3) for time in marks] if len(marks) <= _MARKS else [],
-            "swap_count": len(marks),
+            "swaps": swaps if len(swaps) <= _MARKS else [],
+            "swap_count": len(swaps),
+            "refusals": refusals[-_MARKS:],
         }
 
 

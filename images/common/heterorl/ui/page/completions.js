@@ -22,7 +22,7 @@ export class CompletionsTab {
     this.bars = h("div.histogram", { role: "group", "aria-label": "Histogram of rewards: choose a bar to filter" });
     this.ends = h("div.ends");
     this.setField = h("label", { hidden: true }, "Data set", this.inputs.set);
-    this.clear = h("button", { type: "button", click: () => this.clearAll() }, "Clear filters");
+    this.clear = h("button", { type: "button", style: "justify-content:center", click: () => this.clearAll() }, "Clear filters");
     this.filters = h(
       "form.filters.card", { "aria-label": "Filters", submit: (event) => event.preventDefault() },
       h("div", {}, h("div.soft.small", { style: "margin-bottom:.3rem" }, "Rewards"), this.bars, this.ends),

@@ -11,6 +11,8 @@ const ALWAYS = [
     { title: "Evaluation", unit: "mean@k", match: /^evaluation\//, zero: true, marks: true, absent: "not evaluated" },
     { title: "Reward parts", unit: "mean of a step", match: /^rewards\/.*\/mean$/, zero: true },
     { title: "Groups without a gradient", unit: "share", keys: ["frac_reward_zero_std"], zero: true, top: 1, help: "All completions of the group have the same reward." },
+    { title: "Completion length", unit: "tokens", keys: ["completions/mean_length", "completions/max_length"], names: ["mean", "longest"], zero: true },
+    { title: "Truncated", unit: "share", keys: ["completions/clipped_ratio"], zero: true },
   ]],
   ["How far off-policy", [
     { title: "Lag", unit: "steps", keys: ["lag/mean", "lag/max"], zero: true, names: ["mean", "oldest"], jagged: true, help: "Learner step minus the step of the weights that generated." },
@@ -18,22 +20,20 @@ const ALWAYS = [
     { title: "KL divergence", unit: "nats per token", keys: ["mismatch_kl"], log: true, help: "k3 estimate from sampler to learner, before the update." },
     { title: "Importance weight", unit: "variance", keys: ["weight/variance"], log: true, help: "Of the loss's own weights; grows with the lag." },
     { title: "Effective sample size", unit: "share", keys: ["weight/ess"], zero: true, top: 1 },
-    { title: "Clipped", unit: "share", match: /^clip_ratio\/(low_mean|high_mean|region_mean)$/, zero: true },
-    { title: "Masked or rejected", unit: "share", match: /^correction\/(truncated|masked|rejected|opsm|m2po|zero)$/, zero: true, absent: "this run has no correction", help: "By algorithm.correction: tokens, or whole completions (rejected, opsm)." },
+    { title: "Dropped rollouts", unit: "too old, in all", keys: ["lag/dropped"], zero: true },
   ]],
   ["Optimization", [
     { title: "Loss", keys: ["loss"] },
     { title: "Gradient norm", keys: ["grad_norm"], zero: true, help: "Before it is scaled down to maxGradNorm." },
+    { title: "Clipped", unit: "share", match: /^clip_ratio\/(low_mean|high_mean|region_mean)$/, zero: true },
+    { title: "Masked or rejected", unit: "share", match: /^correction\/(truncated|masked|rejected|opsm|m2po|zero)$/, zero: true, absent: "this run has no correction", help: "By algorithm.correction: tokens, or whole completions (rejected, opsm)." },
     { title: "Entropy", unit: "nats per token", match: /^entropy/, zero: true },
     { title: "Learning rate", keys: ["learning_rate"], zero: true },
   ]],
-  ["Completions and speed", [
-    { title: "Completion length", unit: "tokens", keys: ["completions/mean_length", "completions/max_length"], names: ["mean", "longest"], zero: true },
-    { title: "Truncated", unit: "share", keys: ["completions/clipped_ratio"], zero: true },
+  ["Speed", [
     { title: "Learner speed", unit: "tokens/s", keys: ["perf/tokens_per_s"], zero: true },
     { title: "Step time", unit: "seconds", keys: ["step_time", "perf/rollout_wait_s"], names: ["whole", "waiting for rollouts"], zero: true },
     { title: "Learner waits", unit: "share of the time", keys: ["waiting"], zero: true, top: 1 },
-    { title: "Dropped rollouts", unit: "too old, in all", keys: ["lag/dropped"], zero: true },
   ]],
 ];
 

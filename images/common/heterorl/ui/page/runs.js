@@ -84,10 +84,11 @@ export class RunsPage {
       this.draw();
     };
     const box = h("input", { type: "checkbox", "data-run": run.id, checked: this.chosen.has(run.id), "aria-label": `Compare ${run.id}`, change: choose });
-    const about = run.loss ? `${run.loss} · ${run.samplers} sampler${run.samplers === 1 ? "" : "s"}` : "";
+    const name = run.title ?? run.id;
+    const about = [name !== run.id && run.id, run.loss, run.samplers && `${run.samplers} sampler${run.samplers === 1 ? "" : "s"}`].filter(Boolean).join(" · ");
     return h(
       "li.run", {}, box,
-      h("div", {}, h("a.name", { href: `#/run/${encodeURIComponent(run.id)}/curves` }, run.id), h("div.soft.small", {}, about)),
+      h("div", {}, h("a.name", { href: `#/run/${encodeURIComponent(run.id)}/curves` }, name), h("div.soft.small", {}, about)),
       h("div.state", {}, pill(run.state)),
       h("div.progress-cell", {}, bar(run), h("span.small.soft", {}, `${number(run.step)} of ${number(run.steps)} steps`)),
       h("div.value", {}, h("span.unseen", {}, "reward "), number(run.reward)),

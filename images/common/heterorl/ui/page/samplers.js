@@ -66,7 +66,8 @@ export class SamplersTab {
   key() {
     const stops = [0, 1 / 3, 2 / 3, 1].map((share) => colourOf(share)).join(",");
     const [low, high] = this.mode === "lag" ? ["lag 0", `${number(this.top)} steps behind the learner`] : ["works", "waits for room or weights"];
-    return [h("span", {}, low), h("i", { style: `background:linear-gradient(90deg, ${stops})` }), h("span", {}, high), h("span", {}, h("span.swatch", { style: "background:var(--grid)" }), "away, or no weights yet")];
+    return [h("span", {}, low), h("i", { style: `background:linear-gradient(90deg, ${stops})` }), h("span", {}, high), h("span", {}, h("span.swatch", { style: "background:var(--grid)" }), "away, or no weights yet"),
+      this.answer.lanes.some((lane) => lane.refusals.length) && h("span", {}, h("span.swatch", { style: "background:var(--bad);width:.25rem" }), "refused a version")].filter(Boolean);
   }
 
   strip(lane) {
@@ -75,9 +76,10 @@ export class SamplersTab {
     const mean = known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
     const { from, to } = this.answer;
     const strip = h(
-      "svg", { viewBox: `0 0 ${count} 1`, preserveAspectRatio: "none", tabindex: 0, role: "img", "data-slot": lane.slot, "aria-label": `${lane.slot}: mean lag ${number(mean)} steps, ${lane.swap_count} swaps. Arrow keys read it.` },
+      "svg", { viewBox: `0 0 ${count} 1`, preserveAspectRatio: "none", tabindex: 0, role: "img", "data-slot": lane.slot, "aria-label": `${lane.slot}: mean lag ${number(mean)} steps, ${lane.swap_count} swaps${lane.refusals.length ? `, ${lane.refusals.length} times a version was refused` : ""}. Arrow keys read it.` },
       runs(lane.lag.map((_, i) => this.colour(lane, i))).map(([begin, end, fill]) => h("rect", { x: begin, width: end - begin + 0.02, height: 1, fill })),
-      lane.swaps.map((time) => ((time - from) / (to - from)) * count).map((x) => h("line.swap", { x1: x, x2: x, y1: 0, y2: 1 })),
+      [["line.swap", lane.swaps], ["line.refusal", lane.refusals]].flatMap(([name, times]) =>
+        times.map((time) => ((time - from) / (to - from)) * count).map((x) => h(name, { x1: x, x2: x, y1: 0, y2: 1 }))),
     );
     let at = 0;
     const tell = (i) => {

@@ -1,0 +1,157 @@
+"""The pictures of README and docs/: the page, the report and the live view of a real run.
+
+    python -m bench.pictures [--runs FOLDER] [--kubectl FILE]      (with PYTHONPATH=tests)
+
+Without a folder of runs it trains the quickstart three times, twice with GEPO and once with GSPO, and takes the live
+view from the first while it goes on. FILE holds what `kubectl get hrl` printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+from rich.console import Console, RenderableType
+from rich.terminal_theme import MONOKAI
+from rich.text import Text
+
+from bench.page import ROOT
+from bench.ui_speed import serving
+from heterorl.exchange.exchange import Exchange
+from heterorl.local.attach import view_of
+from heterorl.local.live_view import render
+from heterorl.monitoring.progress import ProgressReader
+from heterorl.monitoring.snapshot import SnapshotReader
+from heterorl.report.page import write_report
+
+PICTURES = ROOT / "docs" / "pictures"
+RUNS = {"gepo-s0": ("gepo", 0), "gepo-s1": ("gepo", 1), "gspo-s0": ("gspo", 0)}
+FIRST = next(iter(RUNS))
+SHOWN_AT = 120
+"""The step of the live view."""
+COLUMNS = (60, 80, 120)
+# name: address, width, height, theme
+SHOTS = {
+    "runs": ("#/", 1200, 420, "light"),
+    "curves": (f"#/run/{FIRST}/curves", 1280, 1000, "light"),
+    "samplers": (f"#/run/{FIRST}/samplers", 1200, 560, "light"),
+    "completions": (f"#/run/{FIRST}/completions", 1200, 760, "light"),
+    "group": (f"#/run/{FIRST}/completions/1500", 1200, 760, "dark"),
+    "evaluation": (f"#/run/{FIRST}/evaluation", 1200, 900, "light"),
+    "compare": (f"#/compare/{','.join(RUNS)}/curves", 1280, 1000, "dark"),
+    "phone": (f"#/run/{FIRST}/curves", 400, 860, "light"),
+    "phone-dark": (f"#/run/{FIRST}/completions", 400, 860, "dark"),
+}
+
+
+def main() -> None:
+    """Make them all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, help="folder with the runs, trained before")
+    parser.add_argument("--kubectl", type=Path, help="what `kubectl get hrl` printed")
+    given = parser.parse_args()
+    PICTURES.mkdir(exist_ok=True)
+    with ExitStack() as stack:
+        folder = given.runs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        views = {} if given.runs else train(folder)
+        views |= {"kubectl": terminal(given.kubectl.read_text(), 100)} if given.kubectl else {}
+        page = stack.enter_context(sync_playwright()).chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        for name, svg in views.items():
+            shoot_svg(page, name, svg)
+        address = stack.enter_context(serving(folder))
+        for name, (place, width, height, theme) in SHOTS.items():
+            shoot(page, name, f"{address}{place}", width, height, theme)
+        report = write_report(
+            [folder / name for name in RUNS], Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        )
+        shoot(page, "report", report.as_uri(), 1280, 1000, "light")
+        page.close()
+    print(f"{sum(path.stat().st_size for path in PICTURES.iterdir()):,} bytes in {PICTURES}")
+
+
+# ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def train(folder: Path) -> dict[str, str]:
+    """Train the runs; the live view of the first, in some widths, as SVG."""
+    views = {}
+    for name, (loss, seed) in RUNS.items():
+        values = {
+            "name": name, "algorithm.loss.type": loss, "seed": seed, "evaluation.everySteps": 50,
+            "evaluation.samplesPerPrompt": 4, "evaluation.temperature": 0.6,
+        }  # fmt: skip
+        sets = [part for path, value in values.items() for part in ("--set", f"{path}={value}")]
+        command = [sys.executable, "-m", "heterorl", "run", "examples/quickstart.yaml", "--runs-dir", str(folder)]
+        with subprocess.Popen([*command, *sets], cwd=ROOT, stdout=subprocess.DEVNULL) as run:
+            if name == FIRST:
+                views = live_views(folder / name, run)
+        if run.returncode:
+            raise RuntimeError(f"{name} failed; see its logs in {folder / name}")
+    return views
+
+
+def live_views(root: Path, run: subprocess.Popen[bytes]) -> dict[str, str]:
+    """What `heterorl attach` shows at a step, in each width."""
+    while not (root / "metrics").is_dir():
+        time.sleep(0.5)
+    exchange = Exchange(root)
+    while run.poll() is None and (exchange.learner is None or exchange.learner.step < SHOWN_AT):
+        time.sleep(0.2)
+    snapshot, progress = SnapshotReader(exchange).read(), ProgressReader(exchange).read()
+    state = view_of(snapshot, exchange.runner)
+    return {
+        f"live-{width}": terminal(
+            render(root.name, f"Ctrl-C stops cleanly · runs/{root.name}", progress, state, width), width
+        )
+        for width in COLUMNS
+    }
+
+
+# ── pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def terminal(content: RenderableType, columns: int) -> str:
+    """A terminal's window with this in it, as SVG that loads no font."""
+    console = Console(record=True, width=columns, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console.print(Text(content) if isinstance(content, str) else content)
+    return re.sub(
+        r"@font-face \{.*?\}", "", console.export_svg(title=f"{columns} columns", theme=MONOKAI), flags=re.DOTALL
+    )
+
+
+def shoot_svg(browser: Any, name: str, svg: str) -> None:
+    width, height = map(float, re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0])
+    page = browser.new_page(viewport={"width": round(width), "height": round(height)})
+    page.set_content(f"<body style='margin:0;background:transparent'>{svg}</body>")
+    save(name, page.screenshot(omit_background=True), colours=64)
+    page.close()
+
+
+def shoot(browser: Any, name: str, address: str, width: int, height: int, theme: str) -> None:
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
+    page = context.new_page()
+    page.goto(address)
+    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(1500)
+    save(name, page.screenshot())
+    context.close()
+
+
+def save(name: str, png: bytes, colours: int = 128) -> None:
+    """As a PNG with a palette, which is a third of the size."""
+    image = Image.open(io.BytesIO(png))
+    method = Image.Quantize.FASTOCTREE if image.mode == "RGBA" else Image.Quantize.MEDIANCUT
+    image.quantize(colours, method=method, dither=Image.Dither.NONE).save(PICTURES / f"{name}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()
