@@ -8,6 +8,7 @@ import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +24,8 @@ from heterorl.exchange.rollout import Rollout
 from heterorl.spec.run import RunSpec
 from heterorl_learner import ranks
 from heterorl_learner.engines.build import build_engine
-from heterorl_learner.engines.packing import Verdict, choose_layout
-from heterorl_learner.engines.policy import Layout, Policy
+from heterorl_learner.engines.packing import Verdict, choose_reading
+from heterorl_learner.engines.policy import Layout, Policy, Reading
 from heterorl_learner.engines.torch_ddp import Sequence, TrainingEngine, micro_batch, token_logps
 from heterorl_learner.rollout_feed import StepBatch
 from heterorl_learner.train_step import train_on
@@ -110,7 +111,7 @@ def test_all_layouts_give_the_values_and_gradients_of_each_sequence_alone(layout
         (Policy(architectures.tiny_model("llama")), [micro_batch(sequences)]),
         (Policy(architectures.tiny_model("llama")), [micro_batch([s]) for s in sequences]),
     ):
-        policy.layout = layout
+        policy.reading = Reading(layout)
         logp = torch.cat([token_logps(policy, batch) for batch in batches])
         (logp * torch.arange(len(logp))).sum().backward()
         results.append(
@@ -128,7 +129,7 @@ def drawn_from(rollout: Rollout) -> list[Sequence]:
 
 # ── the choice ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def layout_of(model: PreTrainedModel, dtype: str = "float32", *, autocast: bool = False) -> str:
-    return choose_layout(Policy(model), run_spec(dtype=dtype), CPU, autocast=autocast)
+    return choose_reading(Policy(model), run_spec(dtype=dtype), CPU, autocast=autocast).layout
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2", "opt", "llama4", "qwen3_next", "qwen3_5", "rwkv"])
@@ -142,6 +143,48 @@ def test_the_choice_is_the_same_in_bfloat16(name: str, how: str, scale: float) -
     if how == "whole":
         model = model.bfloat16()
     assert layout_of(model, "bfloat16", autocast=how == "autocast") == LAYOUTS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "afterwards"),
+    [
+        ("llama", {}, (1.0, None)),
+        ("cohere", {"logit_scale": 0.25}, (0.25, None)),
+        ("granite", {"logits_scaling": 8.0}, (0.125, None)),
+        ("gemma2", {"final_logit_softcapping": 5.0}, (1.0, 5.0)),
+    ],
+)
+def test_what_a_model_makes_of_its_heads_output_is_what_its_configuration_says(
+    name: str, fields: dict[str, float], afterwards: tuple[float, float | None]
+) -> None:
+    model = architectures.tiny_model(name, **fields)
+    found = choose_reading(Policy(model), run_spec(), CPU, autocast=False).afterwards
+    assert found == afterwards
+
+
+class AddsToItsLogits(LlamaForCausalLM):
+    """As models are that make something of their logits that is neither a factor nor a soft cap."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits + torch.linspace(0, 9, output.logits.shape[-1])
+        return output
+
+
+def test_logits_that_do_not_come_from_the_head_alone_are_made_by_the_model(caplog: pytest.LogCaptureFixture) -> None:
+    model = AddsToItsLogits(architectures.tiny_config("llama"))  # type: ignore[no-untyped-call]
+    policy = Policy(model)
+    policy.reading = choose_reading(policy, run_spec(), CPU, autocast=False)
+    assert policy.reading == Reading("packed", None)
+    assert caplog.messages[0].startswith(
+        "AddsToItsLogits: the logits of all tokens of a micro-batch are kept in memory;"
+    )
+    sequence = drawn_from(step_batch().rollouts[0])[0]
+    ids = torch.from_numpy(np.concatenate([sequence.prompt_ids, sequence.completion_ids])).long()
+    expected = (
+        model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[len(sequence.prompt_ids) - 1 :, 0]
+    )
+    torch.testing.assert_close(token_logps(policy, micro_batch([sequence])), expected, atol=1e-5, rtol=0)
 
 
 def test_one_line_says_what_is_wrong_and_what_it_costs(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,9 @@ r"""What a step costs in memory, estimated from the model's configuration before
                                      scores, and a gated MLP. With gradientCheckpointing 4 n h a layer, and one whole
     attention mask                   4 n^2 where attention is not flash_attention_2; eager also keeps its scores,
                                      2 a n^2 w a layer
-    logits                           n v (w + 16): in w bytes, in float32, at their temperature, and both gradients
+    logits                           8 bytes for each of a tile (`engines.head`): in float32, and what is made of them.
+                                     They are made as a whole, n v (w + 16), where a model makes something unusual of
+                                     its head's output; of that the learner warns when it starts
 
 n: tokens of a micro-batch, all taken as completions; h, q, k, f: widths of the hidden state, queries, keys and MLP; a:
 heads; v: vocabulary; w: bytes of `model.dtype`. Allocators and libraries come on top: a fifth, or a gigabyte on a GPU.
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from heterorl.spec.run import RunSpec
+from heterorl_learner.engines.head import TILE
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def step_memory(spec: RunSpec, config: Any, num_parameters: int, attention: str 
     return StepMemory(
         *_states(spec, num_parameters, width),
         activations=_activations(shape, tokens, width, attention, spec.learner.gradient_checkpointing),
-        logits=tokens * shape.vocab_size * (width + 16),
+        logits=8 * min(TILE, tokens * shape.vocab_size),
     )
 
 

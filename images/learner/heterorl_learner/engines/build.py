@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from heterorl.errors import ModelError, SiteError
 from heterorl.spec.run import LearnerSpec, RunSpec
 from heterorl_learner import ranks
-from heterorl_learner.engines.packing import choose_layout
+from heterorl_learner.engines.packing import choose_reading
 from heterorl_learner.engines.policy import Policy
 from heterorl_learner.engines.torch_ddp import DTYPES, TorchEngine, TrainingEngine
 
@@ -31,7 +31,7 @@ def build_engine(folder: Path, spec: RunSpec) -> TrainingEngine:
     ranks.join(device, group_of_one=not plain)
     attention = choose_attention(spec.model.attn_implementation, dtype)
     policy = load_policy(folder, torch.float32 if plain else dtype, attention, learner.gradient_checkpointing)
-    policy.to(device).layout = choose_layout(policy, spec, device, autocast=plain and dtype == torch.bfloat16)
+    policy.to(device).reading = choose_reading(policy, spec, device, autocast=plain and dtype == torch.bfloat16)
     engine: TrainingEngine
     if plain:
         engine = TorchEngine(policy, spec, device)
@@ -42,7 +42,7 @@ def build_engine(folder: Path, spec: RunSpec) -> TrainingEngine:
         engine = DeepSpeedEngine(policy, spec, device)
     if spec.algorithm.kl_to_reference.weight:
         engine.reference = load_policy(folder, dtype, attention).requires_grad_(False).to(device)
-        engine.reference.layout = policy.layout
+        engine.reference.reading = policy.reading
     return engine
 
 

@@ -30,7 +30,8 @@ from heterorl.errors import ModelError
 from heterorl.exchange.canary import ROUNDING
 from heterorl.spec.run import RunSpec
 from heterorl_learner import ranks
-from heterorl_learner.engines.policy import Layout, Policy
+from heterorl_learner.engines.head import Afterwards
+from heterorl_learner.engines.policy import Layout, Policy, Reading
 from heterorl_learner.engines.torch_ddp import Sequence, micro_batch, token_logps
 
 log = logging.getLogger(__name__)
@@ -83,10 +84,14 @@ class Verdict:
 
     layout: Layout | None
     reasons: str
+    afterwards: Afterwards | None = None
+    """What the model makes of its head's output; None where that is nothing simple."""
+    why_whole: str = ""
+    """Why its logits are then made as a whole."""
 
 
-def choose_layout(policy: Policy, spec: RunSpec, device: torch.device, *, autocast: bool) -> Layout:
-    """The cheapest layout in which the model's log-probabilities are right, the same on every rank.
+def choose_reading(policy: Policy, spec: RunSpec, device: torch.device, *, autocast: bool) -> Reading:
+    """The cheapest way in which the model's log-probabilities are right, the same on every rank.
 
     Called with the bare model, before an engine divides it, so that no rank waits for another while it tries.
     `autocast`: float32 weights that are used in bfloat16. Raises ModelError when the model is not causal.
@@ -100,7 +105,10 @@ def choose_layout(policy: Policy, spec: RunSpec, device: torch.device, *, autoca
         raise ModelError(f"{name} cannot be trained as a causal language model: {verdict.reasons}")
     if verdict.reasons and ranks.rank() == 0:
         log.warning("%s reads packs wrongly, so the learner %s; %s", name, LAYOUTS[verdict.layout], verdict.reasons)
-    return verdict.layout
+    whole = next((v for v in verdicts if v.afterwards is None), verdict)
+    if whole.why_whole and ranks.rank() == 0:
+        log.warning("%s: the logits of all tokens of a micro-batch are kept in memory; %s", name, whole.why_whole)
+    return Reading(verdict.layout, whole.afterwards)
 
 
 class _Trial:
@@ -122,15 +130,32 @@ class _Trial:
             self._require_causal()
         except Wrong as error:
             return Verdict(None, str(error))
+        afterwards, why_whole = self._try_head()
         reasons: list[str] = []
         for layout in LAYOUTS:
-            self._policy.layout = layout
+            self._policy.reading = Reading(layout, afterwards)
             try:
                 self._require_right()
-                return Verdict(layout, "; ".join(reasons))
+                return Verdict(layout, "; ".join(reasons), afterwards, why_whole)
             except Wrong as error:
                 reasons.append(f"{layout}: {error}")
         return Verdict(None, "; ".join(reasons))
+
+    def _try_head(self) -> tuple[Afterwards | None, str]:
+        """What the model makes of its head's output, or None and why that cannot be said."""
+        if (head := self._policy.head) is None:
+            return None, "its head is no linear layer"
+        ids = torch.tensor([[1, 2, 3]], device=self._device)
+        try:
+            with _told_as_wrong():
+                afterwards = head.ask(lambda: self._policy.model(input_ids=ids, use_cache=False))
+            self._policy.reading = Reading("alone", afterwards)
+            self._require(
+                "from its head's input, log-probabilities", self._scores(self._texts.texts), self._truth, self._rounding
+            )
+        except Wrong as error:
+            return None, str(error)
+        return afterwards, ""
 
     def _require_causal(self) -> None:
         """Scores must not depend on later tokens, nor on chance."""

@@ -9,20 +9,32 @@ packed   as it is, one forward. Borders are told by positions that start again a
 padded   a row a sequence, filled up on the right and masked, one forward
 alone    a forward a sequence, without padding, positions or mask
 
-A single sequence is always read alone. Which layouts are right for a model is tried by `packing`.
+A single sequence is always read alone. Which layouts are right for a model is tried by `packing`, as is whether its
+logits are what `head` can take apart; if not, the model makes all of them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from inspect import Parameter, signature
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical
 from transformers import PreTrainedModel
 
+from heterorl_learner.engines.head import Afterwards, Head, install_head, values_of
+
 Layout = Literal["packed", "padded", "alone"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the model is read."""
+
+    layout: Layout = "packed"
+    afterwards: Afterwards | None = None
+    """What the model makes of its head's output, where that is known; None: it makes all logits itself."""
 
 
 class Policy(nn.Module):
@@ -31,7 +43,8 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.layout: Layout = "packed"
+        self._head_name = install_head(model)
+        self.reading = Reading()
         accepted = signature(model.forward).parameters
         self._selects_logits = "logits_to_keep" in accepted
         self._takes_borders = any(p.kind is Parameter.VAR_KEYWORD for p in accepted.values())
@@ -51,23 +64,35 @@ class Policy(nn.Module):
 
         With `entropy` that of the distribution it was drawn from instead, in nats.
         """
-        if self.layout == "alone" or len(cu_seqlens) == 2:
-            logits = self._alone(input_ids, cu_seqlens, logit_index)
-        elif self.layout == "padded":
-            logits = self._padded(input_ids, position_ids, cu_seqlens, longest, logit_index)
+        if self.reading.layout == "alone" or len(cu_seqlens) == 2:
+            read = self._alone(input_ids, cu_seqlens, logit_index)
+        elif self.reading.layout == "padded":
+            read = self._padded(input_ids, position_ids, cu_seqlens, longest, logit_index)
         else:
-            logits = self._packed(input_ids, position_ids, cu_seqlens, longest, logit_index)
-        logits = logits.float() / temperature[:, None]  # [T, V]: never made for prompt tokens
-        if entropy:
-            entropies: Tensor = Categorical(logits=logits, validate_args=False).entropy()
-            return entropies
-        logp: Tensor = logits.gather(1, target_ids[:, None])[:, 0] - logits.logsumexp(1)
-        return logp
+            read = self._packed(input_ids, position_ids, cu_seqlens, longest, logit_index)
+        if self._head is None:
+            return values_of(read, target_ids, temperature, entropy)
+        # Called as a module, for which ZeRO-3 gathers its weights.
+        values: Tensor = self._head(read, target_ids, temperature, entropy, self.reading.afterwards)
+        return values
+
+    @property
+    def head(self) -> Head | None:
+        """The model's head; None where it is no linear layer."""
+        return None if self._head_name is None else cast(Head, self.model.get_submodule(self._head_name))
+
+    @property
+    def _head(self) -> Head | None:
+        """The head where log-probabilities are made from its input; None where the model makes logits."""
+        return None if self.reading.afterwards is None else self.head
 
     def _packed(
         self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, longest: int, logit_index: Tensor
     ) -> Tensor:
-        """Logits [T, V]. An attention mask or a cache would make transformers overlook the borders in the positions."""
+        """What `_read` gives of T positions: [T, ...].
+
+        An attention mask or a cache would make transformers overlook the borders in the positions.
+        """
         borders: dict[str, Any] = {}
         if self._takes_borders:
             sequence = torch.arange(len(cu_seqlens) - 1, dtype=torch.int32, device=input_ids.device)
@@ -78,37 +103,39 @@ class Policy(nn.Module):
                 "max_length_q": longest,
                 "max_length_k": longest,
             }
-        return self._logits(logit_index, input_ids=input_ids, position_ids=position_ids, **borders)[0]
+        return self._read(logit_index, input_ids=input_ids, position_ids=position_ids, **borders)[0]
 
     def _padded(
         self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, longest: int, logit_index: Tensor
     ) -> Tensor:
-        """Logits [T, V]. Padding stands on the right, where a causal model's tokens do not see it."""
+        """Likewise. Padding stands on the right, where a causal model's tokens do not see it."""
         columns, width = position_ids[0], torch.arange(longest, device=input_ids.device)
         rows = (columns == 0).cumsum(0) - 1
         mask = (width < cu_seqlens.diff()[:, None]).long()  # [S, W]
         filler = getattr(self.model.config.get_text_config(), "pad_token_id", None) or 0
         ids = torch.full_like(mask, filler).index_put((rows, columns), input_ids[0])
         kept, place = columns[logit_index].unique(return_inverse=True)
-        return self._logits(kept, input_ids=ids, attention_mask=mask)[rows[logit_index], place]
+        return self._read(kept, input_ids=ids, attention_mask=mask)[rows[logit_index], place]
 
     def _alone(self, input_ids: Tensor, cu_seqlens: Tensor, logit_index: Tensor) -> Tensor:
-        """Logits [T, V]."""
+        """Likewise."""
         if len(cu_seqlens) == 2:
-            return self._logits(logit_index, input_ids=input_ids)[0]
+            return self._read(logit_index, input_ids=input_ids)[0]
         ends, starts = cu_seqlens[1:].long(), cu_seqlens[:-1].long()
         counts = torch.bucketize(logit_index, ends, right=True).bincount(minlength=len(ends))
         texts = input_ids[0].split((ends - starts).tolist())
         places = logit_index.split(counts.tolist())
-        logits = [
-            self._logits(place - start, input_ids=text[None])[0] for text, place, start in zip(texts, places, starts)
+        parts = [
+            self._read(place - start, input_ids=text[None])[0] for text, place, start in zip(texts, places, starts)
         ]
-        return torch.cat(logits)
+        return torch.cat(parts)
 
-    def _logits(self, kept: Tensor, **inputs: Any) -> Tensor:
-        """The model's logits of the kept positions: [rows, positions, V]."""
+    def _read(self, kept: Tensor, **inputs: Any) -> Tensor:
+        """The input of the head at the kept positions, [rows, positions, H], or without one the logits, [.., .., V]."""
         if self._selects_logits:
-            logits: Tensor = self.model(**inputs, use_cache=False, logits_to_keep=kept).logits
+            inputs["logits_to_keep"] = kept
+        if self._head is None:
+            read: Tensor = self.model(**inputs, use_cache=False).logits
         else:
-            logits = self.model(**inputs, use_cache=False).logits[:, kept]
-        return logits
+            read = self._head.input_of(lambda: self.model(**inputs, use_cache=False))
+        return read if self._selects_logits else read[:, kept]

@@ -190,7 +190,7 @@ class TrainingEngine(ABC):
     @property
     def layout(self) -> Layout:
         """How the model reads the sequences of a micro-batch."""
-        return self._bare.layout
+        return self._bare.reading.layout
 
     # ── a step ───────────────────────────────────────────────────────────────────────────────────────────────────────
     def forward_backward(self, batches: SequenceOf[MicroBatch], loss_function: LossFunction) -> float:
