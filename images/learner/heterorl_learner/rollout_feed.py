@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from heterorl.errors import CorruptFile, TrainingError, UnknownProtocol, UserError
 from heterorl.exchange.exchange import Exchange
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 DEAD_END_S = 30.0
 """How long every sampler must have refused every version before the learner ends the run."""
+FIRST_POLL_S = 0.02
+"""The first interval between two looks for rollouts; later ones are a tenth of the wait so far, up to pollSeconds."""
 VISIBILITY_S = 60.0
 """How long another rank waits for a file that rank 0 has already read (attribute caches of network file systems)."""
 MAX_SLOTS_NAMED = 8
@@ -120,14 +123,15 @@ class RolloutFeed:
         if step in self._replay and (replayed := self._replayed(step)):
             return replayed
         since, stall_s = self._exchange.now(), self._spec.learner.stall_seconds
-        alive_at = looked_at = time.monotonic()
-        warn_at = alive_at + stall_s
+        alive_at = looked_at = started = time.monotonic()
+        warn_at = started + stall_s
         while not self._stop():
             if found := self._select(step):
                 return found
             if time.monotonic() - looked_at >= DEAD_END_S / 10:  # it reads the heartbeat of every slot
                 alive_at, looked_at = self._last_hope(step, alive_at), time.monotonic()
-            self._exchange.sleep(self._spec.exchange.poll_seconds)
+            waited_s = time.monotonic() - started
+            self._exchange.sleep(min(self._spec.exchange.poll_seconds, max(FIRST_POLL_S, waited_s / 10)))
             if time.monotonic() >= warn_at:
                 usable = [name for name in self._candidates() if lag(name, step) <= self._spec.max_lag]
                 log.warning("%s", waited_for(self._exchange, step, len(usable), since))
@@ -305,17 +309,25 @@ def select_rollouts(
     Admissible is a lag of at most `max_steps`. The oldest version goes first; within a version the first rollout of
     every slot precedes the second of any, starting with the slot after `last` (the last one of the step before).
     """
-    waiting = sorted(waiting, key=lambda name: (name.version.step, name.seq, name.slot))
-    admissible = [name for name in waiting if lag(name, step) <= max_steps]
-    if len(admissible) < groups:
+    too_old: list[RolloutName] = []
+    by_step: defaultdict[int, list[RolloutName]] = defaultdict(list)
+    for name in waiting:
+        (too_old if lag(name, step) > max_steps else by_step[name.version.step]).append(name)
+    if sum(map(len, by_step.values())) < groups:
         return None
-    slots = sorted({name.slot for name in admissible})
+    slots = sorted({name.slot for names in by_step.values() for name in names})
     begin = next((i for i, slot in enumerate(slots) if last is not None and slot > last), 0)
-    turns: Counter[tuple[int, Slot]] = Counter()
-    order = {}
-    for name in admissible:
-        lane = (name.version.step, name.slot)
-        order[name] = (name.version.step, turns[lane], (slots.index(name.slot) - begin) % len(slots))
-        turns[lane] += 1
-    chosen = sorted(admissible, key=order.__getitem__)[:groups]
-    return Selection(chosen, [name for name in waiting if lag(name, step) > max_steps])
+    chosen: list[RolloutName] = []
+    for _, names in sorted(by_step.items()):  # only of the oldest versions is the order of any use
+        chosen += _in_turn(names, slots[begin:] + slots[:begin])
+        if len(chosen) >= groups:
+            break
+    return Selection(chosen[:groups], sorted(too_old, key=lambda name: (name.version.step, name.seq, name.slot)))
+
+
+def _in_turn(names: list[RolloutName], slots: list[Slot]) -> list[RolloutName]:
+    """The first rollout of every slot, in the slots' order, before the second of any."""
+    lanes: dict[Slot, list[RolloutName]] = {slot: [] for slot in slots}
+    for name in sorted(names, key=lambda name: name.seq):
+        lanes[name.slot].append(name)
+    return [name for turn in zip_longest(*lanes.values()) for name in turn if name is not None]

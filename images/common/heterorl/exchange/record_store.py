@@ -10,7 +10,7 @@ import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from heterorl.errors import CorruptFile, ExchangeError, UnknownProtocol
 from heterorl.exchange.records import QuarantineNote, Record, parse_record
@@ -30,6 +30,7 @@ class RecordStore:
         self._root, self._files, self._now = root, files, clock
         self._unreadable: dict[Path, tuple[tuple[int, ...], ExchangeError]] = {}
         self._strange: set[Path] = set()
+        self._parsed: dict[Path, dict[str, Any]] = {}  # by folder, of the last look
 
     def read(self, path: Path, model: type[_R]) -> _R | None:
         """The record in a file; None while it is absent or cannot be read, which is logged once for each content."""
@@ -50,16 +51,24 @@ class RecordStore:
         self._files.replace(path, record.to_bytes())
 
     def names(self, folder: Path, parse: Callable[[str], _Name], suffix: str = "") -> list[_Name]:
-        """What the names in a folder stand for, sorted by name; those that the protocol does not know are ignored."""
-        found = []
+        """What the names in a folder stand for, sorted by name; those that the protocol does not know are ignored.
+
+        There may be thousands, and a process looks again and again: it parses only those that are new to it.
+        """
+        known, found = self._parsed.get(folder, {}), {}
         for name in self._files.list(folder):
-            try:
-                if not name.endswith(suffix):
-                    raise ValueError
-                found.append(parse(name.removesuffix(suffix)))
-            except ValueError:
-                self._ignore(folder / name)
-        return found
+            found[name] = known[name] if name in known else self._parse(folder / name, parse, suffix)
+        self._parsed[folder] = found
+        return [parsed for parsed in found.values() if parsed is not None]
+
+    def _parse(self, path: Path, parse: Callable[[str], _Name], suffix: str) -> _Name | None:
+        try:
+            if not path.name.endswith(suffix):
+                raise ValueError
+            return parse(path.name.removesuffix(suffix))
+        except ValueError:
+            self._ignore(path)
+            return None
 
     def quarantine(self, path: Path, reason: str) -> None:
         """Move a file or folder below `quarantine/`, with the reason beside it; fine if it is gone."""

@@ -17,8 +17,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import total_ordering
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,8 +50,7 @@ _ROLLOUT = re.compile(r"(v[0-9]{8}-i[0-9]{4,})--(.+)--s([0-9]{10})")
 
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-@dataclass(frozen=True, order=True)
-class Version:
+class Version(NamedTuple):
     """Published weights: the learner's step, and which incarnation of the learner made them.
 
     A learner that resumes from step k publishes k+1 again; the incarnation keeps the two apart.
@@ -72,9 +70,7 @@ class Version:
         return cls(int(match[1]), int(match[2]))
 
 
-@total_ordering
-@dataclass(frozen=True)
-class RolloutName:
+class RolloutName(NamedTuple):
     """One prompt's group of completions: the oldest weights that made a token of it, its slot, its sequence number.
 
     A slot's sequence numbers only grow and are never used twice, so a name stands for one rollout for ever.
@@ -86,9 +82,6 @@ class RolloutName:
 
     def __str__(self) -> str:
         return f"{self.version}--{self.slot}--s{self.seq:010d}"
-
-    def __lt__(self, other: Self) -> bool:
-        return (self.version, self.slot, self.seq) < (other.version, other.slot, other.seq)
 
     @classmethod
     def parse(cls, text: str) -> Self:
