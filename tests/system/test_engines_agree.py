@@ -27,7 +27,8 @@ from heterorl_learner.train_step import plan
 
 STEPS, STOP = 10, 5
 TOKEN_BUDGET = 64
-DISTRIBUTED = ["torch", "zero1", "zero2", "zero3"]
+WHOLE = ["torch", "zero1", "zero2", "zero3"]
+DISTRIBUTED = [*WHOLE, *(f"{strategy} lora" for strategy in WHOLE)]
 pytestmark = pytest.mark.slow
 
 
@@ -70,19 +71,34 @@ def flipped(batch: MicroBatch, logp: Tensor) -> Tensor:
 
 
 def run_spec(strategy: str) -> RunSpec:
+    """Of a strategy, or of one with LoRA; then the loss keeps near the starting model as well."""
+    strategy, _, lora = strategy.partition(" ")
     return RunSpec.model_validate(
         {
             "samplers": [{"name": "near"}],
-            "model": {"dtype": "float32"},
+            "model": {"dtype": "float32", "lora": {"rank": 4 if lora else 0}},
             "learner": {"strategy": strategy, "optimizer": {"weightDecay": 0.01}},
+            "algorithm": {"klToReference": {"weight": 1.0 if lora else 0.0}},
         }
     )
+
+
+def near_the_start(engine: TrainingEngine, loss_function: LossFunction) -> LossFunction:
+    """With a penalty on what the engine says of the starting model, if it is one with a reference."""
+
+    def with_penalty(batch: MicroBatch, logp: Tensor) -> Tensor:
+        reference = engine.reference_logps(batch)
+        loss = loss_function(batch, logp)
+        return loss if reference is None else loss + (logp - reference).square().sum() / 100
+
+    return with_penalty
 
 
 def train(
     engine: TrainingEngine, steps: range, loss_function: LossFunction, publish: bool = False
 ) -> tuple[list[float], list[float]]:
     losses, norms = [], []
+    loss_function = near_the_start(engine, loss_function)
     for step in steps:
         if publish:  # what the learner does between steps must not touch training
             engine.score(CANARY)
@@ -163,12 +179,13 @@ def folder(tiny_model_dir: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def single(folder: Path) -> Trajectory:
-    """Plain torch in one process and one thread: what all others are compared with."""
+def single(folder: Path) -> Callable[[str], Trajectory]:
+    """Plain torch in one process and one thread, with LoRA or without: what all others are compared with."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield run_through(folder, "torch")
+    found = {lora: run_through(folder, f"torch{lora}") for lora in ("", " lora")}
     torch.set_num_threads(threads)
+    return lambda strategy: found[" lora" if strategy.endswith(" lora") else ""]
 
 
 @pytest.fixture(scope="module")
@@ -214,8 +231,10 @@ def update_difference(found: Trajectory, expected: Trajectory, start: dict[str, 
 
 
 @pytest.fixture(scope="module")
-def start(folder: Path) -> dict[str, Tensor]:
-    return build_engine(folder, run_spec("torch")).full_state_dict()
+def start(folder: Path) -> Callable[[str], dict[str, Tensor]]:
+    """What the engine of a strategy publishes first."""
+    found = {lora: build_engine(folder, run_spec(f"torch{lora}")).full_state_dict() for lora in ("", " lora")}
+    return lambda strategy: found[" lora" if strategy.endswith(" lora") else ""]
 
 
 def test_the_recorded_batches_give_ranks_different_numbers_of_packs_and_some_none() -> None:
@@ -230,21 +249,21 @@ def test_the_recorded_batches_give_ranks_different_numbers_of_packs_and_some_non
 @pytest.mark.parametrize("strategy", DISTRIBUTED)
 def test_two_processes_train_as_one_does(
     strategy: str,
-    single: Trajectory,
+    single: Callable[[str], Trajectory],
     distributed: dict[str, dict[str, Trajectory]],
-    start: dict[str, Tensor],
+    start: Callable[[str], dict[str, Tensor]],
 ) -> None:
-    assert_agree(distributed[strategy]["whole"], single, start)
+    assert_agree(distributed[strategy]["whole"], single(strategy), start(strategy))
 
 
 @pytest.mark.parametrize("strategy", DISTRIBUTED)
 def test_stopping_and_resuming_changes_nothing(
-    strategy: str, distributed: dict[str, dict[str, Trajectory]], start: dict[str, Tensor]
+    strategy: str, distributed: dict[str, dict[str, Trajectory]], start: Callable[[str], dict[str, Tensor]]
 ) -> None:
     whole, stopped = distributed[strategy]["whole"], distributed[strategy]["stopped"]
     assert stopped.losses == whole.losses
     assert stopped.norms == whole.norms
-    for name in start:
+    for name in start(strategy):
         assert torch.equal(stopped.weights[name], whole.weights[name]), name
 
 
@@ -265,12 +284,14 @@ def test_a_checkpoint_of_another_number_of_ranks_is_refused_with_what_to_do(fold
         engine.load(out / "checkpoint-zero1")
 
 
-def test_a_flipped_gradient_fails_the_comparison(folder: Path, single: Trajectory, start: dict[str, Tensor]) -> None:
-    wrong = run_through(folder, "torch", flipped)
+def test_a_flipped_gradient_fails_the_comparison(
+    folder: Path, single: Callable[[str], Trajectory], start: Callable[[str], dict[str, Tensor]]
+) -> None:
+    wrong, right, before = run_through(folder, "torch", flipped), single("torch"), start("torch")
     with pytest.raises(AssertionError):
-        assert_agree(wrong, single, start)
-    assert wrong.losses[0] == single.losses[0]  # the first loss cannot tell
-    assert update_difference(wrong, single, start) > 1
+        assert_agree(wrong, right, before)
+    assert wrong.losses[0] == right.losses[0]  # the first loss cannot tell
+    assert update_difference(wrong, right, before) > 1
 
 
 if __name__ == "__main__":

@@ -36,6 +36,20 @@ def test_a_run_with_an_untied_model_swaps_with_the_canary_holding_at_each(new_ru
     assert not json.loads((run.root / "model" / "config.json").read_text())["tie_word_embeddings"]
 
 
+def test_adapters_are_served_merged_and_beside_the_weights_with_the_canary_holding(new_run: Callable[..., Any]) -> None:
+    lora = ("model.lora.rank=8", "samplers.near.lora=adapter", "learner.steps=12", "samplers.far.delay.lower=2")
+    sets = [word for setting in (*lora, "samplers.far.delay.upper=4") for word in ("--set", setting)]
+    run = new_run("quickstart-vllm.yaml", *NO_EVALUATION, *sets)
+    summary = run.succeed(600)
+    assert (summary["status"], summary["steps"]) == ("succeeded", 12)
+    for slot in ("near-0", "far-0"):  # one with vLLM's adapters, one merged
+        assert len(swaps(run, slot)) >= 2
+        assert all(swap["canary/mean_abs_diff"] <= 1e-4 for swap in swaps(run, slot))
+        assert summary["rollouts"][slot] > 0
+    newest = max(path for path in (run.root / "weights").iterdir() if path.name.startswith("v"))
+    assert json.loads((newest / "manifest.json").read_text())["kind"] == "adapter"
+
+
 def test_a_damaged_version_is_refused_and_generation_goes_on_with_the_old_one(new_run: Callable[..., Any]) -> None:
     run = new_run("quickstart-vllm.yaml", *NO_EVALUATION)  # its model is tied
     run.start()

@@ -6,6 +6,7 @@ is left in the folder that the check works in.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from heterorl.data.datasets import PreparedData
 from heterorl.exchange.exchange import Exchange
 from heterorl.spec.run import RunSpec
+from heterorl_learner.engines.adapters import add_adapters
 from heterorl_learner.engines.build import choose_attention
 from heterorl_learner.engines.torch_ddp import DTYPES
 from heterorl_learner.memory import StepMemory, step_memory, tokens_at_once
@@ -31,24 +33,31 @@ def check(exchange: Exchange) -> None:
     spec = exchange.spec
     inputs = read_inputs(spec, exchange.root)
     model = _on_meta(spec, inputs)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"model     {inputs.folder or 'tiny'}: {model.config.model_type}, {_millions(parameters)} parameters")
+    trained, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad is of) for of in (True, False))
+    counted = f"{_millions(trained + frozen)} parameters" + (
+        f", of them {_millions(trained)} in adapters" * bool(frozen)
+    )
+    print(f"model     {inputs.folder or 'tiny'}: {model.config.model_type}, {counted}")
     for name, table in inputs.tables.items():
         print(f"data      {_counted(name, table)}")
     for row in inputs.tables["train"].rows[:PROMPTS_SHOWN]:
         _show(row, inputs.tokenizer)
     attention = choose_attention(spec.model.attn_implementation, DTYPES[spec.model.dtype])
-    print(f"memory    {_memory(spec, step_memory(spec, model.config, parameters, attention))}")
+    print(f"memory    {_memory(spec, step_memory(spec, model.config, trained, attention, frozen))}")
     write_tables(exchange, {"train": inputs.tables["train"]})
     inputs.tokenizer.save_pretrained(exchange.model_dir)
 
 
 def _on_meta(spec: RunSpec, inputs: Inputs) -> Any:
-    """The model without memory for its weights."""
+    """The model without memory for its weights; ModelError for adapters that it cannot have."""
     with torch.device("meta"):
         if inputs.folder is None:
-            return build_model(spec.model.tiny, inputs.tokenizer)
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(inputs.folder))
+            model = build_model(spec.model.tiny, inputs.tokenizer)
+        else:
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(inputs.folder))
+        if spec.model.lora.is_on:
+            add_adapters(model, spec.model, base=inputs.folder or Path(), seed=0)
+        return model
 
 
 def _counted(name: str, table: PreparedData) -> str:

@@ -1,30 +1,43 @@
-"""The policy as a Hugging Face folder that `from_pretrained` loads."""
+"""The policy as a Hugging Face folder that `from_pretrained` loads: a whole model, or adapters for peft."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
+from heterorl.exchange.adapters import base_tensors, merge_into
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.published_folder import replaced
 from heterorl.exchange.storage import persistently
-from heterorl_learner.engines.torch_ddp import TrainingEngine, save_tensors
+from heterorl_learner.engines.torch_ddp import TrainingEngine, save_weights
+
+_WEIGHTS = ("*.safetensors*", "*.bin*")
+_MODEL_CONFIG = ("config.json", "generation_config.json")
 
 
-def save_model(exchange: Exchange, engine: TrainingEngine, folder: Path) -> None:
-    """Write weights, config and tokenizer into a staged folder. Every rank calls it, rank 0 writes."""
-    tensors = engine.full_state_dict()
-    if engine.rank == 0:
-        weights = shutil.ignore_patterns("*.safetensors*", "*.bin*")
-        persistently(lambda: shutil.copytree(exchange.model_dir, folder, ignore=weights, dirs_exist_ok=True))
-        save_tensors(tensors, folder / "model.safetensors")
+def save_model(exchange: Exchange, engine: TrainingEngine, folder: Path, *, merged: bool = False) -> None:
+    """Write weights, configuration and tokenizer into a staged folder. Every rank calls it, rank 0 writes.
+
+    Of a run with LoRA the adapters, or with `merged` the whole model.
+    """
+    tensors, adapters = engine.full_state_dict(), engine.adapter_config
+    if engine.rank != 0:
+        return
+    left_out = _WEIGHTS if adapters is None or merged else _WEIGHTS + _MODEL_CONFIG
+    ignored = shutil.ignore_patterns(*left_out)
+    persistently(lambda: shutil.copytree(exchange.model_dir, folder, ignore=ignored, dirs_exist_ok=True))
+    save_weights(tensors, adapters, folder)
+    if adapters is not None and merged:
+        base = base_tensors(exchange.model_dir, exchange.spec.model.dtype)
+        persistently(lambda: merge_into(folder, base), what="the model")
 
 
 def write_output(exchange: Exchange, engine: TrainingEngine) -> None:
     """Publish the trained model; an earlier output stands until it does. Every rank calls it."""
+    merged = exchange.spec.model.lora.output == "merged"
     if engine.rank != 0:
-        save_model(exchange, engine, exchange.output_dir)
+        save_model(exchange, engine, exchange.output_dir, merged=merged)
         return
     with replaced(exchange.files, exchange.output_dir) as staged:
-        save_model(exchange, engine, staged)
+        save_model(exchange, engine, staged, merged=merged)
         exchange.require_incarnation()

@@ -3,7 +3,8 @@ r"""What a step costs in memory, estimated from the model's configuration before
     weights, gradients, optimizer    16 bytes a parameter: float32 weights, gradients and the two moments of AdamW; a
                                      bfloat16 autocast keeps copies of the weights (2). With ZeRO (Rajbhandari et al.,
                                      arXiv 1910.02054, section 3) 2 + 2 + 12 bytes in bfloat16, with float32 sums of the
-                                     gradients (4); the stages divide optimizer, gradients and weights by the ranks
+                                     gradients (4); the stages divide optimizer, gradients and weights by the ranks.
+                                     What LoRA freezes takes its w bytes and nothing else
     activations                      n (32 h + w (2 q + 2 k + 4 f)) a layer: counted as in Korthikanti et al. (arXiv
                                      2205.05198, section 4.1), for RMS norms in float32, rotary attention that keeps no
                                      scores, and a gated MLP. With gradientCheckpointing 4 n h a layer, and one whole
@@ -42,11 +43,16 @@ class StepMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 
-def step_memory(spec: RunSpec, config: Any, num_parameters: int, attention: str | None) -> StepMemory:
-    """The memory of a step of a run; `config`: the model's, of transformers; `attention`: its kernel, None for sdpa."""
+def step_memory(
+    spec: RunSpec, config: Any, num_parameters: int, attention: str | None, num_frozen: int = 0
+) -> StepMemory:
+    """The memory of a step of a run; `config`: the model's, of transformers; `attention`: its kernel, None for sdpa.
+
+    `num_parameters`: those that are trained; `num_frozen`: those that are not, with LoRA.
+    """
     width, tokens, shape = (2 if spec.model.dtype == "bfloat16" else 4), tokens_at_once(spec), config.get_text_config()
     return StepMemory(
-        *_states(spec, num_parameters, width),
+        *_states(spec, num_parameters, num_frozen, width),
         activations=_activations(shape, tokens, width, attention, spec.learner.gradient_checkpointing),
         logits=8 * min(TILE, tokens * shape.vocab_size),
     )
@@ -58,14 +64,14 @@ def tokens_at_once(spec: RunSpec) -> int:
     return max(spec.learner.batch.tokens_per_micro_batch, longest)
 
 
-def _states(spec: RunSpec, parameters: int, width: int) -> tuple[int, int, int]:
+def _states(spec: RunSpec, parameters: int, frozen: int, width: int) -> tuple[int, int, int]:
     """Weights, gradients and optimizer."""
     if spec.learner.strategy == "torch":
-        return parameters * (4 + (2 if width == 2 else 0)), 4 * parameters, 8 * parameters
+        return parameters * (4 + (2 if width == 2 else 0)) + width * frozen, 4 * parameters, 8 * parameters
     stage, ranks = int(spec.learner.strategy.removeprefix("zero")), spec.learner.world_size
-    divided = parameters // ranks
+    divided, everything = parameters // ranks, parameters + frozen
     sums = 4 * divided if width == 2 else 0
-    weights = width * (divided if stage == 3 else parameters)
+    weights = width * (everything // ranks if stage == 3 else everything)
     return weights, width * (divided if stage >= 2 else parameters) + sums, 12 * divided
 
 

@@ -32,6 +32,7 @@ from heterorl.data.datasets import PreparedData, prepare_rows, prepare_training
 from heterorl.data.prompts import Template
 from heterorl.data.tokenizer import load_tokenizer
 from heterorl.errors import ModelError, UserError
+from heterorl.exchange.adapters import ADAPTER_CONFIG
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.published_folder import replaced
 from heterorl.exchange.records import DataCount, ModelOrigin, Prepared
@@ -139,6 +140,11 @@ def _inner_model(folder: Path) -> Path:
     for candidate in (folder / name for name in inner):
         if (candidate / "config.json").is_file():
             return candidate
+        if (candidate / ADAPTER_CONFIG).is_file():
+            raise ModelError(
+                f"model.path {candidate} holds LoRA adapters, not a model; set it to the output/ of a run with"
+                " model.lora.output: merged, or merge them with peft's merge_and_unload() and save_pretrained()"
+            )
     raise ModelError(
         f"model.path {folder} has no config.json; expected a Hugging Face folder with config.json, model.safetensors"
         " and tokenizer.json, or a run's output/ or checkpoints/step-N"

@@ -20,7 +20,7 @@ from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.rollout import Version
 from heterorl.heterogeneity.delay import horizon
 from heterorl.spec.run import RunSpec
-from heterorl_learner.engines.torch_ddp import MicroBatch, Sequence, TrainingEngine, micro_batch, save_tensors
+from heterorl_learner.engines.torch_ddp import MicroBatch, Sequence, TrainingEngine, micro_batch, save_weights
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Publisher:
 
     def _write(self, version: Version, tensors: dict[str, Tensor], canary: Canary) -> None:
         staged = self._exchange.stage_weights(version)
-        save_tensors(tensors, staged / "model.safetensors")
+        save_weights(tensors, self._engine.adapter_config, staged)
         self._exchange.commit_weights(version, canary)
         self._times = {v: at for v in self._exchange.list_versions() if (at := self._published_at(v)) is not None}
         keep = versions_to_keep(self._exchange.spec, list(self._times.items()), self._exchange.now())

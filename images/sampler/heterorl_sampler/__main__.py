@@ -95,6 +95,7 @@ def work_in(exchange: Exchange, lease: Lease, activity: Activity, stop: Stop) ->
         tensor_parallel=pool.tensor_parallel,
         gpu_memory_utilization=pool.gpu_memory_utilization,
         kv_cache_bytes=pool.kv_cache_bytes,
+        lora_rank=spec.model.lora.rank if pool.lora == "adapter" else 0,
     )
     with (
         tempfile.TemporaryDirectory(prefix="heterorl-weights-") as scratch,

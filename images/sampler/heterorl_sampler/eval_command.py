@@ -26,9 +26,10 @@ from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.rollout import Sampling
 from heterorl.logs import setup_logging
 from heterorl.spec.run import MIN_TEMPERATURE, ColumnsSpec, DatasetSpec, PromptTemplate
+from heterorl_sampler.adapters import whole_model
 from heterorl_sampler.answer_log import AnswerLog
 from heterorl_sampler.engines.build import build_engine
-from heterorl_sampler.engines.model_files import Dtype, context_length
+from heterorl_sampler.engines.model_files import context_length, own_dtype
 from heterorl_sampler.evaluate import EvalResult, Measure, evaluate
 
 _PATH = click.Path(path_type=Path)
@@ -217,7 +218,13 @@ def evaluate_folder(options: EvalOptions, run: Exchange | None) -> tuple[dict[st
 
     Results by the file's path, and by its name what was answered to each problem.
     """
-    model_dir = run.output_dir if run else options.model
+    with whole_model(run.output_dir if run else options.model) as model_dir:
+        return _evaluate(options, run, model_dir)
+
+
+def _evaluate(
+    options: EvalOptions, run: Exchange | None, model_dir: Path
+) -> tuple[dict[str, EvalResult], dict[str, AnswerLog]]:
     tokenizer = load_tokenizer(model_dir)
     room = context_length(model_dir) - options.max_tokens
     if room < 1:
@@ -259,7 +266,7 @@ def evaluate_folder(options: EvalOptions, run: Exchange | None) -> tuple[dict[st
     engine = build_engine(
         options.engine,
         model_dir,
-        dtype=_own_dtype(model_dir),
+        dtype=own_dtype(model_dir),
         max_model_len=longest + options.max_tokens,
         gpus=options.gpus,
         tensor_parallel=max(1, options.gpus),
@@ -272,12 +279,6 @@ def evaluate_folder(options: EvalOptions, run: Exchange | None) -> tuple[dict[st
             result = evaluate(engine, tokenizer, data.rows, checker, measure, note=log.note)
             results[path] = result | {"skipped": data.skipped}
     return results, logs
-
-
-def _own_dtype(model_dir: Path) -> Dtype:
-    """The data type the model was saved in; bfloat16 for all that is not float32."""
-    config = json.loads((model_dir / "config.json").read_text())
-    return "float32" if "float32" in (config.get("dtype"), config.get("torch_dtype")) else "bfloat16"
 
 
 def _print_table(results: dict[str, EvalResult]) -> None:

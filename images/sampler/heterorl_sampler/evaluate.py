@@ -22,12 +22,14 @@ from heterorl.data.answers import AnswerChecker
 from heterorl.data.datasets import Row
 from heterorl.data.reasoning_gym import Verifier
 from heterorl.errors import ExchangeError, UserError
+from heterorl.exchange.adapters import base_tensors, merge_into
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation
 from heterorl.exchange.rollout import Completion, Sampling, Version
 from heterorl.exchange.storage import persistently
 from heterorl.monitoring.metrics import Metrics
 from heterorl.seeds import derive_seed
+from heterorl_sampler.adapters import link_all_but_weights
 from heterorl_sampler.answer_log import AnswerLog, bytes_a_version, within
 from heterorl_sampler.decoding import Decoder
 from heterorl_sampler.engines.build import InferenceEngine, build_engine
@@ -182,9 +184,9 @@ def _served(exchange: Exchange, version: Version, max_model_len: int) -> Iterato
             raise ExchangeError(
                 f"weights {version} are not on the volume; they were retired, or never published"
             ) from error
-        for path in exchange.files.walk(exchange.model_dir):
-            if path.parent == exchange.model_dir and ".safetensors" not in path.suffixes:
-                (folder / path.name).symlink_to(path.resolve())
+        if spec.model.lora.is_on:
+            merge_into(folder, base_tensors(exchange.model_dir, spec.model.dtype))
+        link_all_but_weights(exchange.model_dir, folder)
         gpus = spec.evaluation.gpus
         build = partial(
             build_engine,

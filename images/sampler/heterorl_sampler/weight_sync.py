@@ -21,6 +21,7 @@ from heterorl.exchange.exchange import Exchange, Fetched
 from heterorl.exchange.rollout import Version
 from heterorl.heterogeneity.delay import Adoption
 from heterorl.spec.run import DelaySpec, Slot
+from heterorl_sampler.adapters import Merger
 from heterorl_sampler.engines.build import InferenceEngine
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ class WeightSync:
             time_scale=spec.time_scale,
             state=saved.adoption if saved else None,
         )
+        merges = spec.model.lora.is_on and self.pool.lora == "merged"
+        self._merger = Merger(exchange.model_dir, spec.model.dtype, scratch) if merges else None
         self._serving: Fetched | None = None
         self._published: dict[Version, float] = {}
         self._fetch: tuple[Version, float, Future[Fetched]] | None = None
@@ -123,9 +126,14 @@ class WeightSync:
     def _start_fetch(self) -> None:
         target = self._adoption.choose(list(self._look().items()), self.version, self._exchange.now())
         if target is not None and target != self.version:
-            folder = self._scratch / str(target)
-            future = self._thread.submit(self._exchange.fetch_weights, target, folder, check=self._check_open)
-            self._fetch = (target, time.monotonic(), future)
+            self._fetch = (target, time.monotonic(), self._thread.submit(self._bring, target))
+
+    def _bring(self, version: Version) -> Fetched:
+        """Runs on the thread: fetch, and make what the engine loads."""
+        fetched = self._exchange.fetch_weights(version, self._scratch / str(version), check=self._check_open)
+        if self._merger is not None:
+            self._merger.merge_into(fetched.folder, self._check_open)
+        return fetched
 
     def _check_open(self) -> None:
         if self._closed.is_set():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from builders import spec_of
-from heterorl.spec.run import LearnerSpec, RunSpec
+from heterorl.spec.run import LearnerSpec, LoraSpec, ModelSpec, RunSpec
+from heterorl_learner.engines.adapters import add_adapters
 from heterorl_learner.engines.torch_ddp import build_optimizer
 from heterorl_learner.memory import step_memory
 
@@ -31,14 +33,19 @@ def spec(dtype: str = "float32", tokens: int = 256, **learner: Any) -> RunSpec:
     )
 
 
-def test_weights_gradients_and_moments_are_those_that_an_update_leaves() -> None:
+@pytest.mark.parametrize("rank", [0, 8])
+def test_weights_gradients_and_moments_are_those_that_an_update_leaves(rank: int) -> None:
     model = LlamaForCausalLM(CONFIG)
+    if rank:
+        add_adapters(model, ModelSpec(lora=LoraSpec(rank=rank)), base=Path(), seed=0)
     optimizer = build_optimizer(model, LearnerSpec())
     model(torch.zeros((1, 4), dtype=torch.long)).logits.sum().backward()
     optimizer.step()
     parameters = list(model.parameters())
     moments = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
-    cost = step_memory(spec(), CONFIG, sum(p.numel() for p in parameters), "sdpa")
+    trained, frozen = (sum(p.numel() for p in parameters if p.requires_grad is of) for of in (True, False))
+    assert (frozen > 0) == (rank > 0)
+    cost = step_memory(spec(), CONFIG, trained, "sdpa", frozen)
     assert cost.weights == sum(p.nbytes for p in parameters)
     assert cost.gradients == sum(p.grad.nbytes for p in parameters if p.grad is not None)
     assert cost.optimizer == sum(moment.nbytes for moment in moments)

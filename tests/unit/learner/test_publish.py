@@ -21,6 +21,7 @@ class OneTensorEngine:
     """A model of one tensor that finds every token equally likely."""
 
     rank = 0
+    adapter_config = None
 
     def score(self, batch: MicroBatch) -> torch.Tensor:
         return torch.zeros(int(batch.lengths.sum()))

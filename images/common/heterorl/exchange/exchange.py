@@ -7,6 +7,7 @@ Processes never communicate directly. One side writes, the other lists names and
       prepared.json                 model and data are in place, and whose they are       prepare
       model/  data/NAME.jsonl       starting weights (HF folder), tokenised problems      prepare
       weights/VERSION/              model.safetensors, canary.json, manifest.json         learner
+                                    (with LoRA adapter_{config.json,model.safetensors})
       rollouts/NAME.safetensors     one prompt's group of completions                     samplers, each its own names
       archive/NAME.safetensors      trained rollouts, when the spec keeps them            learner
       slots/SLOT/                   lease-EPOCH.json, state-EPOCH.json, heartbeat.json    the slot's holder
@@ -34,7 +35,8 @@ Rules
      UnknownProtocol and stays as it is; what failed its checks goes to quarantine, also when its time to be deleted
      has come; a record that cannot be read goes there before its writer replaces it.
   4. A version is an anchor (`kind: anchor`, whole weights) or a delta (`kind: delta`: files that change the weights of
-     earlier versions into these, and the digest of what they lead to).
+     earlier versions into these, and the digest of what they lead to). Of a run with LoRA it is an adapter (`kind:
+     adapter`), which names the digest of the starting model: a reader that has another one refuses it.
   5. Each version carries a canary: texts and the learner's own log-probabilities of them. A sampler that loaded a
      version scores them in its engine and does not generate if they differ.
   6. A rollout's name carries weights version, slot and sequence number. A slot saves its next number before it
@@ -78,9 +80,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from heterorl.errors import CorruptFile, ExchangeError
 from heterorl.exchange import published_folder
+from heterorl.exchange.adapters import ADAPTER_WEIGHTS
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.learner_state import LearnerState
 from heterorl.exchange.records import (
@@ -106,7 +110,7 @@ class Fetched:
 
     version: Version
     folder: Path
-    """Holds model.safetensors."""
+    """Holds model.safetensors, or adapters."""
     canary: Canary
 
 
@@ -129,8 +133,25 @@ class Exchange(LearnerState):
         with self._as_learner():
             self.files.write(staged / _CANARY, json.dumps(asdict(canary)).encode())
             listing = published_folder.describe(self.files, staged)
-            manifest = WeightsManifest(time=self.now(), step=version.step, files=listing)
+            manifest = WeightsManifest(time=self.now(), step=version.step, files=listing, **self._kind_of(listing))
             published_folder.publish(self.files, staged, self._version(version), manifest, self.require_incarnation)
+
+    def _kind_of(self, listing: Collection[str]) -> dict[str, Any]:
+        """What a version's manifest says of its kind."""
+        return {"kind": "adapter", "model": self._model_digest} if ADAPTER_WEIGHTS in listing else {}
+
+    def _require_its_model(self, version: Version, manifest: WeightsManifest) -> None:
+        """CorruptFile for adapters of another model than the run's."""
+        if manifest.kind == "adapter" and manifest.model != self._model_digest:
+            raise CorruptFile(
+                f"weights {version}: these adapters belong to the model with digest {manifest.model}; the starting"
+                f" model here has {self._model_digest}"
+            )
+
+    @property
+    def _model_digest(self) -> str | None:
+        """Of the starting model, as it was prepared."""
+        return self.prepared.model.digest if self.prepared and self.prepared.model else None
 
     def list_versions(self) -> list[Version]:
         """Published versions, oldest first, without those of a lost future."""
@@ -151,7 +172,8 @@ class Exchange(LearnerState):
         """
         source = self._version(version)
         manifest = published_folder.read_manifest(self.files, source, WeightsManifest)
-        if lacking := {WEIGHTS_FILE, _CANARY} - set(manifest.files):
+        self._require_its_model(version, manifest)
+        if lacking := ({_CANARY} if manifest.kind == "adapter" else {WEIGHTS_FILE, _CANARY}) - set(manifest.files):
             raise CorruptFile(f"weights {version}: the manifest does not list {', '.join(sorted(lacking))}")
         to.mkdir(parents=True, exist_ok=True)
         with published_folder.standing(self.files, source):

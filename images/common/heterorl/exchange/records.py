@@ -26,6 +26,7 @@ from pydantic_core import from_json
 
 from heterorl.errors import CorruptFile, UnknownProtocol
 from heterorl.exchange import PROTOCOL
+from heterorl.exchange.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.rollout import RolloutName, Version
 
@@ -94,10 +95,13 @@ class DeltaBase(BaseModel):
 class WeightsManifest(Manifest):
     """Of a version: an anchor holds the weights whole, a delta only ways to make them of earlier versions'.
 
-    An anchor may hold such ways as well, for readers that have an earlier version already.
+    An anchor may hold such ways as well, for readers that have an earlier version already. An adapter holds what LoRA
+    trained, for readers that have the starting model.
     """
 
-    kind: Literal["anchor", "delta"] = "anchor"
+    kind: Literal["anchor", "delta", "adapter"] = "anchor"
+    model: str | None = None
+    """Of an adapter: the digest of the starting model that it belongs to (`ModelOrigin.digest`)."""
     rebuilt: FileEntry | None = None
     """Of a delta: what model.safetensors is once it is rebuilt, whichever way that went."""
     deltas: dict[str, DeltaBase] = {}
@@ -112,8 +116,9 @@ class WeightsManifest(Manifest):
     def _leads_to_weights(self) -> Self:
         if missing := self.deltas.keys() - self.files.keys():
             raise ValueError(f"the manifest does not list {', '.join(sorted(missing))}")
-        if self.kind == "anchor" and WEIGHTS_FILE not in self.files:
-            raise ValueError(f"the manifest does not list {WEIGHTS_FILE}")
+        needed = {"anchor": {WEIGHTS_FILE}, "delta": set(), "adapter": {ADAPTER_CONFIG, ADAPTER_WEIGHTS}}[self.kind]
+        if lacking := needed - self.files.keys():
+            raise ValueError(f"the manifest does not list {', '.join(sorted(lacking))}")
         if self.kind == "delta" and not (self.rebuilt and self.deltas):
             raise ValueError("a delta has to say what it changes and what comes of it")
         return self
@@ -356,7 +361,7 @@ class QuarantineNote(Record):
 
 
 _R = TypeVar("_R", bound=Record)
-_KINDS = ("anchor", "delta", "checkpoint")
+_KINDS = ("anchor", "delta", "adapter", "checkpoint")
 
 
 def parse_record(model: type[_R], data: bytes, what: str) -> _R:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from heterorl.errors import UserError
+from heterorl.exchange.adapters import ADAPTER_CONFIG
 from heterorl.exchange.exchange import Exchange
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A model folder and what goes to the Hub of it."""
+    """A folder with a model or its adapters, and what goes to the Hub of it."""
 
     folder: Path
     files: list[tuple[str, int]]
@@ -22,7 +23,7 @@ def upload_of(run: Path, step: int | None = None) -> Upload:
     """The output of a run's folder, or the model of the checkpoint of that step; UserError if it is not there."""
     exchange = Exchange(run)
     folder = exchange.output_dir if step is None else run / "checkpoints" / f"step-{step:08d}" / "model"
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         saved = ", ".join(map(str, exchange.list_checkpoints())) or "none"
         wanted = "has no output yet" if step is None else f"has no checkpoint of step {step}"
         raise UserError(f"{run} {wanted}; checkpoints: {saved} (--step N pushes one)")

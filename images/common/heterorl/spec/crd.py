@@ -42,6 +42,12 @@ _DATASET_RULES: list[Rule] = [
     ),
 ]
 RULES: dict[str, list[Rule]] = {
+    "LoraSpec": [
+        (
+            "self.rank > 0 || (size(self.targetModules) == 0 && self.output == 'merged')",
+            "rank is 0, so there are no adapters; set it to at least 1, or remove targetModules and output",
+        ),
+    ],
     "ModelSpec": [
         ("self.source != 'path' || has(self.path)", "path is required with source: path; set it to the model's folder"),
         (
@@ -132,6 +138,7 @@ RULES: dict[str, list[Rule]] = {
     ],
     "SamplerPoolSpec": [
         ("self.gpus == 0 || self.tensorParallel <= self.gpus", "tensorParallel must not exceed gpus"),
+        ("self.lora != 'adapter' || self.engine == 'vllm'", "lora: adapter is served by engine: vllm only"),
         ("self.engine == oldSelf.engine", "a pool's engine cannot change; add a pool of another name"),
     ],
     "VolumeSpec": [
@@ -155,6 +162,10 @@ RULES: dict[str, list[Rule]] = {
         ),
     ],
     "RunSpec": [
+        (
+            "self.model.lora.rank > 0 || self.samplers.all(pool, pool.lora == 'merged')",
+            "a pool's lora: adapter needs model.lora.rank; set that, or lora: merged",
+        ),
         (
             "!has(self.learner.checkpoint.keepBest)"
             " || self.data.evals.exists(set, set.label == self.learner.checkpoint.keepBest)",

@@ -93,6 +93,34 @@ class TinyModelSpec(Block):
     """Seed of the initial weights and of the order of the fine-tuning data."""
 
 
+class LoraSpec(Block):
+    """Low-rank adapters (LoRA, arXiv 2106.09685): layers compute with W + alpha / rank * B A; A and B are trained.
+
+    There is no dropout: with it the learner's probabilities would not be the samplers'.
+    """
+
+    rank: int = Field(0, ge=0, le=512)
+    """Rank of the adapters; 0 trains the whole model."""
+    alpha: int = Field(32, ge=1, le=65_536)
+    """Strength of the adapters, relative to rank."""
+    target_modules: list[ShortText] = Field([], max_length=64)
+    """Names of the linear layers that get an adapter, such as `q_proj`; empty: all of them but the output head."""
+    seed: Seed = 0
+    """Seed of the initial A; B starts at 0, so that the first version is the starting model."""
+    output: Literal["merged", "adapter"] = "merged"
+    """What `output/` is: merged: a whole model; adapter: the adapters alone, as peft reads them."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether adapters are trained instead of the model."""
+        return self.rank > 0
+
+    def broken_rules(self) -> Iterable[BrokenRule]:
+        """Without a rank there are no adapters to place or to write."""
+        if not self.is_on and (self.target_modules or self.output == "adapter"):
+            yield "rank", "is 0, so there are no adapters; set it to at least 1, or remove targetModules and output"
+
+
 class ModelSpec(Block):
     """The policy to train."""
 
@@ -110,6 +138,8 @@ class ModelSpec(Block):
     """Data type of training, of published weights and of generation."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation of the learner; auto selects flash_attention_2 if it is installed, otherwise sdpa."""
+    lora: LoraSpec = LoraSpec()
+    """Train low-rank adapters instead of the whole model."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
         """A source needs its field."""
@@ -472,7 +502,7 @@ class KlToReferenceSpec(Block):
     """A penalty that keeps the learner close to the model that the run started from (k3 estimator)."""
 
     weight: float = Field(0.0, ge=0, le=100)
-    """Weight of the penalty; above 0 each rank of the learner holds the starting model in model.dtype as well."""
+    """Weight of the penalty; above 0 each rank holds the starting model in model.dtype as well, unless model.lora."""
 
 
 class WeightSpec(Block):
@@ -909,11 +939,15 @@ class SamplerPoolSpec(Block):
     """Size of vLLM's KV cache on the CPU, in bytes."""
     threads: int = Field(0, ge=0, le=1024)
     """CPU threads per replica; 0 divides the cores of the machine evenly."""
+    lora: Literal["merged", "adapter"] = "merged"
+    """With model.lora: merge each version into the weights, or have vLLM compute the adapter beside them."""
     pod_template: PodTemplateSpec = PodTemplateSpec()
     """Pod template of the pool."""
 
     def broken_rules(self) -> Iterable[BrokenRule]:
-        """Tensor parallelism needs that many GPUs."""
+        """Adapters beside the weights are vLLM's; tensor parallelism needs that many GPUs."""
+        if self.lora == "adapter" and self.engine != "vllm":
+            yield "lora", f"is adapter, which engine: {self.engine} does not serve; set merged, or engine: vllm"
         if self.gpus and self.tensor_parallel > self.gpus:
             yield (
                 "tensorParallel",
@@ -1114,6 +1148,9 @@ class RunSpec(Block):
     def broken_rules(self) -> Iterable[BrokenRule]:
         """Rules that span blocks."""
         yield from duplicates("samplers", [pool.name for pool in self.samplers])
+        for pool in self.samplers:
+            if pool.lora == "adapter" and not self.model.lora.is_on:
+                yield f"samplers.{pool.name}.lora", "is adapter, but model.lora.rank is 0; set that, or lora: merged"
         yield from duplicates("rewards", [reward.path or reward.name for reward in self.rewards])
         verified = any(reward.name == "task" for reward in self.rewards)
         if verified and all(dataset.source != "reasoningGym" for dataset in self.data.train.sets):

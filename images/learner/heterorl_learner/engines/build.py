@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from heterorl.errors import ModelError, SiteError
 from heterorl.spec.run import LearnerSpec, RunSpec
 from heterorl_learner import ranks
+from heterorl_learner.engines.adapters import add_adapters
 from heterorl_learner.engines.packing import choose_reading
 from heterorl_learner.engines.policy import Policy
 from heterorl_learner.engines.torch_ddp import DTYPES, TorchEngine, TrainingEngine
@@ -30,7 +31,12 @@ def build_engine(folder: Path, spec: RunSpec) -> TrainingEngine:
     plain = learner.strategy == "torch"
     ranks.join(device, group_of_one=not plain)
     attention = choose_attention(spec.model.attn_implementation, dtype)
-    policy = load_policy(folder, torch.float32 if plain else dtype, attention, learner.gradient_checkpointing)
+    lora = spec.model.lora
+    # Plain PyTorch trains in float32; what is frozen needs no more than the run's own precision.
+    held = torch.float32 if plain and not lora.is_on else dtype
+    policy = load_policy(folder, held, attention, learner.gradient_checkpointing)
+    if lora.is_on:
+        add_adapters(policy.model, spec.model, base=folder, seed=spec.seed + lora.seed)
     policy.to(device).reading = choose_reading(policy, spec, device, autocast=plain and dtype == torch.bfloat16)
     engine: TrainingEngine
     if plain:
@@ -40,7 +46,7 @@ def build_engine(folder: Path, spec: RunSpec) -> TrainingEngine:
         from heterorl_learner.engines.deepspeed_zero import DeepSpeedEngine
 
         engine = DeepSpeedEngine(policy, spec, device)
-    if spec.algorithm.kl_to_reference.weight:
+    if spec.algorithm.kl_to_reference.weight and not lora.is_on:
         engine.reference = load_policy(folder, dtype, attention).requires_grad_(False).to(device)
         engine.reference.reading = policy.reading
     return engine

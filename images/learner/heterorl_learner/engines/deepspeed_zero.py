@@ -58,7 +58,7 @@ class DeepSpeedEngine(TrainingEngine):
         return tensors
 
     def save(self, folder: Path) -> None:
-        self._zero.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False)
+        self._zero.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False, exclude_frozen_parameters=True)
         ranks.barrier()
 
     def load(self, folder: Path) -> None:
@@ -68,7 +68,8 @@ class DeepSpeedEngine(TrainingEngine):
                 f"{folder} holds the optimizer state of {saved} ranks, but this learner has {self.world_size};"
                 f" ZeRO divides it by rank: set learner.replicas and processesPerReplica so that they make {saved}"
             )
-        self._zero.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+        whole = self.adapter_config is None  # what is frozen is not in it
+        self._zero.load_checkpoint(str(folder), tag=CHECKPOINT_TAG, load_module_strict=whole)
 
     def _accumulating(self, is_last: bool) -> AbstractContextManager[object]:
         self._zero.set_gradient_accumulation_boundary(is_last)

@@ -33,9 +33,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from heterorl.errors import NotFinite, UserError
+from heterorl.exchange.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from heterorl.exchange.storage import persistently
 from heterorl.spec.run import LearnerSpec, RunSpec
 from heterorl_learner import ranks
+from heterorl_learner.engines.adapters import adapter_config, adapter_tensors, without_adapters
 from heterorl_learner.engines.policy import Layout, Policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -178,14 +180,20 @@ class TrainingEngine(ABC):
     policy: nn.Module
     """A `Policy` as wrapped by the engine; called, never looked into."""
     reference: Policy | None = None
-    """The starting model, where the run needs it; whole on every rank, never trained."""
+    """The starting model, where the run needs a copy of it; whole on every rank, never trained."""
 
     def __init__(self, policy: Policy, spec: RunSpec, device: torch.device) -> None:
         self._bare = policy
         self.rank, self.world_size = ranks.rank(), ranks.size()
         self.device = device
         self.dtype = DTYPES[spec.model.dtype]
+        self._keeps_near_start = spec.algorithm.kl_to_reference.weight > 0
         self._loss = 0.0
+
+    @property
+    def adapter_config(self) -> str | None:
+        """With LoRA, the adapter_config.json that belongs to the adapters; None where the whole model is trained."""
+        return adapter_config(self._bare.model)
 
     @property
     def layout(self) -> Layout:
@@ -221,11 +229,14 @@ class TrainingEngine(ABC):
             return self._logps(batch.to(self.device), entropy=True)
 
     def reference_logps(self, batch: MicroBatch) -> Tensor | None:
-        """The starting model's log-probabilities of the completion tokens: float32 [T]; None without a reference."""
-        if self.reference is None:
+        """The starting model's log-probabilities of the completion tokens: float32 [T]; None if the run needs none."""
+        if not self._keeps_near_start:
             return None
         with torch.no_grad():
-            return token_logps(self.reference, batch)
+            if self.reference is not None:
+                return token_logps(self.reference, batch)
+            with without_adapters(self._bare):
+                return self._logps(batch)
 
     def step(self, learning_rate: float) -> float:
         """Clips, updates, clears the gradient; returns its norm over all parameters and ranks, before clipping.
@@ -246,7 +257,8 @@ class TrainingEngine(ABC):
     def full_state_dict(self) -> dict[str, Tensor]:
         """The model's tensors by their Hugging Face names, on the CPU in the spec's dtype; tied ones once.
 
-        Every rank calls it, rank 0 gets the tensors (copies), the others an empty dict.
+        With LoRA those of the adapters alone, by peft's names. Every rank calls it, rank 0 gets the tensors (copies),
+        the others an empty dict.
         """
 
     @abstractmethod
@@ -275,9 +287,10 @@ class TrainingEngine(ABC):
 def build_optimizer(policy: nn.Module, learner: LearnerSpec) -> torch.optim.Optimizer:
     """AdamW; weight decay acts on matrices only, not on norms and biases. UserError where bitsandbytes is missing."""
     options = learner.optimizer
-    matrices = [p for p in policy.parameters() if p.ndim >= 2]
-    vectors = [p for p in policy.parameters() if p.ndim < 2]
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]  # adapters are matrices, all of them
     beta1, beta2 = options.betas
     if options.type == "adamw_8bit":
         adamw: Callable[..., torch.optim.Optimizer] = _bitsandbytes().AdamW8bit
@@ -296,15 +309,26 @@ def _bitsandbytes() -> Any:
         ) from error
 
 
-def unique_tensors(policy: nn.Module) -> dict[str, Tensor]:
-    """The wrapped model's tensors by their Hugging Face names; of tied ones only the first name."""
+def unique_tensors(policy: Policy) -> dict[str, Tensor]:
+    """The model's tensors by their Hugging Face names, of tied ones the first; with LoRA the adapters', by peft's."""
+    if adapters := adapter_tensors(policy.model):
+        return adapters
     seen: set[int] = set()
     tensors = {}
-    for name, tensor in policy.state_dict(keep_vars=True).items():
+    for name, tensor in policy.model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            tensors[name.removeprefix("model.")] = tensor
+            tensors[name] = tensor
     return tensors
+
+
+def save_weights(tensors: dict[str, Tensor], adapter_config: str | None, folder: Path) -> None:
+    """Write what `full_state_dict` gave, adapters with their configuration, into a folder that no one reads yet."""
+    if adapter_config is None:
+        save_tensors(tensors, folder / "model.safetensors")
+    else:
+        save_tensors(tensors, folder / ADAPTER_WEIGHTS)
+        persistently(lambda: (folder / ADAPTER_CONFIG).write_text(adapter_config), what=ADAPTER_CONFIG)
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
@@ -348,13 +372,16 @@ class TorchEngine(TrainingEngine):
 
     def save(self, folder: Path) -> None:
         if self.rank == 0:
-            state = {"policy": self._bare.state_dict(), "optimizer": self._optimizer.state_dict()}
+            weights = {name: tensor.detach() for name, tensor in unique_tensors(self._bare).items()}
+            state = {"policy": weights, "optimizer": self._optimizer.state_dict()}
             persistently(lambda: _write(state, folder / STATE_FILE), what=STATE_FILE)
         ranks.barrier()
 
     def load(self, folder: Path) -> None:
         state = persistently(lambda: torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True))
-        self._bare.load_state_dict(state["policy"])
+        with torch.no_grad():
+            for name, tensor in unique_tensors(self._bare).items():
+                tensor.copy_(state["policy"][name])
         self._optimizer.load_state_dict(state["optimizer"])
 
     def _logps(self, batch: MicroBatch, *, entropy: bool = False) -> Tensor:

@@ -31,7 +31,7 @@ class InferenceEngine(Protocol):
         ...
 
     def load_weights(self, folder: Path) -> None:
-        """Serve the weights in `folder` (safetensors in Hugging Face names) and forget every cached prefix.
+        """Serve the weights in `folder` (safetensors in Hugging Face names, or adapters); forget every cached prefix.
 
         Raises CorruptFile, with the old weights still served, when names or shapes are not this model's.
         """
@@ -56,9 +56,11 @@ def build_engine(
     tensor_parallel: int = 1,
     gpu_memory_utilization: float = 0.9,
     kv_cache_bytes: int = 256 * 2**20,
+    lora_rank: int = 0,
 ) -> InferenceEngine:
     """Start an engine on the model in `model_dir`, for texts of up to `max_model_len` tokens.
 
+    With `lora_rank`, which vLLM alone has, `load_weights` takes folders of adapters of that rank (peft's files).
     Raises UserError when the engine is not installed, SiteError when a GPU is missing, ModelError for a bad folder.
     """
     if not (model_dir / "config.json").is_file():
@@ -90,4 +92,5 @@ def build_engine(
         tensor_parallel=tensor_parallel,
         gpu_memory_utilization=gpu_memory_utilization,
         kv_cache_bytes=kv_cache_bytes,
+        lora_rank=lora_rank,
     )

@@ -28,6 +28,12 @@ def end_token_ids(model_dir: Path) -> list[int]:
     return sorted(ends)
 
 
+def own_dtype(model_dir: Path) -> Dtype:
+    """The data type the model was saved in; bfloat16 for all that is not float32."""
+    config = json.loads((model_dir / "config.json").read_text())
+    return "float32" if "float32" in (config.get("dtype"), config.get("torch_dtype")) else "bfloat16"
+
+
 def context_length(model_dir: Path) -> int:
     """Tokens that the model was made for, prompt and completion together; no bound for one that counts no positions."""
     from transformers import AutoConfig

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -29,12 +30,14 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.torch import save_file
 from vllm import CompletionOutput, EngineArgs, LLMEngine, RequestOutput, SamplingParams
+from vllm.config.lora import MaxLoRARanks
 from vllm.inputs import tokens_input
 from vllm.logprobs import Logprob
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
-from heterorl.errors import HeteroRLError, SiteError, UserError
+from heterorl.errors import CorruptFile, HeteroRLError, SiteError, UserError
 from heterorl.exchange.canary import CANARY_TOKENS, require_same_tensors, tensor_shapes, weight_files
 from heterorl.exchange.rollout import Completion, Sampling
 from heterorl_sampler.decoding import StopTexts
@@ -54,7 +57,9 @@ class VLLMEngine:
         tensor_parallel: int,
         gpu_memory_utilization: float,
         kv_cache_bytes: int,
+        lora_rank: int = 0,
     ) -> None:
+        """`lora_rank`: of the adapters that `load_weights` takes, beside the model's weights; 0: it takes weights."""
         _require_device(gpus)
         self._model_dir, self._ends = model_dir, end_token_ids(model_dir)
         self._head, self._embedding = head_and_embedding(model_dir)
@@ -73,6 +78,8 @@ class VLLMEngine:
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             use_tqdm_on_load=False,
+            enable_lora=lora_rank > 0,
+            max_lora_rank=_lora_room(lora_rank),
             **({"gpu_memory_utilization": gpu_memory_utilization} if gpus else on_cpu),
         )
         try:
@@ -81,7 +88,9 @@ class VLLMEngine:
             if "Free memory on device" in str(error):  # another process of this node holds it
                 raise SiteError(f"vLLM does not start on this node: {' '.join(str(error).split())}") from error
             raise UserError(f"vLLM does not start on {model_dir}: {' '.join(str(error).split())}") from error
-        self._request_numbers = itertools.count()
+        self._request_numbers, self._adapter_numbers = itertools.count(), itertools.count(1)
+        self._takes_adapters = lora_rank > 0
+        self._adapter: LoRARequest | None = None
 
     def generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, stop: Callable[[], bool] = lambda: False
@@ -133,7 +142,7 @@ class VLLMEngine:
         """Finished requests in the order of the prompts; None for those that `stop` cut short."""
         names = [str(next(self._request_numbers)) for _ in prompts]
         for name, prompt, param in zip(names, prompts, params):
-            self._engine.add_request(name, tokens_input(prompt), param)
+            self._engine.add_request(name, tokens_input(prompt), param, lora_request=self._adapter)
         finished: dict[str, RequestOutput] = {}
         while len(finished) < len(names) and not stop():
             outputs = [output for output in self._engine.step() if isinstance(output, RequestOutput)]
@@ -145,15 +154,33 @@ class VLLMEngine:
         return [finished.get(name) for name in names]
 
     def load_weights(self, folder: Path) -> None:
-        """Reload from the folder's files in place, then drop the prefix cache."""
+        """Reload from the folder's files in place, or take its adapters, then drop the prefix cache."""
+        if self._takes_adapters:
+            self._load_adapter(folder)
+        else:
+            self._reload(folder)
+        if not self._engine.reset_prefix_cache():
+            raise HeteroRLError("vLLM kept its prefix cache after a swap, so a request was still running")
+
+    def _load_adapter(self, folder: Path) -> None:
+        """Compute with these adapters from now on, and forget those before."""
+        number = next(self._adapter_numbers)
+        adapter = LoRARequest(f"adapter-{number}", number, str(folder))
+        try:
+            self._engine.add_lora(adapter)
+        except Exception as error:  # whatever its loader says of files that do not fit
+            raise CorruptFile(f"{folder}: vLLM does not take these adapters: {' '.join(str(error).split())}") from error
+        if self._adapter is not None:
+            self._engine.remove_lora(self._adapter.lora_int_id)
+        self._adapter = adapter
+
+    def _reload(self, folder: Path) -> None:
         require_same_tensors(self._served_shapes(weight_files(folder)), self._shapes)
         view = self._make_view(folder)
         try:
             self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(view)})
         finally:
             shutil.rmtree(view)
-        if not self._engine.reset_prefix_cache():
-            raise HeteroRLError("vLLM kept its prefix cache after a swap, so a request was still running")
 
     def _make_view(self, folder: Path) -> Path:
         """A local folder of links to the weights, with a head of its own and a config that says so."""
@@ -192,6 +219,12 @@ def _require_device(gpus: int) -> None:
         raise SiteError(f"gpus: {gpus}, but torch finds {torch.cuda.device_count()} on this node")
     if not gpus and not current_platform.is_cpu():
         raise UserError("gpus: 0, but this vLLM is not the CPU build; set gpus: 1 or install heterorl[sampler-cpu]")
+
+
+def _lora_room(rank: int) -> MaxLoRARanks:
+    """The smallest rank that vLLM has room for and that is at least this one."""
+    ranks: tuple[MaxLoRARanks, ...] = get_args(MaxLoRARanks)
+    return min(room for room in ranks if room >= rank)
 
 
 def _holder_of(name: str, files: list[Path]) -> Path:
