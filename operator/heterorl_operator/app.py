@@ -25,7 +25,7 @@ from heterorl_operator.apply import MANAGER_PREFIX, Applier
 from heterorl_operator.cache import ObjectCache
 from heterorl_operator.client import Api, ApiError, Forbidden, NotFound, Transient, connect, in_cluster
 from heterorl_operator.events import Events
-from heterorl_operator.handlers import Watcher, registry_for, settings
+from heterorl_operator.handlers import NoMemories, Watcher, registry_for, settings
 from heterorl_operator.learner_poller import ProgressPoller
 from heterorl_operator.reconcile import Reconciler, Unfinished
 from heterorl_operator.relist import Relister
@@ -139,6 +139,7 @@ class Operator:
         await kopf.operator(
             registry=registry_for(self.watcher, (k for k in (RUN, *LABELLED) if k not in self.cache.unreadable)),
             settings=settings(),
+            memories=NoMemories(),
             standalone=True,
             clusterwide=not self.options.namespaces,
             namespaces=self.options.namespaces,

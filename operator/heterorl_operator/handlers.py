@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import kopf
+from kopf._core.reactor.inventory import ResourceMemories, ResourceMemory  # an argument of kopf.operator, and no export
 
 from heterorl.kubernetes.names import RUN_LABEL
 from heterorl_operator.cache import ObjectCache
@@ -80,6 +81,14 @@ def settings() -> kopf.OperatorSettings:
     for kind in LABELLED:
         chosen.watching.label_selectors[kind.group, kind.version, kind.plural] = RUN_LABEL
     return chosen
+
+
+class NoMemories(ResourceMemories):
+    """Keeps kopf from remembering a kilobyte of every object: of errors and daemons, of which there are none."""
+
+    async def recall(self, raw_body: Any, **_: Any) -> ResourceMemory:
+        """What kopf is told to know of an object each time: nothing."""
+        return ResourceMemory()
 
 
 class _NoDiffs(kopf.DiffBaseStorage):

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from heterorl.errors import VOLUME_IN_USE
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.exit_codes import describe_exit
 from heterorl.failure_policy import Failure, GivenUp, given_up, run_failure
 from heterorl.heterogeneity.availability import next_change, replicas_at

@@ -34,3 +34,7 @@ def test_importing_the_light_packages_loads_no_heavy_module(package, refused):
 
 def test_the_command_line_starts_without_what_only_some_commands_need():
     assert not loaded_by("import heterorl.cli") & {*HEAVY, "matplotlib", "numpy", "pydantic", "rich", "yaml"}
+
+
+def test_the_operator_starts_without_what_only_learner_and_sampler_need():
+    assert not loaded_by("import heterorl_operator.app") & {*HEAVY, "numpy", "safetensors", "zstandard"}

@@ -30,6 +30,7 @@ from zstandard import ZstdCompressor, ZstdDecompressor, ZstdError, frame_content
 
 from heterorl.errors import CorruptFile, UnknownProtocol
 from heterorl.exchange import PROTOCOL
+from heterorl.exchange.version import Version as Version  # part of a rollout's name
 from heterorl.spec.run import GenerationSpec, RunSpec, Slot
 
 _PACKED = "packed"
@@ -45,31 +46,10 @@ _DTYPES = {
     "rewards": np.float32,
     "truncated": np.bool_,
 }
-_VERSION = re.compile(r"v([0-9]{8})-i([0-9]{4,})")
 _ROLLOUT = re.compile(r"(v[0-9]{8}-i[0-9]{4,})--(.+)--s([0-9]{10})")
 
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-class Version(NamedTuple):
-    """Published weights: the learner's step, and which incarnation of the learner made them.
-
-    A learner that resumes from step k publishes k+1 again; the incarnation keeps the two apart.
-    """
-
-    step: int
-    incarnation: int
-
-    def __str__(self) -> str:
-        return f"v{self.step:08d}-i{self.incarnation:04d}"
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """The version with that name; ValueError if it is none."""
-        if not (match := _VERSION.fullmatch(text)):
-            raise ValueError(f"{text!r} is not a weights version; expected a name such as v00000012-i0001")
-        return cls(int(match[1]), int(match[2]))
-
-
 class RolloutName(NamedTuple):
     """One prompt's group of completions: the oldest weights that made a token of it, its slot, its sequence number.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Protocol
 
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.seeds import uniform
 from heterorl.spec.run import DelaySpec
 

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Self
 
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.exit_codes import USER_ERROR
 from heterorl.kubernetes.names import (
     Object,

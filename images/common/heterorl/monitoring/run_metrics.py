@@ -11,14 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from heterorl.exchange.crash_budget import gave_up, outcomes
-from heterorl.exchange.rollout import Version
-from heterorl.monitoring.snapshot import Snapshot
+from heterorl.exchange.version import Version
+
+if TYPE_CHECKING:  # the operator, which reads, has no use for the exchange and its numpy
+    from heterorl.monitoring.snapshot import Snapshot
 
 _PREFIX = "heterorl_run_"
 _NUMBERS = {
@@ -90,6 +92,8 @@ class RunProgress:
 # ── from a snapshot ──────────────────────────────────────────────────────────────────────────────────────────────────
 def run_progress(snapshot: Snapshot, *, training_since: float | None = None) -> RunProgress:
     """What the operator is told. `training_since`: when this pod's ranks were started; None while none run."""
+    from heterorl.exchange.crash_budget import gave_up, outcomes
+
     known = RunProgress(
         steps=snapshot.steps,
         attempts=outcomes(snapshot.attempts),
