@@ -37,21 +37,20 @@ from heterorl.report.page import write_report
 
 PICTURES = ROOT / "docs" / "pictures"
 RUNS = {"gepo-s0": ("gepo", 0), "gepo-s1": ("gepo", 1), "gspo-s0": ("gspo", 0)}
-FIRST = next(iter(RUNS))
 SHOWN_AT = 120
 """The step of the live view."""
 COLUMNS = (60, 80, 120)
 # name: address, width, height, theme
 SHOTS = {
     "runs": ("#/", 1200, 420, "light"),
-    "curves": (f"#/run/{FIRST}/curves", 1280, 1000, "light"),
-    "samplers": (f"#/run/{FIRST}/samplers", 1200, 560, "light"),
-    "completions": (f"#/run/{FIRST}/completions", 1200, 760, "light"),
-    "group": (f"#/run/{FIRST}/completions/1500", 1200, 760, "dark"),
-    "evaluation": (f"#/run/{FIRST}/evaluation", 1200, 900, "light"),
-    "compare": (f"#/compare/{','.join(RUNS)}/curves", 1280, 1000, "dark"),
-    "phone": (f"#/run/{FIRST}/curves", 400, 860, "light"),
-    "phone-dark": (f"#/run/{FIRST}/completions", 400, 860, "dark"),
+    "curves": ("#/run/{first}/curves", 1280, 1000, "light"),
+    "samplers": ("#/run/{first}/samplers", 1200, 560, "light"),
+    "completions": ("#/run/{first}/completions", 1200, 760, "light"),
+    "group": ("#/run/{first}/completions/1500", 1200, 760, "dark"),
+    "evaluation": ("#/run/{first}/evaluation", 1200, 900, "light"),
+    "compare": ("#/compare/{all}/curves", 1280, 1000, "dark"),
+    "phone": ("#/run/{first}/curves", 400, 860, "light"),
+    "phone-dark": ("#/run/{first}/completions", 400, 860, "dark"),
 }
 
 
@@ -63,7 +62,7 @@ def main() -> None:
     given = parser.parse_args()
     PICTURES.mkdir(exist_ok=True)
     with ExitStack() as stack:
-        folder = given.runs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = given.runs or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "runs"
         views = {} if given.runs else train(folder)
         views |= {"kubectl": terminal(given.kubectl.read_text(), 100)} if given.kubectl else {}
         page = stack.enter_context(sync_playwright()).chromium.launch(
@@ -71,11 +70,13 @@ def main() -> None:
         )
         for name, svg in views.items():
             shoot_svg(page, name, svg)
-        address = stack.enter_context(serving(folder))
+        address = stack.enter_context(serving(folder.resolve()))
+        names = sorted(path.parent.name for path in folder.glob("*/run.json"))
         for name, (place, width, height, theme) in SHOTS.items():
-            shoot(page, name, f"{address}{place}", width, height, theme)
+            shown = place.format(first=names[0], all=",".join(names))
+            shoot(page, name, f"{address}{shown}", width, height, theme)
         report = write_report(
-            [folder / name for name in RUNS], Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            [folder / name for name in names], Path(stack.enter_context(tempfile.TemporaryDirectory()))
         )
         shoot(page, "report", report.as_uri(), 1280, 1000, "light")
         page.close()
@@ -85,7 +86,7 @@ def main() -> None:
 # ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def train(folder: Path) -> dict[str, str]:
     """Train the runs; the live view of the first, in some widths, as SVG."""
-    views = {}
+    views: dict[str, str] = {}
     for name, (loss, seed) in RUNS.items():
         values = {
             "name": name, "algorithm.loss.type": loss, "seed": seed, "evaluation.everySteps": 50,
@@ -94,7 +95,7 @@ def train(folder: Path) -> dict[str, str]:
         sets = [part for path, value in values.items() for part in ("--set", f"{path}={value}")]
         command = [sys.executable, "-m", "heterorl", "run", "examples/quickstart.yaml", "--runs-dir", str(folder)]
         with subprocess.Popen([*command, *sets], cwd=ROOT, stdout=subprocess.DEVNULL) as run:
-            if name == FIRST:
+            if not views:
                 views = live_views(folder / name, run)
         if run.returncode:
             raise RuntimeError(f"{name} failed; see its logs in {folder / name}")

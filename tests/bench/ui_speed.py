@@ -113,8 +113,8 @@ ONCE = ("open a run from the list", "completions: open a group")  # the page is 
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
     """`heterorl ui` on a folder; gives its address."""
-    command = [sys.executable, "-m", "heterorl", "ui", "--port", "0", str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    command = [sys.executable, "-m", "heterorl", "ui", "--port", "0", folder.name]
+    with subprocess.Popen(command, cwd=folder.parent, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
             yield server.stdout.readline().strip()

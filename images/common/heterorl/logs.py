@@ -7,8 +7,14 @@ import logging
 import os
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 
 _OURS = ("heterorl", "heterorl_learner", "heterorl_sampler", "heterorl_operator", "__main__")
+
+
+def shown(path: Path) -> str:
+    """A path as one would type it from here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 class _Plain(logging.Formatter):

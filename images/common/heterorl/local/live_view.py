@@ -17,7 +17,7 @@ from rich.text import Text
 
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.rollout import Version
-from heterorl.local.processes import shown
+from heterorl.logs import shown
 from heterorl.monitoring.progress import LiveProgress, ProgressReader, SlotProgress
 from heterorl.spec.run import Slot
 

@@ -200,11 +200,6 @@ class ProcessRole:
         return RoleOutcome.GAVE_UP if self.given_up else RoleOutcome.RESTARTED
 
 
-def shown(path: Path) -> str:
-    """A path as one would type it from here."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
 def tail(log: Path, lines: int = 15) -> str:
     """The last lines of a log; empty if there is none that can be read."""
     try:

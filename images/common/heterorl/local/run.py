@@ -15,8 +15,8 @@ from heterorl.exchange.exchange import Exchange
 from heterorl.exit_codes import USER_ERROR
 from heterorl.local.live_view import open_view
 from heterorl.local.preflight import claim
-from heterorl.local.processes import shown
 from heterorl.local.supervisor import TAKEN_OVER, Programs, Runner, Verdict, count_interrupts
+from heterorl.logs import shown
 from heterorl.report import summary
 from heterorl.spec.run import HeteroRLRun
 

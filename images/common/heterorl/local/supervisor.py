@@ -27,7 +27,8 @@ from heterorl.heterogeneity.availability import next_change, replicas_at
 from heterorl.local.evaluations import Evaluations
 from heterorl.local.live_view import ProcessState, RunDisplay, RunView
 from heterorl.local.preflight import assign_gpus, gpu_devices
-from heterorl.local.processes import ManagedProcess, ProcessRole, RoleOutcome, shown, tail
+from heterorl.local.processes import ManagedProcess, ProcessRole, RoleOutcome, tail
+from heterorl.logs import shown
 from heterorl.spec.run import Slot
 
 TICK_S = 0.2

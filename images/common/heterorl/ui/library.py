@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from heterorl.errors import RunFolderError
+from heterorl.logs import shown
 from heterorl.ui.run_view import RunView
 
 _LEVELS = 2
@@ -27,7 +28,7 @@ class Library:
     @property
     def places(self) -> list[str]:
         """The folders that are looked into."""
-        return [str(folder) for folder in self._folders]
+        return [shown(folder) for folder in self._folders]
 
     def runs(self) -> list[RunView]:
         """Every run there is now, by its id."""

@@ -15,6 +15,7 @@ import numpy as np
 from heterorl.errors import HeteroRLError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import RunnerState
+from heterorl.logs import shown
 from heterorl.monitoring.json_lines import Tail
 from heterorl.monitoring.progress import LiveProgress, ProgressReader
 from heterorl.monitoring.run_records import is_step, learner_file, sampler_file
@@ -71,7 +72,7 @@ class RunView:
     def card(self) -> dict[str, Any]:
         """The run in a list of runs; one that cannot be read says why."""
         with self._lock:
-            card: dict[str, Any] = {"id": self.name, "folder": str(self.root), "family": family_of(self.name)}
+            card: dict[str, Any] = {"id": self.name, "folder": shown(self.root), "family": family_of(self.name)}
             try:
                 return plain({**card, **self._card()})  # type: ignore[no-any-return]
             except (HeteroRLError, OSError, ValueError) as error:

@@ -45,6 +45,8 @@ export class RunPage {
     this.nav.replaceChildren(...names.map((key) =>
       h("a", { href: `${root}/${key}`, "aria-current": key === name ? "page" : null }, TABS[key][0])));
     await this.read();
+    const here = this.nav.querySelector("[aria-current]");
+    this.nav.scrollLeft = here.offsetLeft - this.nav.offsetLeft - (this.nav.clientWidth - here.clientWidth) / 2;
     if (this.name !== name) {
       this.tab?.dispose();
       this.name = name;
@@ -55,8 +57,9 @@ export class RunPage {
   }
 
   async refresh() {
+    if (!this.tab) return this.show(this.place); // the run was not there yet, or could not be read
     await this.read();
-    await this.tab?.refresh(this.runs);
+    await this.tab.refresh(this.runs);
   }
 
   async read() {
