@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-unit test-gpu mutants exits cluster-programs cluster test-cluster bench bench-quick bench-operator canary-report adaptive-order-report corrections-report models-table page-report page-cost pictures images check crd docs clean
+.PHONY: setup quickstart test test-unit test-gpu mutants exits cluster-programs cluster test-cluster bench bench-quick bench-gpu bench-curves bench-operator canary-report adaptive-order-report corrections-report models-table page-report page-cost pictures images check crd docs clean
 
 setup: $(VENV)/.installed
 
@@ -58,6 +58,16 @@ bench: setup
 # The same in three minutes, small and with few rounds: gates and gross regressions. Records nothing.
 bench-quick: setup
 	PYTHONPATH=tests $(BIN)/python -m bench --quick $(if $(DIR),--dir $(DIR)) $(IDS)
+
+# The learner at the size of Qwen3-1.7B beside TRL, on one GPU of 80 GB: under nine minutes.
+bench-gpu: setup
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+	  || { echo "bench-gpu: there is no GPU here; docs/benchmarks.md keeps what it has, or \"not measured\""; exit 0; } \
+	  && PYTHONPATH=tests $(BIN)/python -m bench $(if $(DIR),--dir $(DIR)) gpu-tokens gpu-mfu gpu-memory gpu-publish
+
+# How costs grow, into docs/benchmarks.png: three minutes.
+bench-curves: setup
+	PYTHONPATH=tests $(BIN)/python -m bench.curves
 
 # Time, memory and writes of the operator with many runs, recorded in docs/benchmarks.md: half an hour. RUNS=1000 prints
 # only that row.
