@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,10 +140,9 @@ def bare_loop(runs: int) -> float:
         return time.monotonic() - started
 
 
-def measure(runs: int, *, rest_s: float = REST_S, say: Callable[[str], None] = print) -> Result:
-    """Everything, on fresh clusters."""
-    bare_s = bare_loop(runs)
-    say(f"{runs} runs: the bare loop took {bare_s:.1f} s")
+@contextmanager
+def operated(runs: int) -> Iterator[tuple[Bench, OperatorProcess, float]]:
+    """A fresh cluster where an operator has made the objects of so many runs, and the seconds that this took."""
     with Cluster("kwok") as cluster:
         bench = Bench(cluster)
         bench.give_volumes(runs)
@@ -152,31 +152,42 @@ def measure(runs: int, *, rest_s: float = REST_S, say: Callable[[str], None] = p
             started = time.monotonic()
             super(OperatorProcess, operator).start()
             bench.wait_for_children(runs, operator)
-            children_s = time.monotonic() - started
-            say(f"{runs} runs: the operator made all objects in {children_s:.1f} s")
-            bench.settle(runs, operator)
-            latencies = sorted(_latencies(bench, runs))
-            bench.settle(runs, operator)  # those changes made pods
-            before = operator.metric("heterorl_operator_writes_total")
-            time.sleep(rest_s)
-            writes = (operator.metric("heterorl_operator_writes_total") - before) * 60 / rest_s
-            memory = operator.memory()
-            operator.kill()
-            started = time.monotonic()
-            super(OperatorProcess, operator).start()
-            synced = lambda: operator.metric("heterorl_operator_synced") == 1.0  # noqa: E731
-            wait_for(synced, "the look at every run", LIMIT_S, every_s=0.5)
-            synced_s = time.monotonic() - started
-            # Every object but the Jobs is applied; those of the first looks that had changes are among them.
-            wait_for(
-                lambda: operator.metric("heterorl_operator_applies_total") >= runs * (OBJECTS - 1),
-                "the second looks",
-                LIMIT_S,
-                every_s=0.5,
-            )
-            undone_s = time.monotonic() - started
+            yield bench, operator, time.monotonic() - started
         finally:
             operator.stop()
+
+
+def at_rest(bench: Bench, runs: int, operator: OperatorProcess, rest_s: float) -> tuple[int, float]:
+    """Once nothing is written any more: the operator's memory in bytes, and its writes a minute."""
+    bench.settle(runs, operator)
+    before = operator.metric("heterorl_operator_writes_total")
+    time.sleep(rest_s)
+    return operator.memory(), (operator.metric("heterorl_operator_writes_total") - before) * 60 / rest_s
+
+
+def measure(runs: int, *, rest_s: float = REST_S, say: Callable[[str], None] = print) -> Result:
+    """Everything, on fresh clusters."""
+    bare_s = bare_loop(runs)
+    say(f"{runs} runs: the bare loop took {bare_s:.1f} s")
+    with operated(runs) as (bench, operator, children_s):
+        say(f"{runs} runs: the operator made all objects in {children_s:.1f} s")
+        bench.settle(runs, operator)
+        latencies = sorted(_latencies(bench, runs))
+        memory, writes = at_rest(bench, runs, operator, rest_s)  # those changes made pods
+        operator.kill()
+        started = time.monotonic()
+        super(OperatorProcess, operator).start()
+        synced = lambda: operator.metric("heterorl_operator_synced") == 1.0  # noqa: E731
+        wait_for(synced, "the look at every run", LIMIT_S, every_s=0.5)
+        synced_s = time.monotonic() - started
+        # Every object but the Jobs is applied; those of the first looks that had changes are among them.
+        wait_for(
+            lambda: operator.metric("heterorl_operator_applies_total") >= runs * (OBJECTS - 1),
+            "the second looks",
+            LIMIT_S,
+            every_s=0.5,
+        )
+        undone_s = time.monotonic() - started
     return Result(
         runs=runs,
         bare_s=bare_s,

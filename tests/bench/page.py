@@ -85,8 +85,8 @@ def merge(benchmark: Benchmark, before: Row | None, outcome: Outcome | None, ori
 
 
 def _order(id: str) -> list[tuple[int, str]]:
-    """2 before 2b before 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", id) if part]
+    """2 before 2b before 10, and words last."""
+    return [(int(part), "") if part.isdigit() else (10**9, part) for part in re.split(r"(\d+)", id) if part]
 
 
 # ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────

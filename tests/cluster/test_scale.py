@@ -15,5 +15,5 @@ def test_a_hundred_runs_are_made_kept_and_found_again(needs, capsys):
         print(f"\n{operator_scale.table([result])}")
     assert result.writes_per_minute == 0
     assert result.p99_s < 2
-    assert result.memory < 250e6
+    assert result.memory < 200e6
     assert result.synced_s < 45

@@ -9,11 +9,23 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import main
-from bench.benchmark import Benchmark, CannotMeasure, GateFailed, Pair, Surroundings, Target, at_least, at_most
+from bench.benchmark import (
+    Benchmark,
+    CannotMeasure,
+    GateFailed,
+    Pair,
+    Surroundings,
+    Target,
+    at_least,
+    at_most,
+    subjects,
+)
 from bench.measure import QUICK_MOST, QUICK_ROUNDS, Outcome, measure
-from bench.page import Origin, figure, merge, put, table
+from bench.page import Origin, _order, figure, merge, put, table
 
 HALF = at_most(0.5)
+
+subjects()  # now, since torch, which some import, asks a process for its libraries
 
 
 def a_benchmark(
@@ -173,6 +185,11 @@ def test_a_row_that_was_never_measured_says_so():
 def test_the_table_says_below_which_commit_and_machine_each_row_is_from():
     rows = [merge(a_benchmark(), None, PASSED, OLD)]
     assert "- `aaaaaaa`, two cores, `make bench`: 1-test" in table(rows, {"1-test": a_benchmark()})
+
+
+def test_rows_are_in_the_order_of_their_numbers_and_words_come_last():
+    ids = ["2", "2b", "3", "8-bytes", "8-time", "11-pick", "11b", "12", "gpu-mfu", "gpu-tokens"]
+    assert sorted(sorted(ids), key=_order) == ids
 
 
 def test_a_section_is_replaced_and_the_rest_of_the_page_stays(tmp_path):
