@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from heterorl_learner.train import Trainer
 from heterorl_sampler.adapters import Merger, whole_model
 from heterorl_sampler.engines.transformers import TransformersEngine
 from heterorl_sampler.eval_command import main
+from heterorl_sampler.weight_sync import Swap, WeightSync
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -267,6 +269,28 @@ def test_each_version_is_adapters_that_a_sampler_merges_and_whose_canary_holds(
         sampler.load_weights(fetched.folder)
         assert fetched.canary.check(fetched.version, sampler.score, 1e-5) < 1e-5
         assert (before > 1e-4) == (step > 0)
+
+
+def test_a_sampler_follows_adapters_and_refuses_those_of_another_model(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    exchange = prepared_run(tmp_path / "run", tiny_model_dir(tokenizer=True))
+    trained(exchange)
+    other = exchange.root / "weights" / str(Version(2, 1)) / "manifest.json"
+    other.write_text(other.read_text().replace('"0123"', '"4567"'))
+    sampler = TransformersEngine(exchange.model_dir, dtype="float32")
+    weights = WeightSync(exchange, sampler, exchange.spec.slots[0], tmp_path)
+    swaps: list[Swap] = []
+    give_up = time.monotonic() + 300
+    while not swaps and time.monotonic() < give_up:
+        swaps += [swap] if (swap := weights.advance()) else []
+        time.sleep(0.01)
+    weights.close()
+    (swap,) = swaps
+    assert swap.version == Version(1, 1)
+    assert swap.canary_mean_abs_diff < 1e-5
+    assert list(weights.refused) == [str(Version(2, 1))]
+    assert "belong to the model with digest 4567" in weights.refused[str(Version(2, 1))]
 
 
 @pytest.mark.parametrize("output", ["merged", "adapter"])
