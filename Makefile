@@ -12,7 +12,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --group dev -e '.[learner,sampler-cpu,operator,plot,reasoning,ui]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --group dev -e '.[learner,sampler-cpu,operator,plot,reasoning,trackio,ui]'
 	touch $@
 
 quickstart: setup

@@ -1,9 +1,10 @@
-"""`python -m heterorl_learner [train | prepare | check | launch] --root ROOT`: the learner's programs.
+"""`python -m heterorl_learner [train | prepare | check | launch | conclude] --root ROOT`: the learner's programs.
 
 train      one rank of the learner (with torchrun's environment), the program that needs no name
 prepare    puts the starting model and the tokenised data onto the volume
 check      the same without the model: what a run would read, printed (`heterorl check`)
 launch     one pod of the learner: starts its ranks, tells how far the run is
+conclude   tells the dashboards of the last evaluations and of the end, once all is done
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ def train(process: Process) -> None:
     from heterorl.exchange.learner_state import LAUNCHER
     from heterorl.exchange.storage import persistently
     from heterorl.monitoring.metrics import Metrics
+    from heterorl.monitoring.run_story import RunStory
+    from heterorl.report.summary import summarise
     from heterorl_learner import ranks
     from heterorl_learner.engines.build import build_engine
     from heterorl_learner.train import Trainer
@@ -34,7 +37,11 @@ def train(process: Process) -> None:
     metrics = Metrics()
     if rank == 0:
         metrics = Metrics.open(
-            exchange.metrics_dir, "learner", spec.monitoring, run=exchange.run.metadata.name, to_wandb=True
+            exchange.metrics_dir,
+            "learner",
+            spec.monitoring,
+            run=exchange.run.metadata.name,
+            story=lambda: RunStory(exchange, lambda: summarise(exchange.root)),
         )
     try:
         with metrics:
@@ -73,6 +80,14 @@ def launch(process: Process) -> int:
     return serve(process)
 
 
+def conclude(process: Process) -> None:
+    """Tell the dashboards what came after the learner had left."""
+    from heterorl.monitoring.metrics import conclude
+    from heterorl.report.summary import summarise
+
+    conclude(process.exchange, summarise(process.exchange.root))
+
+
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
@@ -85,6 +100,7 @@ PROGRAMS = {
     "train": Program(train, "One rank of the learner, with torchrun's environment where there are several.", _label),
     "prepare": Program(prepare, "Put the starting model and the tokenised data onto the volume.", lambda _: "prepare"),
     "check": Program(check, "Read what a run would read, and print it.", lambda _: "check"),
+    "conclude": Program(conclude, "Tell the dashboards how the run ended.", lambda _: "conclude"),
     "launch": Program(launch, "One pod of the learner: start its ranks, tell how it goes.", lambda _: "learner-pod"),
 }
 

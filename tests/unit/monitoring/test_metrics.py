@@ -7,19 +7,26 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from builders import exchange_at, run_of
 from heterorl.errors import UserError
+from heterorl.exchange.exchange import Exchange
+from heterorl.exchange.records import Evaluation
+from heterorl.exchange.rollout import Version
 from heterorl.logs import setup_logging
 from heterorl.monitoring.background import Background
-from heterorl.monitoring.boards import TensorBoard, check_wandb, wandb_mode
+from heterorl.monitoring.boards import TensorBoard, check_boards, wandb_mode
 from heterorl.monitoring.json_lines import JsonLines, read_metrics
-from heterorl.monitoring.metrics import Metrics
-from heterorl.spec.run import MonitoringSpec, WandbSpec
+from heterorl.monitoring.metrics import Metrics, conclude
+from heterorl.monitoring.run_story import RunStory
+from heterorl.spec.run import MonitoringSpec
 
 QUIET = MonitoringSpec(tensorboard=False)
 
@@ -167,9 +174,8 @@ def test_a_full_disk_is_told_once_and_nothing_is_missing_once_there_is_room(tmp_
     assert "written again" in caplog.text
 
 
-def test_a_place_that_never_answers_holds_up_neither_the_work_nor_its_end(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("heterorl.monitoring.background._UNOPENED_S", 0.2)
-    hangs = Background("board", lambda: time.sleep(600), room=3)
+def test_a_place_that_never_answers_holds_up_neither_the_work_nor_its_end(caplog):
+    hangs = Background("board", lambda: time.sleep(600), room=3, open_s=0.2)
     started = time.monotonic()
     for step in range(5):
         hangs.write({"step": step})
@@ -229,17 +235,12 @@ def test_port_is_noted_only_while_it_is_served(tmp_path):
 
 # ── TensorBoard, W&B ─────────────────────────────────────────────────────────────────────────────────────────────────
 def read_scalars(folder: Path) -> list[tuple[str, int, float]]:
-    from tensorboardX.proto.event_pb2 import Event
-
-    scalars = []
-    for path in sorted(folder.glob("events*")):
-        data, at = path.read_bytes(), 0
-        while at < len(data):  # a TFRecord: length (8 bytes), its checksum (4), the event, its checksum (4)
-            length = int.from_bytes(data[at : at + 8], "little")
-            event = Event.FromString(data[at + 12 : at + 12 + length])
-            scalars += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
-            at += 12 + length + 4
-    return scalars
+    return [
+        (value.tag, event.step, value.simple_value)
+        for event in events(folder)
+        for value in event.summary.value
+        if value.WhichOneof("value") == "simple_value"
+    ]
 
 
 def test_tensorboard_holds_numbers_by_step(tmp_path):
@@ -248,6 +249,125 @@ def test_tensorboard_holds_numbers_by_step(tmp_path):
         metrics.event("swap", {"fetch_s": 1.0})
         metrics.write(11, {"reward": 0.5})
     assert read_scalars(tmp_path / "tensorboard" / "learner") == [("reward", 10, 0.25), ("reward", 11, 0.5)]
+
+
+def events(folder: Path) -> list[Event]:
+    found = []
+    for path in sorted(folder.glob("events*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):  # a TFRecord: length (8 bytes), its checksum (4), the event, its checksum (4)
+            length = int.from_bytes(data[at : at + 8], "little")
+            found.append(Event.FromString(data[at + 12 : at + 12 + length]))
+            at += 12 + length + 4
+    return found
+
+
+def test_tensorboard_of_the_learner_shows_settings_evaluations_completions_and_summary(tmp_path):
+    exchange = exchange_at(tmp_path / "quick", run_of("quick", learner={"steps": 100}))
+    exchange.mark_prepared()
+    evaluate(exchange, 8, 0.5)
+    log_group(exchange, step=9, text="It is 5")
+    story = lambda: RunStory(exchange, lambda: {"steps": 10, "status": "running", "lag_max": 7.0})  # noqa: E731
+    with open_metrics(exchange.metrics_dir, MonitoringSpec(), story=story) as metrics:
+        metrics.write(10, {"reward": 0.25})
+    folder = exchange.metrics_dir / "tensorboard" / "learner"
+    assert read_scalars(folder)[0] == ("reward", 10, 0.25)
+    assert ("eval/sums/mean", 8, 0.5) in read_scalars(folder)
+    texts = {
+        value.tag: (event.step, value.tensor.string_val[0].decode())
+        for event in events(folder)
+        for value in event.summary.value
+        if value.tensor.string_val
+    }
+    assert "| algorithm.loss.type | gepo |" in texts["settings/text_summary"][1]
+    step, shown = texts["completions/text_summary"]
+    assert step == 9
+    assert "    completion: It is 5" in shown
+    assert texts["summary/text_summary"][1].splitlines()[2:] == ["| steps | 10 |", "| lag_max | 7.0 |"]
+    assert any(value.tag == "_hparams_/session_start_info" for e in events(folder) for value in e.summary.value)
+
+
+def test_a_board_opened_after_the_learner_has_left_hides_none_of_its_steps(tmp_path):
+    exchange = exchange_at(tmp_path / "quick", run_of("quick"))
+    exchange.mark_prepared()
+    with open_metrics(exchange.metrics_dir, MonitoringSpec(), story=lambda: RunStory(exchange)) as metrics:
+        metrics.write(10, {"reward": 0.25})
+    evaluate(exchange, 10, 0.75)
+    conclude(exchange, {"steps": 10})
+    folder = exchange.metrics_dir / "tensorboard" / "learner"
+    assert [e.step for e in events(folder) if e.session_log.status == SessionLog.START] == [10]
+    assert read_scalars(folder) == [("reward", 10, 0.25), ("eval/average", 10, 0.75), ("eval/sums/mean", 10, 0.75)]
+
+
+# ── what dashboards are told of a run ────────────────────────────────────────────────────────────────────────────────
+def evaluate(exchange: Exchange, step: int, mean: float) -> None:
+    (exchange.root / "evals").mkdir(exist_ok=True)
+    result = Evaluation(average=mean, sets={"sums": {"mean": mean}})
+    (exchange.root / "evals" / f"{Version(step, 1)}.json").write_bytes(result.to_bytes())
+
+
+def log_group(exchange: Exchange, step: int, text: str = "5", **more: Any) -> None:
+    completion = {"text": text, "reward": 1.0, "parts": {"accuracy": 1.0}, "advantage": 0.5, "truncated": False}
+    group = {"step": step, "set": "sums", "prompt": "2+3=", "reference": "5", "completions": [completion], **more}
+    with open(exchange.completions_file, "a") as file:
+        file.write(json.dumps(group) + "\n")
+
+
+def test_each_evaluation_is_told_once_and_a_damaged_one_not_at_all(tmp_path):
+    exchange = exchange_at(tmp_path / "quick", run_of("quick"))
+    story = RunStory(exchange)
+    assert story.evaluations() == []
+    evaluate(exchange, 0, 0.25)
+    (exchange.root / "evals" / f"{Version(4, 1)}.json").write_bytes(b"\0\0")
+    assert [(told["step"], told["eval/sums/mean"]) for told in story.evaluations()] == [(0, 0.25)]
+    evaluate(exchange, 8, 0.5)
+    assert [(told["step"], told["eval/average"]) for told in story.evaluations()] == [(8, 0.5)]
+
+
+def test_a_hundredth_of_the_run_lies_between_two_tables_of_completions_but_for_the_last(tmp_path):
+    exchange = exchange_at(tmp_path / "quick", run_of("quick", learner={"steps": 500}))
+    story = RunStory(exchange)
+    shown = []
+    for step in range(1, 13):
+        log_group(exchange, step)
+        shown.append([row["step"] for row in story.completions()])
+    assert shown == [[1], *[[]] * 4, [2, 3, 4, 5, 6], *[[]] * 4, [7, 8, 9, 10, 11], []]
+    assert [row["step"] for row in story.completions(last=True)] == [12]
+    assert story.completions(last=True) == []
+
+
+def test_a_damaged_group_of_completions_is_left_out(tmp_path):
+    exchange = exchange_at(tmp_path / "quick", run_of("quick"))
+    log_group(exchange, 1, completions=[{"text": "no reward"}])
+    log_group(exchange, 1, completions=7)
+    log_group(exchange, 1, text="whole")
+    assert [row["completion"] for row in RunStory(exchange).completions()] == ["whole"]
+
+
+def test_settings_tell_what_a_run_does_and_nothing_of_where_or_with_which_secrets(tmp_path):
+    template = {"env": [{"name": "TOKEN", "value": "hush"}]}
+    run = run_of(
+        "quick",
+        learner={"podTemplate": template},
+        samplers=[{"name": "near", "podTemplate": template}],
+        credentials={"hubToken": {"name": "hub", "key": "token"}},
+    )
+    settings = RunStory(exchange_at(tmp_path / "quick", run)).settings
+    assert settings["samplers"][0]["name"] == "near"
+    assert "podTemplate" not in json.dumps(settings)
+    assert not {"hush", "hub"} & set(json.dumps(settings).split('"'))
+
+
+def test_a_run_keeps_its_name_on_dashboards_and_a_damaged_record_of_it_is_put_aside(tmp_path):
+    exchange = exchange_at(tmp_path / "quick", run_of("quick"))
+    first = exchange.board_id()
+    assert first.startswith("quick-")
+    assert Exchange(exchange.root).board_id() == first
+    (exchange.metrics_dir / "board.json").write_bytes(b"\0" * 20)
+    again = Exchange(exchange.root).board_id()
+    assert again != first
+    assert Exchange(exchange.root).board_id() == again
+    assert (exchange.root / "quarantine/metrics/board.json").read_bytes() == b"\0" * 20
 
 
 def test_a_full_tensorboard_folder_ends_nothing_and_is_written_again(tmp_path, full_disk, caplog, monkeypatch):
@@ -269,15 +389,14 @@ def test_process_without_tensorboard_installed_goes_on(tmp_path, monkeypatch, ca
     assert "tensorboardX is not installed" in caplog.text
 
 
-WANDB = MonitoringSpec(tensorboard=False, wandb={"project": "far", "mode": "offline"})
-
-
-def test_wandb_that_is_configured_but_missing_names_the_way_out(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="pip install wandb, or remove the project"):
-        open_metrics(tmp_path, WANDB, to_wandb=True)
+@pytest.mark.parametrize(("board", "install"), [("wandb", "wandb"), ("trackio", r"'heterorl\[trackio\]'")])
+def test_a_dashboard_that_is_configured_but_missing_names_the_way_out(tmp_path, monkeypatch, board, install):
+    monkeypatch.setitem(sys.modules, board, None)
+    wanted = MonitoringSpec(tensorboard=False, **{board: {"project": "far"}})
+    with pytest.raises(UserError, match=rf"{board}.project is set.*pip install {install}, or remove the project"):
+        open_metrics(tmp_path, wanted, story=dict)
     assert not list(tmp_path.iterdir())
-    open_metrics(tmp_path, WANDB).close()  # only the process that was asked to reports there
+    open_metrics(tmp_path, wanted).close()  # only the process that was asked to reports there
 
 
 @pytest.fixture
@@ -292,22 +411,32 @@ def no_key(monkeypatch, tmp_path):
 
 
 def online(**more):
-    return WandbSpec(project="far", **more)
+    return MonitoringSpec(wandb={"project": "far", **more})
 
 
 @pytest.mark.usefixtures("no_key")
 def test_wandb_online_without_a_key_is_the_users_error_and_no_server_is_asked(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"no API key .*WANDB_API_KEY.*mode: offline"):
-        check_wandb(online())
-    check_wandb(online(mode="offline"))
-    check_wandb(WandbSpec())  # no project: off
+        check_boards(online())
+    check_boards(online(mode="offline"))
+    check_boards(MonitoringSpec())  # no project: off
     (tmp_path / "netrc").write_text("machine wandb.example login user password secret\n")
-    check_wandb(online())
+    check_boards(online())
     (tmp_path / "netrc").write_text("machine elsewhere.example login user password secret\n")
     with pytest.raises(UserError):
-        check_wandb(online())
+        check_boards(online())
+    (tmp_path / "netrc").write_text("machine wandb.example login user\n")  # a name and no key
+    with pytest.raises(UserError):
+        check_boards(online())
     monkeypatch.setenv("WANDB_API_KEY", "secret")
-    check_wandb(online())
+    check_boards(online())
+
+
+@pytest.mark.usefixtures("no_key")
+def test_the_key_of_a_wandb_server_on_a_port_is_found_under_host_and_port(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:8080")
+    (tmp_path / "netrc").write_text("machine localhost:8080 login user password secret\n")
+    check_boards(online())
 
 
 @pytest.mark.usefixtures("no_key")
@@ -316,7 +445,7 @@ def test_wandb_online_without_a_key_is_the_users_error_and_no_server_is_asked(tm
 )
 def test_wandb_mode_of_the_environment_goes_before_the_specs(monkeypatch, variable, mode):
     monkeypatch.setenv("WANDB_MODE", variable)
-    assert wandb_mode(online()) == mode
+    assert wandb_mode(online().wandb) == mode
 
 
 # ── logs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -351,6 +351,12 @@ class RunnerState(Record):
     restarts: dict[str, int] = {}
 
 
+class BoardId(Record):
+    """What the run is called on dashboards."""
+
+    id: str
+
+
 class QuarantineNote(Record):
     """Why a file or folder was put aside."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from heterorl.errors import VOLUME_IN_USE, RunFolderError
 from heterorl.exchange.live_spec import LiveSpec
 from heterorl.exchange.mount import check_mount
 from heterorl.exchange.record_store import RecordStore
-from heterorl.exchange.records import DataCount, ModelOrigin, Prepared, RunnerState
+from heterorl.exchange.records import BoardId, DataCount, ModelOrigin, Prepared, RunnerState
 from heterorl.exchange.rollout import Provenance
 from heterorl.exchange.storage import Files, persistently
 from heterorl.spec.mutability import IMMUTABLE, changes, within
@@ -102,6 +103,19 @@ class RunFolder:
     def save_runner(self, state: RunnerState) -> None:
         """Put the local runner's state on the disk."""
         self._records.write(self.root / "runner.json", state)
+
+    def board_id(self) -> str:
+        """What no other run is called on a dashboard, and this one keeps over restarts: its name with a suffix."""
+        name, uid = self.run.metadata.name, self.run.metadata.uid
+        if uid:
+            return f"{name}-{uid}"
+        path = self.metrics_dir / "board.json"
+        found = self._records.read(path, BoardId)
+        if found is None:
+            found = BoardId(id=f"{name}-{uuid.uuid4().hex[:8]}")
+            self.files.make_dir(path.parent)
+            self._records.write(path, found)
+        return found.id
 
     def data_file(self, name: str) -> Path:
         """Tokenised problems: `train` or `eval-LABEL`."""

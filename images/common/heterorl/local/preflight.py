@@ -20,7 +20,7 @@ from pathlib import Path
 from heterorl.blame import explained
 from heterorl.errors import DataError, RunFolderError, UserError
 from heterorl.exchange.exchange import Exchange
-from heterorl.monitoring.boards import check_wandb
+from heterorl.monitoring.boards import check_boards
 from heterorl.spec.load import inline_traces
 from heterorl.spec.mutability import LIVE, changes, is_refused_live, within
 from heterorl.spec.paths import input_paths
@@ -56,7 +56,7 @@ def look(manifest: Path, run: HeteroRLRun, runs_dir: Path, *, resume: bool = Fal
     run = with_absolute_paths(run, manifest.resolve().parent, must_exist=not resume)
     root = runs_dir.resolve() / run.metadata.name
     check_engines(run.spec)
-    check_wandb(run.spec.monitoring.wandb)
+    check_boards(run.spec.monitoring)
     check_gpus(run.spec, gpu_devices())
     check_folder(root, run, resume=resume)
     check_space(root, run.spec)

@@ -8,6 +8,8 @@ claim the folder ── prepare ── learner + samplers + evaluations ── s
 from __future__ import annotations
 
 import shlex
+import signal
+import time
 from pathlib import Path
 
 from heterorl.blame import explained
@@ -15,10 +17,13 @@ from heterorl.exchange.exchange import Exchange
 from heterorl.exit_codes import USER_ERROR
 from heterorl.local.live_view import open_view
 from heterorl.local.preflight import claim
-from heterorl.local.supervisor import TAKEN_OVER, Programs, Runner, Verdict, count_interrupts
+from heterorl.local.processes import ManagedProcess
+from heterorl.local.supervisor import TAKEN_OVER, Programs, Runner, Verdict, count_interrupts, process_env
 from heterorl.logs import shown
 from heterorl.report import summary
 from heterorl.spec.run import HeteroRLRun
+
+_TELLING_S = 120.0
 
 
 def run_local(manifest: Path, run: HeteroRLRun, runs_dir: Path, resume: bool, programs: Programs | None = None) -> int:
@@ -39,11 +44,11 @@ def run_local(manifest: Path, run: HeteroRLRun, runs_dir: Path, resume: bool, pr
                     verdict = runner.supervise(view)
                 finally:
                     runner.kill_all()
-        _conclude(exchange, verdict, resumable=exchange.prepared is not None)
+        _conclude(exchange, verdict, runner.programs, resumable=exchange.prepared is not None)
         return verdict.exit_code
 
 
-def _conclude(exchange: Exchange, verdict: Verdict, *, resumable: bool) -> None:
+def _conclude(exchange: Exchange, verdict: Verdict, programs: Programs, *, resumable: bool) -> None:
     """Write summary and report, say where things are and what to do next."""
     if verdict.status == TAKEN_OVER:
         print(f"{verdict.status}: {verdict.reason}")
@@ -53,7 +58,10 @@ def _conclude(exchange: Exchange, verdict: Verdict, *, resumable: bool) -> None:
             print(f"{verdict.status}: {verdict.reason}")
         return
     result = summary.write_summary(exchange.root)
+    telling = _tell_dashboards(exchange, programs)
     report = _draw_report(exchange) if result["reward_last_tenth"] is not None else None
+    if telling is not None:
+        _wait_for(telling)
     print(summary.in_words(result))
     for label, path in (("model", exchange.output_dir), ("summary", exchange.summary_file), ("report", report)):
         if path is not None and path.exists():
@@ -62,6 +70,25 @@ def _conclude(exchange: Exchange, verdict: Verdict, *, resumable: bool) -> None:
     if verdict.status != "succeeded":
         print(f"{verdict.status}: {verdict.reason}")
         print(f"resume with: {_resume_command(exchange)}")
+
+
+def _tell_dashboards(exchange: Exchange, programs: Programs) -> ManagedProcess | None:
+    """Start what tells them of the last evaluations and of the end, which came after the learner had left."""
+    monitoring, evaluation = exchange.spec.monitoring, exchange.spec.evaluation
+    services = monitoring.wandb.project or monitoring.trackio.project
+    if not services and not (monitoring.tensorboard and evaluation.every_steps):
+        return None
+    command = [*programs.conclude, "--root", str(exchange.root)]
+    return ManagedProcess(command, process_env(1, []), exchange.logs_dir / "conclude.log")
+
+
+def _wait_for(telling: ManagedProcess) -> None:
+    """A service that does not answer is given up: what it was not told stays in the run's folder."""
+    give_up = time.monotonic() + _TELLING_S
+    while telling.poll() is None:
+        if time.monotonic() >= give_up:
+            telling.signal(signal.SIGKILL)
+        time.sleep(0.1)
 
 
 def _resume_command(exchange: Exchange) -> str:

@@ -49,6 +49,7 @@ class Programs:
     learner: Sequence[str] = (sys.executable, "-m", "heterorl_learner")
     sampler: Sequence[str] = (sys.executable, "-m", "heterorl_sampler")
     evaluate: Sequence[str] = (sys.executable, "-m", "heterorl_sampler", "evaluate")
+    conclude: Sequence[str] = (sys.executable, "-m", "heterorl_learner", "conclude")
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,16 @@ class Background:
         open_sink: Callable[[], Sink],
         *,
         close_s: float = 5.0,
+        open_s: float = _UNOPENED_S,
         room: int = _ROOM,
         pauses_s: tuple[float, ...] = _PAUSES_S,
     ) -> None:
-        """`what` names the place in messages; `close_s` is how long the end may wait for it, once it is open."""
-        self._what, self._open, self._close_s, self._pauses_s = what, open_sink, close_s, pauses_s
+        """`what` names the place in messages; `close_s` is how long the end may wait for it, once it is open.
+
+        `open_s` is the same for one that was never open.
+        """
+        self._what, self._open, self._pauses_s = what, open_sink, pauses_s
+        self._close_s, self._open_s = close_s, min(open_s, close_s)
         self._queue: deque[Record] = deque()
         self._room, self._dropped, self._failures = room, 0, 0
         self._sink: Sink | None = None
@@ -72,7 +77,9 @@ class Background:
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join(self._close_s if self._sink is not None else min(self._close_s, _UNOPENED_S))
+        self._thread.join(self._open_s)
+        if self._sink is not None:  # it takes what it is given, be it slowly
+            self._thread.join(self._close_s - self._open_s)
         if missing := len(self._queue) + self._dropped:
             log.warning("%s: %d records were not written", self._what, missing)
 
@@ -83,8 +90,10 @@ class Background:
                     return
                 self._pause()
         if self._sink is not None:
-            with suppress(Exception):
+            try:
                 self._sink.close()
+            except Exception as error:
+                log.warning("%s: its end was not written: %s: %s", self._what, type(error).__name__, error)
 
     def _next(self) -> Record | None:
         """The oldest record, which stays queued until it is written; None at the end."""

@@ -1,4 +1,4 @@
-"""Metrics of one process: JSON lines always, Prometheus always, TensorBoard and Weights & Biases when configured.
+"""Metrics of one process: JSON lines always, Prometheus always, dashboards (`boards`) when configured.
 
 The JSONL file is the record: `heterorl report`, the live view and the summary read it (`json_lines`). Numbers that are
 not finite are written as null. Monitoring never holds up or ends the work: see `background`.
@@ -7,7 +7,7 @@ not finite are written as null. Monitoring never holds up or ends the work: see 
                            {"event": "swap", "time": ..., "version_step": 12, ...}     what happened in between;
                                                                  `start` and `stop` frame the life of a process
     metrics/NAME.port      port of /metrics while the process runs
-    metrics/tensorboard/NAME/   metrics/wandb/
+    metrics/tensorboard/NAME/   metrics/wandb/   metrics/board.json (what the run is called on dashboards)
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from heterorl.exchange.exchange import Exchange
 from heterorl.monitoring.background import Background, Sink
-from heterorl.monitoring.boards import TensorBoard, WandbRun, check_wandb
+from heterorl.monitoring.boards import TensorBoard, TrackioRun, WandbRun, check_boards, told
 from heterorl.monitoring.json_lines import JsonLines, Record
 from heterorl.monitoring.prometheus import PrometheusPage
+from heterorl.monitoring.run_story import RunStory
 from heterorl.monitoring.software import software
 from heterorl.spec.run import MonitoringSpec
 
 log = logging.getLogger(__name__)
 
 _UPLOAD_S = 60.0
-"""How long the end of a process may wait for W&B to take what is left."""
+"""How long the end of a process may wait for a service to take what is left."""
 
 
 class Metrics:
@@ -49,29 +52,24 @@ class Metrics:
         monitoring: MonitoringSpec,
         *,
         run: str,
-        to_wandb: bool = False,
+        story: Callable[[], RunStory] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> Self:
         """Metrics of process `name` (`learner`, `sampler-far-0`) of a run, under its metrics folder.
 
-        `to_wandb`: this is the one process whose numbers go to W&B, if the spec names a project.
-        Raises UserError when W&B is configured and cannot work (`check_wandb`). What cannot be written later is told
+        `story`: of the one process that tells dashboards of the whole run, W&B and Trackio among them; asked for anew
+        whenever one is opened.
+        Raises UserError when one is configured and cannot work (`check_boards`). What cannot be written later is told
         once and tried again beside the work.
         """
-        if to_wandb:
-            check_wandb(monitoring.wandb)
+        if story is not None:
+            check_boards(monitoring)
         file = folder / f"{name}.jsonl"
         sinks: list[Sink] = [
             PrometheusPage(folder / f"{name}.port", monitoring.prometheus_port, run=run, process=name),
             Background(str(file), lambda: JsonLines(file)),
         ]
-        if monitoring.tensorboard and _has_tensorboard():
-            board = folder / "tensorboard" / name
-            sinks.append(Background(str(board), lambda: TensorBoard(board)))
-        if to_wandb and monitoring.wandb.project:
-            sinks.append(
-                Background("Weights & Biases", lambda: WandbRun(folder, run, monitoring.wandb), close_s=_UPLOAD_S)
-            )
+        sinks += _boards(folder, name, monitoring, story)
         metrics = cls(sinks, clock=clock)
         metrics.event("start", {"pid": os.getpid(), "software": software()})
         return metrics
@@ -100,6 +98,33 @@ class Metrics:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def conclude(exchange: Exchange, summary: Mapping[str, Any]) -> None:
+    """Tell the dashboards what came after the learner had left: the last evaluations, and how the run ended."""
+    monitoring, story = exchange.spec.monitoring, lambda: RunStory(exchange, lambda: summary)
+    boards = _boards(exchange.metrics_dir, "learner", monitoring, story, open_s=_UPLOAD_S)
+    for board in boards:
+        board.write({"event": "end"})
+    for board in boards:
+        board.close()
+
+
+def _boards(
+    folder: Path, name: str, monitoring: MonitoringSpec, story: Callable[[], RunStory] | None, *, open_s: float = 5.0
+) -> list[Background]:
+    found: list[Background] = []
+    if monitoring.tensorboard and _has_tensorboard():
+        files = folder / "tensorboard" / name
+        board = partial(told, partial(TensorBoard, files), story)
+        found.append(Background(str(files), board, close_s=max(5.0, open_s), open_s=open_s))
+    if story is not None and monitoring.wandb.project:
+        wandb = partial(WandbRun, folder, monitoring.wandb)
+        found.append(Background("Weights & Biases", partial(told, wandb, story), close_s=_UPLOAD_S, open_s=open_s))
+    if story is not None and monitoring.trackio.project:
+        trackio = partial(TrackioRun, monitoring.trackio)
+        found.append(Background("Trackio", partial(told, trackio, story), close_s=_UPLOAD_S, open_s=open_s))
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -12,11 +12,15 @@ RUN_NAME = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 POOL_NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
 QUANTITY = r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|Pi|k|M|G|T|P)?$"
 FUNCTION = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+$"
+BOARD_PROJECT = r"^[^/\\#?%:]+$"
+BOARD_ID = r"^[A-Za-z0-9_.-]+$"
 PATTERNS = {
     RUN_NAME: "lower-case letters, digits and '-', starting with a letter and not ending with '-'",
     POOL_NAME: "lower-case letters and digits, separated by single '-'",
     QUANTITY: "a quantity such as 100Gi",
     FUNCTION: "the import path of a function, such as package.module.function",
+    BOARD_PROJECT: "a name without any of / \\ # ? % :",
+    BOARD_ID: "letters, digits, '_', '.' and '-'",
 }
 """What a pattern requires, in words."""
 
@@ -32,6 +36,10 @@ RunName = Annotated[str, StringConstraints(pattern=RUN_NAME, max_length=40)]
 PoolName = Annotated[str, StringConstraints(pattern=POOL_NAME, max_length=20)]
 Quantity = Annotated[str, StringConstraints(pattern=QUANTITY, max_length=32)]
 FunctionPath = Annotated[str, StringConstraints(pattern=FUNCTION, max_length=253)]
+BoardProject = Annotated[str, StringConstraints(pattern=BOARD_PROJECT, max_length=128)]
+BoardId = Annotated[str, StringConstraints(pattern=BOARD_ID, max_length=128)]
+BoardText = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+BoardTag = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 LabelKey = Annotated[str, StringConstraints(min_length=1, max_length=317)]
 StringMap = Annotated[dict[LabelKey, Annotated[str, StringConstraints(max_length=1024)]], Field(max_length=32)]
 FreeForm = dict[str, Any]

@@ -16,6 +16,10 @@ from pydantic import Field
 
 from heterorl.spec.base import (
     Block,
+    BoardId,
+    BoardProject,
+    BoardTag,
+    BoardText,
     BrokenRule,
     FreeForm,
     FunctionPath,
@@ -697,16 +701,40 @@ class LogAnswersSpec(Block):
 
 
 class WandbSpec(Block):
-    """Weights & Biases; needs the wandb package and an API key in the environment."""
+    """Weights & Biases; needs the wandb package and an API key in the environment.
 
-    project: ShortText | None = None
+    Its own variables, such as WANDB_ENTITY or WANDB_TAGS, go before these fields.
+    """
+
+    project: BoardProject | None = None
     """W&B project; W&B is disabled if it is not set."""
-    name: ShortText | None = None
+    entity: BoardText | None = None
+    """User or team that owns the project; default: that of the API key."""
+    name: BoardText | None = None
     """Name of the W&B run; default: the name of this run."""
+    group: BoardText | None = None
+    """Group of the W&B run, such as the runs of several seeds."""
+    tags: list[BoardTag] = Field([], max_length=32)
+    """Tags of the W&B run."""
+    notes: Text | None = None
+    """Notes on the W&B run."""
     mode: Literal["online", "offline"] = "online"
     """online, or offline: write to the run's folder, to be synced later."""
-    id: ShortText | None = None
-    """Id of the W&B run, under which a resumed run continues; default: derived from the name of this run."""
+    id: BoardId | None = None
+    """Id of the W&B run, kept over restarts; default: the name of this run with a suffix that no other has."""
+
+
+class TrackioSpec(Block):
+    """Trackio, whose dashboard `trackio show` opens on this machine; needs the trackio package."""
+
+    project: BoardProject | None = None
+    """Trackio project; Trackio is disabled if it is not set."""
+    name: BoardText | None = None
+    """Name of the run in it; default: the id of this run, its name with a suffix that no other has."""
+    group: BoardText | None = None
+    """Group of the run, such as the runs of several seeds."""
+    space: BoardText | None = None
+    """Space on the Hugging Face Hub to log to, such as my-team/far; default: files on this machine."""
 
 
 class MonitoringSpec(Block):
@@ -718,6 +746,8 @@ class MonitoringSpec(Block):
     """Write TensorBoard event files."""
     wandb: WandbSpec = WandbSpec()
     """Weights & Biases."""
+    trackio: TrackioSpec = TrackioSpec()
+    """Trackio."""
     entropy_every_steps: int = Field(10, ge=0, le=1_000_000)
     """Compute the policy's entropy every N steps, which takes a forward pass; 0 disables."""
     log_completions: LogCompletionsSpec = LogCompletionsSpec()
