@@ -6,10 +6,14 @@ import asyncio
 
 import kopf
 import pytest
+from kopf._cogs.structs.references import Resource
+from kopf._core.actions.lifecycles import get_default_lifecycle
+from kopf._core.engines.indexing import OperatorIndexers
+from kopf._core.reactor.processing import process_resource_event
 
 from heterorl_operator import handlers
 from heterorl_operator.apply import Applier
-from heterorl_operator.handlers import Watcher, registry_for, settings
+from heterorl_operator.handlers import NoMemories, Watcher, registry_for, settings
 from heterorl_operator.resources import DEPLOYMENT, LABELLED, RUN
 from unit.operator.operator_world import CREATED, KEY, FakeApi, body, run_body
 
@@ -64,6 +68,32 @@ def test_every_kind_has_a_handler_that_leaves_nothing_on_the_object(watcher, cac
     assert not registry._indexing.get_all_handlers()  # 10,000 objects would hold every handler up
     asyncio.run(watching[0].fn(event={"type": None, "object": run_body()}))
     assert cache.run(KEY).created == CREATED
+
+
+def test_kopf_hands_events_on_and_remembers_none_of_the_objects(watcher, cache):
+    registry, memories = registry_for(watcher, [RUN]), NoMemories()
+    resource = Resource(RUN.group, RUN.version, RUN.plural, kind=RUN.name, namespaced=True)
+
+    async def report(event_type, version):
+        await process_resource_event(
+            lifecycle=get_default_lifecycle(),
+            indexers=OperatorIndexers(),
+            registry=registry,
+            settings=settings(),
+            memories=memories,
+            memobase=kopf.Memo(),
+            resource=resource,
+            raw_event={"type": event_type, "object": run_body(version=version)},
+            event_queue=asyncio.Queue(),
+        )
+
+    asyncio.run(report(None, 6))
+    asyncio.run(report("MODIFIED", 7))
+    assert cache.run(KEY).resource_version == 7
+    assert watcher.event_counts[RUN.name] == 2
+    assert not list(memories.iter_all_memories())
+    asyncio.run(report("DELETED", 8))
+    assert cache.run(KEY) is None
 
 
 def test_watches_end_are_renewed_and_bring_only_what_carries_a_runs_label():
