@@ -39,9 +39,10 @@ class Origin:
 
 def machine() -> str:
     """The hardware, and the Python on it."""
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    about = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in about if line.startswith("model name")), platform.machine())
     memory = round(psutil.virtual_memory().total / 2**30)
-    return f"{os.cpu_count()} cores ({cpu.split(':')[1].strip()}), {memory} GiB, Python {platform.python_version()}"
+    return f"{os.cpu_count()} cores ({cpu}), {memory} GiB, Python {platform.python_version()}"
 
 
 def commit() -> str:
