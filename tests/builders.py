@@ -94,7 +94,7 @@ def rollout_of(
         completion_ids=np.arange(7, 7 + tokens, dtype=np.int32),
         lengths=np.array(lengths, np.int32),
         logp=np.array([-0.5] * tokens if logp is None else logp, np.float32),
-        versions=np.full(tokens, version, np.int32),
+        versions=((Version(version, 1), tokens),),
         rewards=np.array(rewards, np.float32),
         truncated=np.array(truncated or [False] * len(rewards), np.bool_),
         provenance=provenance or Provenance.of(spec_of(), ""),

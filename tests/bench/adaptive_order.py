@@ -35,7 +35,8 @@ from heterorl_learner.prepare import prepare
 from heterorl_learner.rollout_feed import StepBatch
 from heterorl_learner.train_step import learning_rate, train_on
 from heterorl_sampler.adaptive_order import build_order
-from heterorl_sampler.engines.build import InferenceEngine, build_engine
+from heterorl_sampler.engines.base import InferenceEngine
+from heterorl_sampler.engines.build import build_engine
 
 REPORTS = Path(__file__).parents[2] / "docs" / "reports"
 ORDERS, SEEDS = ("shuffled", "adaptive"), range(5)
@@ -118,7 +119,7 @@ def _rollout(exchange: Exchange, tokenizer: Any, row: Row, group: list[Completio
         completion_ids=np.array(tokens, np.int32),
         lengths=np.array([len(completion.token_ids) for completion in group], np.int32),
         logp=np.array([logp for completion in group for logp in completion.logp], np.float32),
-        versions=np.full(len(tokens), step, np.int32),
+        versions=((Version(step, 1), len(tokens)),),
         rewards=np.array([text == row["answer"] for text in texts], np.float32),
         truncated=np.array([completion.truncated for completion in group], np.bool_),
         provenance=exchange.provenance,

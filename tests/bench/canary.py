@@ -31,7 +31,8 @@ from bench.canary_faults import (
     through_bfloat16,
 )
 from heterorl.exchange.canary import CANARY_TOKENS, canary_texts
-from heterorl_sampler.engines.build import EngineName, InferenceEngine, build_engine
+from heterorl_sampler.engines.base import InferenceEngine
+from heterorl_sampler.engines.build import EngineName, build_engine
 from heterorl_sampler.engines.model_files import Dtype
 from models import convert_smollm2, save_tiny_qwen3
 

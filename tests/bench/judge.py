@@ -25,12 +25,13 @@ from transformers import AutoTokenizer
 from builders import exchange_at, run_of
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.records import SlotStatus
-from heterorl.exchange.rollout import Completion, Version
+from heterorl.exchange.rollout import Version
 from heterorl.monitoring.metrics import Metrics
 from heterorl.spec.run import Slot
 from heterorl_sampler import sample
 from heterorl_sampler.activity import Activity
 from heterorl_sampler.decoding import Decoder
+from heterorl_sampler.engines.base import Finished
 from heterorl_sampler.engines.transformers import TransformersEngine
 from heterorl_sampler.prompt_order import PromptOrder
 from heterorl_sampler.scoring import build_rewards
@@ -60,18 +61,17 @@ ROWS = [{"id": i, "prompt": "", "prompt_ids": [2 + i % 8, 5], "answer": str(i), 
 
 
 class Counting(TransformersEngine):
-    """Counts its tokens and the time from the start of its first batch to the end of its last."""
+    """Counts its tokens and the time from its first step to its last."""
 
     tokens, started, ended = 0, 0.0, 0.0
 
-    def generate(self, *args: object, **kwargs: object) -> list[list[Completion] | None]:
+    def step(self) -> Finished:
         """As the engine does."""
         self.started = self.started or time.perf_counter()
-        groups = super().generate(*args, **kwargs)  # type: ignore[arg-type]
-        if all(groups):  # not the one that was stopped
-            self.tokens += sum(len(completion.token_ids) for group in groups if group for completion in group)
-            self.ended = time.perf_counter()
-        return groups
+        finished = super().step()
+        self.tokens += sum(len(completion.token_ids) for _, group in finished for completion in group)
+        self.ended = time.perf_counter()
+        return finished
 
     def take_speed(self) -> float:
         """Tokens a second since the last time."""

@@ -14,7 +14,8 @@ from heterorl.exchange.canary import CANARY_TOKENS, Canary
 from heterorl.exchange.rollout import Sampling, Version
 from heterorl_learner.engines.build import build_engine as build_learner
 from heterorl_learner.engines.torch_ddp import Sequence, micro_batch, save_tensors
-from heterorl_sampler.engines.build import InferenceEngine, build_engine
+from heterorl_sampler.engines.base import InferenceEngine
+from heterorl_sampler.engines.build import build_engine
 
 pytestmark = pytest.mark.filterwarnings("default")  # vLLM's own
 VERSION = Version(1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import architectures
 from heterorl.errors import CorruptFile, ModelError, SiteError, UserError
-from heterorl.exchange.rollout import Sampling
+from heterorl.exchange.rollout import Completion, Sampling, Version
 from heterorl_sampler.engines.build import build_engine
 from heterorl_sampler.engines.model_files import end_token_ids
 from heterorl_sampler.engines.transformers import TransformersEngine
@@ -57,6 +58,64 @@ def test_behaviour_log_probs_are_those_of_a_whole_forward_at_that_temperature(ti
             logp = log_softmax(logits_of(folder, prompt + completion.token_ids) / 0.7)
             rows = np.arange(len(prompt) - 1, len(prompt) - 1 + len(completion.token_ids))
             np.testing.assert_allclose(completion.logp, logp[rows, completion.token_ids], atol=2e-5)
+
+
+def test_completions_live_through_swaps_and_each_token_is_of_the_weights_it_is_marked_with(tiny_model_dir):
+    folders = [tiny_model_dir(tied=True, seed=seed) for seed in range(3)]
+    engine, sampling = engine_on(folders[0]), Sampling(max_tokens=30, temperature=0.7)
+
+    def generate(swaps: dict[int, int]) -> dict[int, list[Completion]]:
+        engine.load_weights(folders[0], Version(0, 1))
+        places = {engine.add(prompt, 3, sampling, seed=i): i for i, prompt in enumerate(PROMPTS)}
+        made: dict[int, list[Completion]] = {}
+        for step in itertools.count(1):
+            made |= {places[number]: group for number, group in engine.step()}
+            if not engine.num_groups:
+                return made
+            if step in swaps:
+                engine.load_weights(folders[swaps[step]], Version(swaps[step], 1))
+
+    undisturbed, swapped = generate({}), generate({3: 1, 9: 2, 10: 1, 11: 2})
+    assert {version.step for group in swapped.values() for c in group for version, _ in c.versions} == {0, 1, 2}
+    for place, group in swapped.items():
+        prompt = PROMPTS[place]
+        for before, completion in zip(undisturbed[place], group):
+            assert sum(count for _, count in completion.versions) == len(completion.token_ids)
+            start = 0
+            for version, count in completion.versions:
+                logp = log_softmax(logits_of(folders[version.step], prompt + completion.token_ids) / 0.7)
+                rows = np.arange(start, start + count)
+                expected = logp[len(prompt) - 1 + rows, np.array(completion.token_ids)[rows]]
+                np.testing.assert_allclose(np.array(completion.logp)[rows], expected, atol=2e-5)
+                start += count
+            kept = completion.versions[0][1]
+            assert completion.token_ids[:kept] == before.token_ids[:kept]
+
+
+def test_the_draws_of_a_group_do_not_depend_on_what_is_generated_beside_it(tiny_model_dir):
+    engine, sampling = engine_on(tiny_model_dir()), Sampling(max_tokens=6, temperature=0.7)
+
+    def generate(places: list[int]) -> dict[int, list[Completion]]:
+        numbers = {engine.add(PROMPTS[place], 4, sampling, seed=100 + place): place for place in places}
+        made: dict[int, list[Completion]] = {}
+        while engine.num_groups:
+            made |= {numbers[number]: group for number, group in engine.step()}
+        return made
+
+    together, reversed_, alone = generate([0, 1, 2]), generate([2, 1, 0]), generate([1])
+    for place in range(3):
+        assert [c.token_ids for c in together[place]] == [c.token_ids for c in reversed_[place]]
+    assert [c.token_ids for c in alone[1]] == [c.token_ids for c in together[1]]
+
+
+def test_no_more_completions_are_generated_at_a_time_than_the_engine_was_told(tiny_model_dir):
+    engine = TransformersEngine(tiny_model_dir(), dtype="float32", max_running=4)
+    numbers = [engine.add(PROMPTS[0], 2, Sampling(max_tokens=2), seed=i) for i in range(5)]
+    finished = []
+    while engine.num_groups:
+        finished.append([number for number, _ in engine.step()])
+    assert [number for step in finished for number in sorted(step)] == numbers
+    assert max(map(len, finished)) == 2
 
 
 def sampling_distribution(logits: np.ndarray, seen: list[int], sampling: Sampling) -> np.ndarray:
@@ -119,7 +178,7 @@ def test_an_end_token_ends_and_belongs_to_a_completion(tiny_model_dir):
 
 def test_stop_texts_and_tokens_end_a_completion_with_the_token_that_completes_them(tiny_model_dir):
     engine = engine_on(tiny_model_dir(tokenizer=True))
-    characters = ["", "", *"0123456789+-*/=()[]{} \\?"][:24]  # <pad> and <eos> are told by their ids here
+    characters = ["<pad>", "<eos>", *"0123456789+-*/=()[]{} \\?"][:24]
     texts, token = ("=", "1+", "/*("), 9  # a character, two, three; "7"
     free = Sampling(max_tokens=40, temperature=2.0)
     stopping = Sampling(max_tokens=40, temperature=2.0, stop=texts, stop_token_ids=(token,))

@@ -19,7 +19,7 @@ from heterorl.errors import SiteError, UserError
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import PromptEvidence, SlotStatus
-from heterorl.exchange.rollout import Completion, Rollout, RolloutName, Version
+from heterorl.exchange.rollout import Rollout, RolloutName, Version
 from heterorl.exchange.slots import Lease
 from heterorl.monitoring.metrics import Metrics
 from heterorl.spec.run import HeteroRLRun, Slot
@@ -28,6 +28,7 @@ from heterorl_sampler.__main__ import Heartbeat, serve
 from heterorl_sampler.activity import Activity
 from heterorl_sampler.adaptive_order import build_order
 from heterorl_sampler.decoding import Decoder
+from heterorl_sampler.engines.base import Finished
 from heterorl_sampler.engines.build import build_engine
 from heterorl_sampler.engines.transformers import Reading, TransformersEngine
 from heterorl_sampler.prompt_order import PromptOrder
@@ -65,18 +66,18 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Until(Stop):
-    """Stops the sampler after so many batches, as SIGTERM would, or once it has waited so often for something.
+    """Stops the sampler after so many batches of three, as SIGTERM would, or once it has waited so often for something.
 
     While it waits for rewards, something may still come.
     """
 
-    def __init__(self, batches: int, waits: int = 20, status: SlotStatus | None = None) -> None:
+    def __init__(self, batches: int, waits: int = 60, status: SlotStatus | None = None) -> None:
         super().__init__()
-        self.batches, self.waits, self.status = batches, waits, status or SlotStatus()
+        self.groups, self.waits, self.status = 3 * batches, waits, status or SlotStatus()
 
-    def batch_done(self) -> None:
-        self.batches -= 1
-        if self.batches == 0:
+    def finished(self, groups: int) -> None:
+        self.groups -= groups
+        if self.groups <= 0:
             self.set()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -87,17 +88,17 @@ class Until(Stop):
 
 
 class Watched(TransformersEngine):
-    """Tells of every batch it has generated."""
+    """Tells of every group it has generated."""
 
     until: Until
 
     def _choose_reading(self, tolerance: float) -> Reading:
         return "together"  # only the run's batches count, not those by which an engine tries itself
 
-    def generate(self, *args: object, **kwargs: object) -> list[list[Completion] | None]:
-        groups = super().generate(*args, **kwargs)
-        self.until.batch_done()
-        return groups
+    def step(self) -> Finished:
+        finished = super().step()
+        self.until.finished(len(finished))
+        return finished
 
 
 PROMPTS = PromptOrder(ROWS, seed=0, share=0, shares=1)
@@ -115,7 +116,7 @@ def work(
     lease, status = exchange.acquire_slot(lambda: [FAR]), SlotStatus()
     assert lease is not None
     scratch = tmp_path / "scratch"
-    engine = make_engine(model, dtype="float32")
+    engine = make_engine(model, dtype="float32", max_running=6)  # three prompts
     engine.until = Until(batches, status=status)
     decoder = Decoder(AutoTokenizer.from_pretrained(model))
     try:
@@ -167,7 +168,7 @@ def test_a_sampler_killed_while_it_publishes_uses_no_number_again(
         work(exchange, model, tmp_path, 1)
     saved = exchange.load_slot(FAR)
     assert saved is not None
-    assert saved.next_seq == 3  # of one batch of three
+    assert saved.next_seq == 6  # three in generation, and as many queued behind them
 
 
 def test_a_full_queue_holds_the_sampler_back(
@@ -178,22 +179,29 @@ def test_a_full_queue_holds_the_sampler_back(
     assert len(exchange.list_rollouts()) == 6  # maxPendingGroups
 
 
-class StoppedHalfway(Watched):
-    """Is told to stop when the first of the batch's groups is finished and the others are not."""
-
-    def generate(self, *args: object, **kwargs: object) -> list[list[Completion] | None]:
-        groups = super().generate(*args, **kwargs)
-        return [groups[0], *([None] * (len(groups) - 1))]
-
-
+@pytest.mark.parametrize("finished", [0, 1, 2])
 def test_a_stopped_sampler_publishes_its_finished_groups_and_its_successor_does_the_others(
-    exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path
+    exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path, finished: int
 ) -> None:
+    class StoppedHalfway(Watched):
+        """Is told to stop when one of the first three groups is finished and the others are not."""
+
+        def step(self) -> Finished:
+            while self._batch is None or self._batch.num_groups:
+                if made := [(number, group) for number, group in super().step() if number == finished]:
+                    self.until.set()
+                    return made
+            return []
+
     model = tiny_model_dir(tokenizer=True)
+    order = [row["id"] for row in map(PROMPTS.row, range(6))]
     work(exchange, model, tmp_path, 1, StoppedHalfway)
-    assert [seq for seq, _ in walked(exchange)] == [0]
+    assert walked(exchange) == [(finished, order[finished])]
     work(exchange, model, tmp_path, 1)
-    assert [seq for seq, _ in walked(exchange)] == [0, 1, 2, 3]
+    assert walked(exchange) == list(enumerate(order[:4]))  # those that were left come first
+    saved = exchange.load_slot(FAR)
+    assert saved is not None
+    assert (saved.next_seq, saved.left) == (4, [])
 
 
 def edited(exchange: Exchange, **pool: object) -> None:
@@ -214,11 +222,14 @@ def test_a_sampler_goes_on_under_an_edited_delay(
     exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path, lower: float, step: int
 ) -> None:
     class Edited(Watched):
-        def generate(self, *args: object, **kwargs: object) -> list[list[Completion] | None]:
-            if self.until.batches == 99:
+        edited = False
+
+        def step(self) -> Finished:
+            if self.until.groups == 3 * 99 and not self.edited:
+                self.edited = True
                 edited(exchange, delay={"distribution": "constant", "lower": lower})
                 publish_again(exchange, Version(1, 1))
-            return super().generate(*args, **kwargs)
+            return super().step()
 
     status = work(exchange, tiny_model_dir(tokenizer=True), tmp_path, 99, Edited)
     assert status.version_step == step  # it started without a delay, under which it would be 1
@@ -228,9 +239,9 @@ def test_a_sampler_whose_pool_is_removed_goes_on_until_its_pod_goes(
     exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     class LosesItsGroup(Watched):
-        def generate(self, *args: object, **kwargs: object) -> list[list[Completion] | None]:
+        def step(self) -> Finished:
             edited(exchange, samplers=[{"name": "other"}])
-            return super().generate(*args, **kwargs)
+            return super().step()
 
     work(exchange, tiny_model_dir(tokenizer=True), tmp_path, 2, LosesItsGroup)
     assert [seq for seq, _ in walked(exchange)] == [0, 1, 2, 3, 4, 5]
@@ -305,8 +316,9 @@ def test_a_sampler_whose_groups_are_all_filtered_goes_on_and_says_so(
     tree = filtering.run.resolved()
     tree["spec"]["mode"] = mode
     filtering.create(HeteroRLRun.model_validate(tree))
-    status = work(Exchange(filtering.root), tiny_model_dir(tokenizer=True), tmp_path, 9)
-    made = 9 if mode == "online" else 27  # online, a group at a time: the learner trains on one
+    batches = 3 if mode == "online" else 9  # online, a group at a time: the learner trains on one
+    status = work(Exchange(filtering.root), tiny_model_dir(tokenizer=True), tmp_path, batches)
+    made = 3 * batches
     assert (status.filtered, status.filtered_in_a_row, status.rollouts) == (made, made, made)
     assert filtering.list_rollouts() == []
     assert status.reward == 1
@@ -395,16 +407,16 @@ def test_a_reward_that_cannot_be_imported_is_the_users_error_before_anything_is_
 def test_generation_goes_on_while_rewards_are_computed_until_the_queue_is_full(
     exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path, judged: Callable[..., Exchange]
 ) -> None:
-    """Nothing is scored before the third of the batches is generated."""
+    """Nothing is scored before the third batch is generated."""
     third = tmp_path / "third"
 
     class Telling(Watched):
-        def generate(self, *args: object, **kwargs: object) -> list[list[Completion] | None]:
-            groups = super().generate(*args, **kwargs)
-            if self.until.batches == 96:
+        def step(self) -> Finished:
+            finished = super().step()
+            if self.until.groups <= 3 * 96 and not third.exists():
                 assert exchange.list_rollouts() == []
                 third.touch()
-            return groups
+            return finished
 
     waits = f"while not pathlib.Path({str(third)!r}).exists(): time.sleep(0.01)"
     status = work(judged(exchange, waits), tiny_model_dir(tokenizer=True), tmp_path, 99, Telling)
@@ -445,14 +457,14 @@ def test_the_numbers_of_what_was_not_scored_at_a_stop_go_to_the_next_holder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("heterorl_sampler.sample.LAST_SCORES_S", 3.0)
-    model, order = tiny_model_dir(tokenizer=True), [row["id"] for row in (PROMPTS.row(seq) for seq in range(6))]
+    model, order = tiny_model_dir(tokenizer=True), [PROMPTS.row(seq)["id"] for seq in range(9)]
     work(judged(exchange, f"if n == {order[1]}: time.sleep(1000)", timeLimitSeconds=900), model, tmp_path, 2)
-    assert walked(exchange) == [(0, order[0])]
-    saved = exchange.load_slot(FAR)
+    done, saved = dict(walked(exchange)), exchange.load_slot(FAR)
     assert saved is not None
-    assert saved.next_seq == 1
-    work(judged(exchange, "pass"), model, tmp_path, 1)
-    assert walked(exchange) == list(enumerate(order[:4]))
+    assert done.keys() <= {0, 2}  # those that were finished before the one that hangs
+    assert sorted([*done, *saved.left]) == list(range(saved.next_seq))
+    work(judged(exchange, "pass"), model, tmp_path, 2)
+    assert walked(exchange) == list(enumerate(order))[: 6 + len(done)]
 
 
 def test_a_sampler_that_is_stuck_says_where_and_ends_as_a_failure_of_its_node(

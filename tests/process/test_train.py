@@ -237,7 +237,7 @@ def test_what_the_oldest_kept_checkpoint_covers_and_only_that_is_retired(exchang
     # Checkpoints 3 and 4 are kept. Rollout n was trained by step n + 1: 0, 1 and 2 are in both; going back to 3 takes
     # rollout 3 again; 4 was never trained.
     assert exchange.list_checkpoints() == [3, 4]
-    assert [name.seq for name in exchange.list_rollouts()] == [3, 4]
+    assert [[name.seq for name in names] for names in (exchange.list_taken(), exchange.list_rollouts())] == [[3], [4]]
 
 
 # ── how it resumes ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -349,7 +349,7 @@ def test_a_policy_that_has_diverged_is_told_from_poison_also_after_a_restart(exc
         with pytest.raises(TrainingError, match="with a second batch as well, so the policy has diverged"):
             records_of(exchange)
         assert exchange.list_quarantined() == [rollout_name(0)]
-        assert [name.seq for name in exchange.list_rollouts()] == [1, 2]
+        assert [name.seq for name in [*exchange.list_taken(), *exchange.list_rollouts()]] == [1, 2]
 
 
 # ── the arithmetic of a step ─────────────────────────────────────────────────────────────────────────────────────────

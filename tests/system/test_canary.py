@@ -35,7 +35,8 @@ from builders import manifest, spec_of
 from heterorl.errors import CanaryMismatch
 from heterorl.exchange.canary import CANARY_TOKENS, Canary, canary_texts
 from heterorl.exchange.rollout import Version
-from heterorl_sampler.engines.build import InferenceEngine, build_engine
+from heterorl_sampler.engines.base import InferenceEngine
+from heterorl_sampler.engines.build import build_engine
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import os
 import random
 from collections.abc import Iterator
@@ -15,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from heterorl.errors import CorruptFile, HeteroRLError, UserError
-from heterorl.exchange.rollout import Completion, Sampling
-from heterorl_sampler.engines.build import InferenceEngine, build_engine
+from heterorl.exchange.rollout import Completion, Sampling, Version
+from heterorl_sampler.engines.base import InferenceEngine
+from heterorl_sampler.engines.build import build_engine
 
 pytestmark = [
     pytest.mark.slow,
@@ -96,7 +98,7 @@ def test_a_swap_that_keeps_the_prefix_cache_is_an_error_and_would_poison(engine,
     engine.load_weights(weights(0))
     engine.generate([LONG], 1, Sampling(max_tokens=1), seed=0)  # its two full blocks are cached now
     with monkeypatch.context() as patch:
-        patch.setattr(engine._engine, "reset_prefix_cache", lambda: False)
+        patch.setattr(engine._engine, "reset_prefix_cache", lambda **_: False)
         with pytest.raises(HeteroRLError, match="kept its prefix cache"):
             engine.load_weights(weights(1))
     (poisoned,) = engine.generate([LONG], 2, Sampling(max_tokens=4), seed=0)
@@ -104,6 +106,59 @@ def test_a_swap_that_keeps_the_prefix_cache_is_an_error_and_would_poison(engine,
     engine.load_weights(weights(1))
     (clean,) = engine.generate([LONG], 2, Sampling(max_tokens=4), seed=0)
     assert largest_difference(weights(1), LONG, clean) < TOLERANCE
+
+
+@pytest.mark.parametrize("stop", [(), ("1+",)], ids=["", "with a stop text"])
+def test_requests_live_through_swaps_and_each_token_is_of_the_weights_it_is_marked_with(engine, weights, stop):
+    sampling = Sampling(max_tokens=40, temperature=0.7, stop=stop)
+
+    def generate(swaps: dict[int, int]) -> dict[tuple[int, ...], list[Completion]]:
+        """Groups by their prompts; `swaps`: after how many steps to load the weights of which seed."""
+        engine.load_weights(weights(0), Version(0, 1))
+        prompts = {engine.add(prompt, 3, sampling, seed=10 + i): prompt for i, prompt in enumerate(PROMPTS)}
+        made = {}
+        for step in itertools.count(1):
+            made |= {tuple(prompts[number]): group for number, group in engine.step()}
+            if not engine.num_groups:
+                return made
+            if step in swaps:
+                engine.load_weights(weights(swaps[step]), Version(swaps[step], 1))
+                assert score_difference(weights(swaps[step]), engine) < TOLERANCE  # and no group goes on meanwhile
+
+    undisturbed, swapped = generate({}), generate({5: 1, 12: 2, 13: 9, 14: 2})
+    assert {version.step for group in swapped.values() for c in group for version, _ in c.versions} == {0, 1, 2, 9}
+    for prompt, group in swapped.items():
+        for before, completion in zip(undisturbed[prompt], group):
+            assert sum(count for _, count in completion.versions) == len(completion.token_ids)
+            assert completion.truncated == (len(completion.token_ids) == 40 and completion.token_ids[-1] != 1)
+            start = 0
+            for version, count in completion.versions:
+                tokens = slice(start, start + count)
+                start += count
+                for seed in (version.step, version.step + 1):
+                    text = (*prompt, *completion.token_ids)
+                    logp = (logits_of(weights(seed), text) / 0.7).log_softmax(-1)[len(prompt) - 1 : -1]
+                    expected = logp.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0][tokens]
+                    difference = (expected - torch.tensor(completion.logp[tokens])).abs()
+                    assert difference.max() < TOLERANCE if seed == version.step else difference.max() > 0.01
+            kept = completion.versions[0][1]  # what was there at the first swap is not lost, nor drawn again
+            assert completion.token_ids[:kept] == before.token_ids[:kept]
+
+
+def test_no_token_is_of_weights_that_the_canary_refuses(engine, weights):
+    engine.load_weights(weights(0), Version(0, 1))
+    engine.add(PROMPTS[0], 4, Sampling(max_tokens=200, temperature=2.0), seed=0)
+    for _ in range(5):
+        assert engine.step() == []
+    engine.load_weights(weights(1), Version(1, 1))
+    engine.score(TEXTS)
+    engine.load_weights(weights(0), Version(0, 1))
+    engine.score(TEXTS)
+    while not (finished := engine.step()):
+        pass
+    ((_, group),) = finished
+    assert {version for completion in group for version, _ in completion.versions} == {Version(0, 1)}
+    assert largest_difference(weights(0), PROMPTS[0], group, 2.0) < TOLERANCE
 
 
 def test_damaged_weights_show_in_the_score_and_misfits_are_refused(engine, weights, tmp_path):
@@ -158,7 +213,8 @@ def test_stopping_keeps_the_groups_that_are_complete_and_leaves_no_request(engin
     groups = engine.generate(many, 1, Sampling(max_tokens=500, temperature=2.0), seed=0, stop=lambda: next(asked))
     assert 0 < sum(group is None for group in groups) < len(groups)
     assert all(group[0].token_ids[-1] == 1 for group in groups if group)
-    engine.load_weights(weights(1))  # fails if a request still runs
+    assert not engine._engine.has_unfinished_requests()
+    engine.load_weights(weights(1))
     assert score_difference(weights(1), engine) < TOLERANCE
 
 
@@ -178,7 +234,7 @@ def test_a_gpu_is_not_promised_by_the_cpu_build(tiny_model_dir):
 
 
 def test_stop_texts_and_tokens_end_a_completion_and_leave_no_request_behind(engine, weights):
-    characters = ["", "", *"0123456789+-*/=()[]{} \\?"][:24]  # <pad> and <eos> are told by their ids here
+    characters = ["<pad>", "<eos>", *"0123456789+-*/=()[]{} \\?"][:24]
     texts, end, token = ("=", "1+", "/*("), 1, 9  # a character, two, three; "7"
     free = Sampling(max_tokens=40, temperature=2.0)
     stopping = Sampling(max_tokens=40, temperature=2.0, stop=texts, stop_token_ids=(token,))
@@ -194,4 +250,4 @@ def test_stop_texts_and_tokens_end_a_completion_and_leave_no_request_behind(engi
         assert cut.truncated == (last is None)
         endings.add(cut.token_ids[-1])
     assert {token, end, characters.index("="), characters.index("+")} <= endings
-    engine.load_weights(weights(0))  # refuses while a request runs
+    assert not engine._engine.has_unfinished_requests()

@@ -78,7 +78,7 @@ def test_killed_learner_and_sampler_come_back_and_no_rollout_is_trained_twice_or
         for line in lines(path)
         for name in line.get("names", [])
     }
-    waiting = {path.stem for path in (run.root / "rollouts").glob("v*.safetensors")}
+    waiting = {path.stem for name in ("rollouts", "taken") for path in (run.root / name).glob("v*.safetensors")}
     assert published <= set(trained) | dropped | waiting
 
 

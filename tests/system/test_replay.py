@@ -75,8 +75,9 @@ class Replay:
         self.root = root
         for name in ("model", "data", "archive"):
             shutil.copytree(recorded / name, root / ("rollouts" if name == "archive" else name))
-        for path in (recorded / "rollouts").glob("v*"):  # trained, but not yet covered by the oldest checkpoint kept
-            shutil.copy(path, root / "rollouts")
+        for name in ("rollouts", "taken"):  # the latter are not yet covered by the oldest checkpoint kept
+            for path in (recorded / name).glob("v*"):
+                shutil.copy(path, root / "rollouts")
         for name in ("prepared.json", "journal.jsonl"):
             shutil.copy(recorded / name, root / name)
         self._run = json.loads((recorded / "run.json").read_text())

@@ -143,7 +143,8 @@ def _completion(
     end = int(rollout.lengths[: i + 1].sum())
     tokens = slice(end - int(rollout.lengths[i]), end)
     pieces = token_texts(tokenizer, rollout.completion_ids[tokens].tolist())
-    versions = [[version, len(list(run))] for version, run in groupby(rollout.versions[tokens].tolist())]
+    steps = np.repeat([version.step for version, _ in rollout.versions], [count for _, count in rollout.versions])
+    versions = [[step, len(list(run))] for step, run in groupby(steps[tokens].tolist())]
     return {
         "text": "".join(pieces),
         "reward": _rounded(rollout.rewards[i]),

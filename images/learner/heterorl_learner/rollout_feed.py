@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -60,10 +60,12 @@ class RolloutFeed:
         self._spec, self._provenance = exchange.spec, exchange.provenance
         self._is_first = ranks.rank() == 0
         self._left: set[RolloutName] = set()  # of a protocol that this version does not know
+        self._seen: list[RolloutName] = []  # at the last look
         self._start_with(exchange.read_journal() if self._is_first else [])
         self._replay = {entry.step: entry for entry in self._entries if entry.step >= step}
         if self._is_first:
             exchange.rewrite_journal(self._entries)  # cuts a torn last line
+            self._sort_files()
 
     def _start_with(self, journal: Iterable[JournalEntry]) -> None:
         self.dropped = self.mismatched = self.poisoned = 0
@@ -107,6 +109,12 @@ class RolloutFeed:
         for name in batch.names:
             self._exchange.quarantine_rollout(name, reason)
 
+    def waiting(self, step: int) -> tuple[Counter[str], Counter[str]]:
+        """Rollouts by slot that wait and are not too old; and those of them that are behind one that was taken."""
+        names = [n for n in self._seen if n not in self._known and lag(n, step) <= self._spec.max_lag]
+        late = (str(name.slot) for name in names if name.seq < self.taken.get(str(name.slot), -1))
+        return Counter(str(name.slot) for name in names), Counter(late)
+
     def retire(self, step: int) -> None:
         """Delete, or archive, what was trained or dropped before `step`, because a durable checkpoint covers it."""
         names: list[RolloutName] = []
@@ -128,7 +136,7 @@ class RolloutFeed:
         while not self._stop():
             if found := self._select(step):
                 return found
-            if time.monotonic() - looked_at >= DEAD_END_S / 10:  # it reads the heartbeat of every slot
+            if time.monotonic() - looked_at >= DEAD_END_S / 2:  # it reads the heartbeat of every slot
                 alive_at, looked_at = self._last_hope(step, alive_at), time.monotonic()
             waited_s = time.monotonic() - started
             self._exchange.sleep(min(self._spec.exchange.poll_seconds, max(FIRST_POLL_S, waited_s / 10)))
@@ -190,7 +198,8 @@ class RolloutFeed:
     def _candidates(self) -> list[RolloutName]:
         """Published rollouts that were not yet trained, dropped or left alone."""
         out = self._known.union(self._left, self._drop_next)
-        return [name for name in self._exchange.list_rollouts() if name not in out]
+        self._seen = [name for name in self._exchange.list_rollouts() if name not in out]
+        return self._seen
 
     def _entry(self, step: int, selection: Selection) -> JournalEntry:
         """What the journal says of a selection, with what it said when an earlier one for this step was poison."""
@@ -206,6 +215,7 @@ class RolloutFeed:
 
     def _journal(self, entry: JournalEntry) -> None:
         self._exchange.append_journal(entry)
+        self._exchange.take_away([*entry.names, *entry.dropped])
         self._note(entry)
         self._drop_next = []
 
@@ -222,16 +232,20 @@ class RolloutFeed:
         self._start_with([entry for entry in self._exchange.read_journal() if entry.step < step])
         self._replay = {}
         self._exchange.rewrite_journal(self._entries)
+        self._sort_files()
+
+    def _sort_files(self) -> None:
+        """Have every file where the journal says: what was taken apart from what waits."""
+        self._exchange.take_away(self._known.intersection(self._exchange.list_rollouts()))
+        self._exchange.give_back(set(self._exchange.list_taken()) - self._known)
 
     def _read(self, name: RolloutName) -> Rollout:
         rollout = self._exchange.read_rollout(name)
         self._exchange.check_epoch(name, rollout.lease_epoch)
         if len(rollout.lengths) != self._spec.algorithm.group_size:
             raise CorruptFile(f"{len(rollout.lengths)} completions; groupSize is {self._spec.algorithm.group_size}")
-        if int(rollout.versions.min()) != name.version.step:
-            raise CorruptFile(
-                f"made by weights of step {rollout.versions.min()}, not {name.version.step} as it is named"
-            )
+        if rollout.oldest != name.version:
+            raise CorruptFile(f"its oldest token was made by weights {rollout.oldest}, not {name.version} as named")
         if why := rollout.provenance.mismatch(self._provenance):
             raise _Mismatched(why)
         return rollout

@@ -146,6 +146,7 @@ class Trainer:
 
     def _heartbeat(self, *, finished: bool = False) -> None:
         if self.engine.rank == 0:
+            waiting, late = self.feed.waiting(self.state.step)
             self.exchange.write_learner(
                 LearnerHeartbeat(
                     step=self.state.step,
@@ -154,6 +155,8 @@ class Trainer:
                     version=self.publisher.version,
                     checkpoint_step=self.checkpoints.newest,
                     taken=dict(self.feed.taken),
+                    waiting=dict(waiting),
+                    late=dict(late),
                     dropped=self.feed.dropped,
                     finished=finished,
                     reward=self.told.get("reward"),

@@ -12,6 +12,7 @@ import logging
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -91,6 +92,7 @@ def work_in(exchange: Exchange, lease: Lease, activity: Activity, stop: Stop) ->
         exchange.model_dir,
         dtype=spec.model.dtype,
         max_model_len=max(CANARY_TOKENS, spec.generation.max_prompt_tokens + spec.generation.max_completion_tokens),
+        max_running=pool.prompts_per_batch * spec.algorithm.group_size,
         gpus=pool.gpus,
         tensor_parallel=pool.tensor_parallel,
         gpu_memory_utilization=pool.gpu_memory_utilization,
@@ -119,6 +121,8 @@ def work_in(exchange: Exchange, lease: Lease, activity: Activity, stop: Stop) ->
 
 class Heartbeat:
     """Keeps a lease on a thread of its own: a slow start or a long generation must not lose it. Released at the end.
+
+    It is written soon after the status has changed, and else four times a lease.
 
     A sampler that is stuck must not keep it: then the process is ended, as a failure of this node.
     """
@@ -152,13 +156,18 @@ class Heartbeat:
     def _run(self) -> None:
         from heterorl.errors import HeteroRLError
 
-        period = min(2.0, self._exchange.spec.exchange.lease_seconds / 4)
-        while not self._done.wait(period):
+        longest_s = self._exchange.spec.exchange.lease_seconds / 4
+        said, said_at = self._activity.status.model_dump(exclude={"idle_s"}), time.monotonic()
+        while not self._done.wait(min(2.0, longest_s)):
             status, idle_s = self._activity.status, self._activity.idle_s
             if idle_s > self._stuck_s:
                 log.critical("stuck: nothing came of it for %.0f s (%s); this process ends", idle_s, status.state)
                 self._end(SITE_ERROR)
                 return
+            saying = status.model_dump(exclude={"idle_s"})
+            if saying == said and time.monotonic() - said_at < longest_s:
+                continue
+            said, said_at = saying, time.monotonic()
             status.idle_s = round(idle_s, 1)
             try:
                 self._exchange.beat(self._lease, status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,12 @@ def _is_tag(content: str, special: dict[str, int]) -> bool:
     """Whether a special token is half of a pair `<name>`, `</name>`."""
     tag = _TAG.fullmatch(content)
     return tag is not None and (f"<{tag[2]}>" if tag[1] else f"</{tag[2]}>") in special
+
+
+@lru_cache
+def stop_texts(texts: tuple[str, ...], model_dir: Path) -> StopTexts:
+    """Those of a model's tokenizer, which is read once."""
+    return StopTexts(texts, model_dir)
 
 
 class StopTexts:

@@ -22,7 +22,7 @@ from heterorl.exchange.rollout import Version
 from heterorl.heterogeneity.delay import Adoption
 from heterorl.spec.run import DelaySpec, Slot
 from heterorl_sampler.adapters import Merger
-from heterorl_sampler.engines.build import InferenceEngine
+from heterorl_sampler.engines.base import InferenceEngine
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ class WeightSync:
         self._serving: Fetched | None = None
         self._published: dict[Version, float] = {}
         self._fetch: tuple[Version, float, Future[Fetched]] | None = None
+        self._ready: tuple[Fetched, float] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fetch")
         self._closed = threading.Event()
         self._listed: set[Version] = set()
@@ -90,26 +91,36 @@ class WeightSync:
         """The newest version this side has seen."""
         return max(self._listed, default=None)
 
-    def advance(self) -> Swap | None:
-        """Do what is due without waiting: start a fetch, or swap to what a fetch brought. Call it between batches."""
+    @property
+    def due(self) -> bool:
+        """Whether a version is here and only waits to be swapped in."""
+        return self._ready is not None
+
+    def advance(self, *, look: bool = True, may_swap: bool = True) -> Swap | None:
+        """Do what is due without waiting: begin a fetch, or swap to what a fetch brought. Call it between two steps.
+
+        `look`: whether to look for versions on the volume; `may_swap`: whether the engine may be given other weights.
+        """
         self._follow_edits()
-        if self._fetch is None:
+        if self._fetch is not None and self._fetch[2].done():
+            self._take_fetched(*self._fetch)
+            self._fetch = None
+        if self._ready is not None and may_swap:
+            fetched, fetch_s = self._ready
+            self._ready = None
+            return self._swap(fetched, fetch_s=fetch_s)
+        if look and self._fetch is None and self._ready is None:
             self._start_fetch()
-            return None
-        version, started, future = self._fetch
-        if not future.done():
-            return None
-        self._fetch = None
+        return None
+
+    def _take_fetched(self, version: Version, started: float, future: Future[Fetched]) -> None:
         try:
-            fetched = future.result()
+            self._ready = future.result(), time.monotonic() - started
         except FileNotFoundError:
             self._forget(version)
             log.info("weights %s were retired while they were fetched; taking another version", version)
         except (CorruptFile, UnknownProtocol) as error:
             self._reject(version, str(error))
-        else:
-            return self._swap(fetched, fetch_s=time.monotonic() - started)
-        return None
 
     def close(self) -> None:
         """Stop fetching, a version that is half copied too."""
@@ -179,7 +190,7 @@ class WeightSync:
         return Swap(fetched.version, fetch_s, time.monotonic() - started, difference)
 
     def _load(self, fetched: Fetched) -> float:
-        self._engine.load_weights(fetched.folder)
+        self._engine.load_weights(fetched.folder, fetched.version)
         return fetched.canary.check(fetched.version, self._engine.score, self._tolerance)
 
     def _forget(self, version: Version) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from bench import reference
 from bench.benchmark import Pair, Surroundings, at_most, benchmark, seconds
 from builders import spec_of
-from heterorl.exchange.rollout import Provenance, Rollout
+from heterorl.exchange.rollout import Provenance, Rollout, Version
 
 GROUP, PROMPT, COMPLETION = 8, 512, 1024
 FILL = 0.4
@@ -43,7 +43,7 @@ def rollouts() -> list[Rollout]:
                 completion_ids=tokens(count),
                 lengths=lengths,
                 logp=-draw.gamma(0.3, 1.0, count).astype(np.float32),
-                versions=np.full(count, 12, np.int32),
+                versions=((Version(12, 1), count),),
                 rewards=draw.integers(0, 2, GROUP).astype(np.float32),
                 truncated=lengths == COMPLETION,
                 provenance=provenance,
@@ -72,12 +72,13 @@ def gate() -> None:
     """Every array of every rollout comes back as it was, bit by bit, and the reference's holds the same tokens."""
     for rollout in rollouts():
         back = Rollout.from_bytes(rollout.to_bytes())
-        for name in ("prompt_ids", "completion_ids", "lengths", "logp", "versions", "rewards", "truncated"):
+        for name in ("prompt_ids", "completion_ids", "lengths", "logp", "rewards", "truncated"):
             ours, theirs = getattr(rollout, name), getattr(back, name)
             assert ours.dtype == theirs.dtype, f"{name} is {theirs.dtype}"
             assert ours.tobytes() == theirs.tobytes(), f"{name} is not what was written"
         assert back.reward_terms.keys() == rollout.reward_terms.keys(), "other reward terms"
-        assert (back.provenance, back.meta) == (rollout.provenance, rollout.meta), "another header"
+        ours, theirs = ((r.provenance, r.meta, r.versions) for r in (rollout, back))
+        assert ours == theirs, "another header"
         batch = reference.unpickled(reference.pickled(as_batch(rollout)))
         kept = batch["completion_mask"].bool()
         np.testing.assert_array_equal(batch["completion_ids"][kept].numpy(), rollout.completion_ids)

@@ -108,6 +108,45 @@ def test_a_resumed_learner_replays_its_journal_and_then_selects_afresh(
     assert [(entry.step, entry.incarnation) for entry in exchange.read_journal()] == [(0, 1), (1, 1), (2, 2)]
 
 
+def test_what_a_step_took_is_moved_out_of_the_listed_folder_and_can_still_be_read(
+    exchange: Exchange, put: Callable[..., RolloutName]
+) -> None:
+    names = [put(seq) for seq in range(3)]
+    RolloutFeed(exchange, 0, 1, never).take(0)
+    assert exchange.list_rollouts() == [names[2]]
+    assert exchange.list_taken() == names[:2]
+    assert exchange.read_rollout(names[0]).rewards.tolist() == [1.0, 1.0]
+    exchange.retire_rollouts(names, archive=False)
+    assert (exchange.list_rollouts(), exchange.list_taken()) == ([], [])
+
+
+@pytest.mark.parametrize("journalled", [True, False])
+def test_a_crash_between_journal_and_move_is_put_right_by_the_next_learner(
+    exchange: Exchange, put: Callable[..., RolloutName], journalled: bool
+) -> None:
+    names = [put(0), put(1)]
+    RolloutFeed(exchange, 0, 1, never).take(0)
+    if journalled:  # died before it moved them
+        exchange.give_back(names)
+    else:  # the journal was lost after it moved them
+        exchange.rewrite_journal([])
+    RolloutFeed(exchange, 0, 2, never)
+    assert (exchange.list_taken(), exchange.list_rollouts()) == ((names, []) if journalled else ([], names))
+
+
+def test_the_learner_tells_each_slot_what_waits_and_what_came_after_a_later_one_was_taken(
+    exchange: Exchange, put: Callable[..., RolloutName]
+) -> None:
+    put(0), put(3)
+    feed = RolloutFeed(exchange, 0, 1, never)
+    take(feed, 0)
+    put(1), put(4)
+    feed._candidates()
+    waiting, late = feed.waiting(1)
+    assert (dict(waiting), dict(late)) == ({"far-0": 2}, {"far-0": 1})
+    assert dict(feed.waiting(99)[0]) == {}  # all are too old by then
+
+
 def test_steps_whose_files_are_gone_are_selected_afresh(exchange: Exchange, put: Callable[..., RolloutName]) -> None:
     names = [put(seq) for seq in range(5)]
     died = RolloutFeed(exchange, 0, 1, never)
@@ -134,7 +173,10 @@ def test_too_old_rollouts_are_dropped_and_counted_once(exchange: Exchange, put: 
 
 @pytest.mark.parametrize(
     ("fields", "reason"),
-    [({"made_by": 3}, "made by weights of step 3"), ({"group_size": 3}, "3 completions; groupSize is 2")],
+    [
+        ({"made_by": 3}, "made by weights v00000003-i0001, not v00000000-i0001"),
+        ({"group_size": 3}, "3 completions; groupSize is 2"),
+    ],
 )
 def test_a_rollout_that_is_not_what_it_is_named_goes_to_quarantine(
     exchange: Exchange, put: Callable[..., RolloutName], fields: dict[str, int], reason: str
@@ -153,7 +195,7 @@ def test_only_what_a_checkpoint_covers_is_deleted(exchange: Exchange, put: Calla
     feed = RolloutFeed(exchange, 0, 1, never)
     take(feed, 0), take(feed, 1)
     feed.retire(1)  # a durable checkpoint holds step 0's update
-    assert [name.seq for name in exchange.list_rollouts()] == [2, 3]
+    assert [name.seq for name in exchange.list_taken()] == [2, 3]
 
 
 def test_a_learner_that_died_while_deleting_does_not_train_the_rest_again(
@@ -166,7 +208,7 @@ def test_a_learner_that_died_while_deleting_does_not_train_the_rest_again(
     )  # 0 and 1 are trained; the checkpoint of step 1 is durable, nothing is deleted
     resumed = RolloutFeed(exchange, 1, 2, never)
     resumed.retire(1)
-    assert [name.seq for name in exchange.list_rollouts()] == [2]
+    assert (exchange.list_taken(), [name.seq for name in exchange.list_rollouts()]) == ([], [2])
     with pytest.raises(Stop):
         resumed.take(1)  # one rollout is not enough, and no old one fills up
 

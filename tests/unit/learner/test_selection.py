@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from heterorl.exchange.rollout import RolloutName, Version
 from heterorl.spec.run import RunSpec, Slot
 from heterorl_learner.publish import versions_to_keep
 from heterorl_learner.rollout_feed import select_rollouts
-from heterorl_sampler.backpressure import Queue, batch_size, pending, promised_by_others, reason_to_wait
+from heterorl_sampler.backpressure import Queue, made_by_others, queue_of, reason_to_wait, room
 from heterorl_sampler.prompt_order import PromptOrder
 
 
@@ -67,43 +66,48 @@ def test_the_order_of_the_listing_does_not_matter() -> None:
 
 
 # ── backpressure ─────────────────────────────────────────────────────────────────────────────────────────────────────
+FAR = Slot("far", 0)
+
+
 def test_what_was_taken_no_longer_waits() -> None:
-    rollouts = [name(3, "far-0", 0), name(3, "far-0", 1), name(3, "near-0", 0), name(2, "near-0", 1)]
-    learner = LearnerHeartbeat(step=3, taken={"far-0": 0})
-    queue = pending(spec(), rollouts, [], learner, Slot("far", 0), Version(3, 1))
-    assert queue == Queue(own=1, total=3, of_version=2, own_of_version=2)
+    published = {seq: Version(3, 1) for seq in (0, 1, 2)}
+    learner = LearnerHeartbeat(step=3, taken={"far-0": 1}, waiting={"far-0": 1, "near-0": 4, "near-1": 2})
+    queue = queue_of(spec(), FAR, Version(3, 1), published, [], 0, learner)
+    assert queue == Queue(own=1, others=6, made=3)  # number 2
 
 
-def test_what_is_being_scored_waits_as_if_it_were_published_and_counts_once() -> None:
-    published = [name(3, "far-0", 0), name(3, "near-0", 0)]
-    in_scoring = [name(3, "far-0", 0), name(3, "far-0", 1)]  # the first was published a moment ago
-    queue = pending(spec(), published, in_scoring, LearnerHeartbeat(step=3), Slot("far", 0), Version(3, 1))
-    assert queue == Queue(own=2, total=3, of_version=3, in_scoring=2, own_of_version=2)
+def test_a_group_that_was_finished_after_a_later_one_was_taken_waits() -> None:
+    published = {5: Version(3, 1), 2: Version(3, 1), 6: Version(3, 1)}  # 5 was taken, 2 came too late for that
+    learner = LearnerHeartbeat(step=3, taken={"far-0": 5}, waiting={"far-0": 2}, late={"far-0": 1})
+    assert queue_of(spec(), FAR, Version(3, 1), published, [], 0, learner).own == 2  # 2 and 6
+
+
+def test_what_is_being_scored_waits_as_if_it_were_published_and_what_is_generated_does_not() -> None:
+    learner = LearnerHeartbeat(step=3)
+    queue = queue_of(spec(), FAR, Version(3, 1), {0: Version(3, 1)}, [Version(3, 1), Version(2, 1)], 5, learner)
+    assert queue == Queue(own=3, in_scoring=2, in_engine=5, made=1, making=6)
 
 
 def test_rollouts_that_are_too_old_do_not_count_towards_backpressure() -> None:
-    rollouts = [name(0, "far-0", 0), name(1, "far-0", 1)]
-    queue = pending(
-        spec(), rollouts, [], LearnerHeartbeat(step=65), Slot("far", 0), Version(1, 1)
-    )  # lags 65 and 64; maxSteps 64
-    assert queue == Queue(own=1, total=1, of_version=1, own_of_version=1)
+    published = {0: Version(0, 1), 1: Version(1, 1)}  # lags 65 and 64; maxSteps is 64
+    assert queue_of(spec(), FAR, Version(1, 1), published, [], 0, LearnerHeartbeat(step=65)).own == 1
 
 
 @pytest.mark.parametrize(
     ("fields", "learner", "queue", "version", "reason"),
     [
-        ({}, {"step": 5}, Queue(0, 0, 0), 5, None),
-        ({}, {"step": 5}, Queue(64, 64, 0), 5, "queue"),  # maxPendingGroups is 64
-        ({"exchange": {"maxPendingGroups": 20}}, {"step": 5}, Queue(20, 31, 0), 5, None),  # a step takes 32
-        ({"exchange": {"maxPendingGroups": 20}}, {"step": 5}, Queue(20, 32, 0), 5, "queue"),
-        ({"exchange": {"maxPendingGroups": 20}}, {"step": 5}, Queue(20, 31, 0, 20), 5, "rewards"),  # in memory
-        ({}, {"step": 70}, Queue(0, 0, 0), 5, "staleness"),  # 65 steps late, and 64 are allowed
-        ({}, {"step": 5, "finished": True}, Queue(0, 0, 0), 5, "finished"),
-        ({"mode": "online"}, {"step": 5}, Queue(0, 0, 0), 4, "weights"),  # newest is 5
-        ({"mode": "online"}, {"step": 5}, Queue(32, 32, 32), 5, "weights"),  # 32 groups a step
-        ({"mode": "online"}, {"step": 5}, Queue(16, 31, 31), 5, None),
-        ({"mode": "online"}, {"step": 5}, Queue(16, 16, 16, promised=16), 5, "weights"),  # another makes the rest
-        ({"mode": "online"}, {"step": 5}, Queue(16, 16, 16, promised=15), 5, None),
+        ({}, {"step": 5}, Queue(), 5, None),
+        ({}, {"step": 5}, Queue(own=64), 5, "queue"),  # maxPendingGroups is 64
+        ({"exchange": {"maxPendingGroups": 20}}, {"step": 5}, Queue(own=20, others=11), 5, None),  # a step takes 32
+        ({"exchange": {"maxPendingGroups": 20}}, {"step": 5}, Queue(own=20, others=12), 5, "queue"),
+        ({"exchange": {"maxPendingGroups": 20}}, {"step": 5}, Queue(own=20, others=11, in_scoring=20), 5, "rewards"),
+        ({}, {"step": 70}, Queue(), 5, "staleness"),  # 65 steps late, and 64 are allowed
+        ({}, {"step": 5, "finished": True}, Queue(), 5, "finished"),
+        ({"mode": "online"}, {"step": 5}, Queue(), 4, "weights"),  # newest is 5
+        ({"mode": "online"}, {"step": 5}, Queue(made=32), 5, "weights"),  # 32 groups a step
+        ({"mode": "online"}, {"step": 5}, Queue(made=16, making=15), 5, None),
+        ({"mode": "online"}, {"step": 5}, Queue(made=16, by_others=16), 5, "weights"),  # another makes the rest
+        ({"mode": "online"}, {"step": 5}, Queue(made=16, by_others=15), 5, None),
     ],
 )
 def test_each_reason_to_wait_holds_only_when_it_should(
@@ -117,76 +121,91 @@ def test_each_reason_to_wait_holds_only_when_it_should(
 def test_the_wait_policy_pauses_a_sampler_whose_rollouts_would_come_too_late() -> None:
     # 64 groups before it are 2 steps of 32: trained at step 40 + 2, weights of step 10 are then 32 steps old, of 9 33
     waiting = spec(algorithm={"staleness": {"maxSteps": 32, "policy": "wait"}})
-    queue = Queue(own=0, total=64, of_version=0)
+    queue = Queue(others=64)
     assert reason_to_wait(waiting, Version(10, 1), Version(40, 1), LearnerHeartbeat(step=40), queue) is None
     assert reason_to_wait(waiting, Version(9, 1), Version(40, 1), LearnerHeartbeat(step=40), queue) == "staleness"
+
+
+@pytest.mark.parametrize(
+    ("queue", "added"),
+    [
+        (Queue(), 16),  # 8 in generation and as many queued
+        (Queue(in_engine=16), 0),
+        (Queue(in_engine=15), 1),
+        (Queue(own=52), 12),  # the queue has room for 64
+        (Queue(own=52, in_engine=10), 2),
+        (Queue(own=63), 8),  # no less than a batch
+        (Queue(own=63, in_engine=8), 0),
+    ],
+)
+def test_the_engine_holds_two_batches_and_no_more_than_the_queue_has_room_for(queue: Queue, added: int) -> None:
+    assert room(spec(), 8, queue, FAR) == added
+
+
+def test_a_slot_that_alone_must_fill_a_step_is_not_held_back_by_its_own_queue() -> None:
+    small = spec(exchange={"maxPendingGroups": 20})
+    assert room(small, 8, Queue(own=30), FAR) == 16  # a step takes 32, and nobody else makes any
 
 
 @pytest.mark.parametrize(("replicas", "groups", "shares"), [(2, 32, [16, 16]), (3, 32, [10, 11, 11]), (1, 32, [32])])
 def test_the_shares_of_online_samplers_make_up_a_step(replicas: int, groups: int, shares: list[int]) -> None:
     online = spec(mode="online", samplers=[{"name": "far", "replicas": replicas}])
-    sizes = [batch_size(online, 100, Queue(0, 0, 0), slot) for slot in online.slots]
+    sizes = [room(online, 100, Queue(), slot) for slot in online.slots]
     assert sizes == shares
     assert sum(sizes) == groups
 
 
-def test_an_online_batch_is_no_more_than_the_version_lacks() -> None:
+def test_an_online_slot_adds_no_more_than_the_version_lacks() -> None:
     online = spec(mode="online")  # 32 groups, 2 slots
-    assert batch_size(online, 8, Queue(0, 0, 0), Slot("far", 0)) == 8
-    assert batch_size(online, 100, Queue(0, 30, 30), Slot("far", 0)) == 2
-    assert batch_size(online, 100, Queue(0, 8, 8, promised=20), Slot("far", 0)) == 4
-    assert batch_size(spec(), 100, Queue(0, 30, 30), Slot("far", 0)) == 100
+    assert room(online, 4, Queue(), FAR) == 8
+    assert room(online, 100, Queue(made=30), FAR) == 2
+    assert room(online, 100, Queue(made=8, by_others=20), FAR) == 4
+    assert room(online, 100, Queue(making=6, in_engine=6), FAR) == 10  # of its share of 16
 
 
-def test_what_others_promised_counts_unless_it_is_published_or_they_are_gone() -> None:
+def test_what_others_promised_counts_and_of_those_that_are_gone_what_they_published() -> None:
     def beat(promised: int, version: int = 3, **fields: Any) -> SlotHeartbeat:
         return SlotHeartbeat(
-            promised=promised, version=str(Version(version, 1)), epoch=1, beats=1, **{"time": 100.0, **fields}
+            promised=promised, made=2, version=str(Version(version, 1)), epoch=1, beats=1, **{"time": 100.0, **fields}
         )
 
     beats = {
         Slot("far", 0): beat(16),  # this slot itself
-        Slot("far", 1): beat(16),  # of which two are published
+        Slot("far", 1): beat(16),
         Slot("far", 2): beat(8, version=2),  # still on other weights
         Slot("far", 3): beat(8, released=True),
         Slot("far", 4): beat(8, time=39.0),  # silent for longer than a lease
-        Slot("far", 5): beat(3),  # all published
     }
-    published = [
-        name(3, "far-1", 0),
-        name(3, "far-1", 1),
-        name(2, "far-1", 2),
-        *(name(3, "far-5", i) for i in range(3)),
-    ]
-    assert promised_by_others(beats, published, Slot("far", 0), Version(3, 1), fresh_since=40.0) == 14
+    assert made_by_others(beats, Slot("far", 0), Version(3, 1), fresh_since=40.0) == 16 + 2 + 2
 
 
 @pytest.mark.parametrize("seconds", [[1.0, 1.0], [1.0, 1.7], [1.0, 3.0], [1.0, 1.1, 0.4], [0.3, 1.0, 2.0, 5.0]])
-@pytest.mark.parametrize("per_batch", [4, 16])
+@pytest.mark.parametrize("per_batch", [2, 16])
 def test_online_samplers_of_any_speeds_make_no_group_too_many(seconds: list[float], per_batch: int) -> None:
-    """Slots that take these times for a batch, and adopt a version at slightly different moments."""
+    """Slots that take these times for a group, and adopt a version at slightly different moments."""
     online = spec(mode="online", samplers=[{"name": "far", "replicas": len(seconds)}])
     slots, groups = online.slots, online.learner.batch.groups
-    published: list[RolloutName] = []
     for step in range(20):
-        version, beats = Version(step, 1), dict[Slot, SlotHeartbeat]()
-        wakes = [(0.01 * i, i, 0) for i in range(len(slots))]  # when, which slot, how many it has finished by then
+        version, beats, learner = Version(step, 1), dict[Slot, SlotHeartbeat](), LearnerHeartbeat(step=step)
+        made, in_engine = [0] * len(slots), [0] * len(slots)
+        wakes = [(0.01 * place, place, 0) for place in range(len(slots))]  # when, which slot, what it has finished
         while wakes:
             now, place, finished = heapq.heappop(wakes)
             slot = slots[place]
-            first = 1 + max((n.seq for n in published if n.slot == slot), default=-1)
-            published += [RolloutName(version, slot, first + k) for k in range(finished)]
-            queue = pending(online, published, [], LearnerHeartbeat(step=step), slot, version)
-            promised = promised_by_others(beats, published, slot, version, fresh_since=0.0)
-            queue = replace(queue, promised=promised)
-            count = 0
-            if reason_to_wait(online, version, version, LearnerHeartbeat(step=step), queue) is None:
-                count = batch_size(online, per_batch, queue, slot)
-                heapq.heappush(wakes, (now + seconds[place] * count / per_batch, place, count))
+            made[place] += finished
+            in_engine[place] -= finished
+            published = dict.fromkeys(range(made[place]), version)
+            others = made_by_others(beats, slot, version, fresh_since=0.0)
+            queue = queue_of(online, slot, version, published, [], in_engine[place], learner, others)
+            if reason_to_wait(online, version, version, learner, queue) is None:
+                count = room(online, per_batch, queue, slot)
+                in_engine[place] += count
+                for number in range(count):
+                    heapq.heappush(wakes, (now + seconds[place] * (1 + number / 7), place, 1))
             beats[slot] = SlotHeartbeat(
-                promised=queue.own_of_version + count, version=str(version), epoch=1, beats=1, time=now
+                promised=made[place] + in_engine[place], version=str(version), epoch=1, beats=1, time=now
             )
-        assert sum(n.version == version for n in published) == groups
+        assert sum(made) == groups
 
 
 # ── prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────────

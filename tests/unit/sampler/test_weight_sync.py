@@ -31,7 +31,7 @@ class OneNumberEngine:
     def __init__(self) -> None:
         self.weight = 0.0
 
-    def load_weights(self, folder: Path) -> None:
+    def load_weights(self, folder: Path, version: Version) -> None:
         self.weight = float((folder / "model.safetensors").read_text())
 
     def score(self, token_ids: list[list[int]]) -> list[list[float]]:

@@ -8,7 +8,8 @@ Processes never communicate directly. One side writes, the other lists names and
       model/  data/NAME.jsonl       starting weights (HF folder), tokenised problems      prepare
       weights/VERSION/              model.safetensors, canary.json, manifest.json         learner
                                     (with LoRA adapter_{config.json,model.safetensors})
-      rollouts/NAME.safetensors     one prompt's group of completions                     samplers, each its own names
+      rollouts/NAME.safetensors     one prompt's group of completions, which waits        samplers, each its own names
+      taken/NAME.safetensors        those that the learner has trained or dropped         learner
       archive/NAME.safetensors      trained rollouts, when the spec keeps them            learner
       slots/SLOT/                   lease-EPOCH.json, state-EPOCH.json, heartbeat.json    the slot's holder
       incarnations/iNUMBER.json     the claim to be the learner                           learner
@@ -46,8 +47,10 @@ Rules
      its newest checkpoint, replays the journal, then selects afresh: no rollout is trained twice on the way to the
      surviving weights, none that was published is lost. When there are checkpoints and none is whole, it begins at
      step 0 only if the manifest says so (`failurePolicy.startOver`).
-  8. A rollout is deleted (or archived) only when the oldest checkpoint kept covers it. The learner is the only one
-     that deletes weights and rollouts.
+  8. What a step took is moved from rollouts/ to taken/ once it is in the journal, so that listing what waits stays
+     cheap; readers look in both. After a crash the learner sorts the two by its journal. A rollout is deleted (or
+     archived) only when the oldest checkpoint kept covers it. The learner is the only one that deletes weights and
+     rollouts.
   9. The learner is the process whose incarnation has the highest claim; it asks before each write, last of all before
      a name is given, and leaves (Superseded) if there is a higher one. A claim names the launcher that starts its
      learner again: once it was followed by another launcher's it does so no more, or the two would follow each other in
@@ -231,8 +234,12 @@ class Exchange(LearnerState):
                 raise ExchangeError(f"{names}: published before and never overwritten; do two samplers use one slot?")
 
     def list_rollouts(self) -> list[RolloutName]:
-        """Published rollouts that were neither deleted nor quarantined, trained ones included."""
+        """Published rollouts that wait for the learner; some may be taken already, if it crashed."""
         return self._records.names(self.root / "rollouts", RolloutName.parse, _SAFETENSORS)
+
+    def list_taken(self) -> list[RolloutName]:
+        """Rollouts that the learner has trained or dropped, and that no checkpoint covers yet."""
+        return self._records.names(self.root / "taken", RolloutName.parse, _SAFETENSORS)
 
     def read_rollout(self, name: RolloutName) -> Rollout:
         """Read and check one group.
@@ -240,7 +247,34 @@ class Exchange(LearnerState):
         Raises CorruptFile with the reason, UnknownProtocol for what a later version of HeteroRL published, and
         FileNotFoundError if it is gone.
         """
-        return Rollout.from_bytes(self.files.read(self._rollout(name)))
+        try:
+            data = self.files.read(self._rollout(name))
+        except FileNotFoundError:
+            data = self.files.read(self._taken(name))
+        return Rollout.from_bytes(data)
+
+    def take_away(self, names: Iterable[RolloutName]) -> None:
+        """Move what the journal says was taken out of the folder of those that wait; fine for what is there already."""
+        self._move(names, self._rollout, self._taken)
+
+    def give_back(self, names: Iterable[RolloutName]) -> None:
+        """Let rollouts wait again of which the journal no longer says that they were taken."""
+        self._move(names, self._taken, self._rollout)
+
+    def _move(
+        self, names: Iterable[RolloutName], source: Callable[[RolloutName], Path], to: Callable[[RolloutName], Path]
+    ) -> None:
+        with self._as_learner():
+            for number, name in enumerate(sorted(names)):
+                if number == 0:
+                    self.files.make_dir(to(name).parent)
+                try:
+                    if not self.files.publish(source(name), to(name)):
+                        self._records.quarantine(
+                            source(name), f"another file of its name is in {to(name).parent.name}/"
+                        )
+                except FileNotFoundError:
+                    continue
 
     def check_epoch(self, name: RolloutName, lease_epoch: int) -> None:
         """CorruptFile for a rollout whose maker had lost its slot before it was made (`lease_epoch`: as it says)."""
@@ -249,19 +283,23 @@ class Exchange(LearnerState):
     def quarantine_rollout(self, name: RolloutName, reason: str) -> None:
         """Put a file that failed its checks aside, with the reason beside it."""
         with self._as_learner():
-            self._records.quarantine(self._rollout(name), reason)
+            for path in (self._rollout(name), self._taken(name)):
+                self._records.quarantine(path, reason)
 
     def list_quarantined(self) -> list[RolloutName]:
         """Rollouts that failed their checks."""
-        return self._records.names(self.root / "quarantine" / "rollouts", RolloutName.parse, _SAFETENSORS)
+        folders = (self.root / "quarantine" / name for name in ("rollouts", "taken"))
+        return [name for folder in folders for name in self._records.names(folder, RolloutName.parse, _SAFETENSORS)]
 
     def retire_rollouts(self, names: Iterable[RolloutName], *, archive: bool) -> None:
         """Delete or archive rollouts that a durable checkpoint covers; those already gone are fine."""
         with self._as_learner():
-            retired = sorted(set(names) & set(self.list_rollouts()))
+            names = set(names)
+            retired = [self._taken(name) for name in self.list_taken() if name in names]
+            retired += [self._rollout(name) for name in self.list_rollouts() if name in names]
             if archive and retired:
                 self.files.make_dir(self.root / "archive")
-            for path in map(self._rollout, retired):
+            for path in retired:
                 if not archive:
                     self.files.remove(path)
                 elif not self.files.publish(path, self.root / "archive" / path.name):
@@ -271,6 +309,9 @@ class Exchange(LearnerState):
 
     def _rollout(self, name: RolloutName) -> Path:
         return self.root / "rollouts" / f"{name}{_SAFETENSORS}"
+
+    def _taken(self, name: RolloutName) -> Path:
+        return self.root / "taken" / f"{name}{_SAFETENSORS}"
 
     # ── slots ────────────────────────────────────────────────────────────────────────────────────────────────────────
     @cached_property
@@ -298,7 +339,7 @@ class Exchange(LearnerState):
     def _next_seq(self, slot: Slot) -> int:
         """The first sequence number that cannot have been used, from all records, any of which may be lost."""
         state, learner = self._slots.load(slot), self.learner
-        published = [*self.list_rollouts(), *self.list_quarantined()]
+        published = [*self.list_rollouts(), *self.list_taken(), *self.list_quarantined()]
         published += self._records.names(self.root / "archive", RolloutName.parse, _SAFETENSORS)
         return max(
             state.next_seq if state else 0,

@@ -173,6 +173,10 @@ class LearnerHeartbeat(Record):
     checkpoint_step: int | None = None
     taken: dict[str, int] = {}
     """The last sequence number that was trained or dropped, by slot."""
+    waiting: dict[str, int] = {}
+    """Rollouts that are there and not too old, by slot, as of the last look."""
+    late: dict[str, int] = {}
+    """Those of them whose number is below the last one taken: of a slot, groups are finished in any order."""
     dropped: int = 0
     finished: bool = False
     """The last step is trained and the output written."""
@@ -239,6 +243,8 @@ class SlotState(Record):
     """What a slot's next holder has to know."""
 
     next_seq: NonNegativeInt
+    left: list[NonNegativeInt] = []
+    """Smaller numbers that a holder handed out and, at the orderly end of its work, has not used: its last word."""
     adoption: dict[str, Any] = {}
     """Of the delay policy (`heterorl.heterogeneity.delay.Adoption.state`)."""
     prompts: PromptEvidence = PromptEvidence()
@@ -256,7 +262,7 @@ class SlotStatus(Record):
     """The weights it serves."""
     version_step: int | None = None
     rollouts: int = 0
-    """Its next sequence number."""
+    """Groups that the slot has generated."""
     swaps: int = 0
     rejected: int = 0
     """Versions that it refused."""
@@ -276,8 +282,10 @@ class SlotStatus(Record):
     tokens_per_s: float | None = None
     pending: int = 0
     """Its rollouts that wait for the learner."""
+    made: int = 0
+    """Groups of its version that it has published, trained or not."""
     promised: int = 0
-    """Online: groups of its version that it has made or is making, which other samplers need not make."""
+    """Those, and what it is making of that version: online, other samplers need not make them."""
     canary_mean_abs_diff: float | None = None
     """Of the version it serves (`heterorl.exchange.canary`)."""
 

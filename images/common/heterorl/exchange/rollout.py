@@ -17,6 +17,8 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -42,7 +44,6 @@ _DTYPES = {
     "completion_ids": np.int32,
     "lengths": np.int32,
     "logp": np.float32,
-    "versions": np.int32,
     "rewards": np.float32,
     "truncated": np.bool_,
 }
@@ -69,6 +70,16 @@ class RolloutName(NamedTuple):
         if not (match := _ROLLOUT.fullmatch(text)):
             raise ValueError(f"{text!r} is not a rollout; expected a name such as v00000012-i0001--far-0--s0000000042")
         return cls(Version.parse(match[1]), Slot.parse(match[2]), int(match[3]))
+
+
+Runs = tuple[tuple[Version, int], ...]
+"""Which weights made which tokens: (version, how many of the next tokens), neighbours of one version in one run."""
+
+
+def joined(runs: Iterable[tuple[Version, int]]) -> Runs:
+    """Runs with neighbours of one version put together, and empty ones left out."""
+    by_version = groupby(((version, count) for version, count in runs if count), key=itemgetter(0))
+    return tuple((version, sum(count for _, count in same)) for version, same in by_version)
 
 
 # ── contents ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -121,6 +132,8 @@ class Completion:
     """Log-probability of each token under the sampling distribution."""
     truncated: bool
     """Whether the length limit ended it, rather than an end-of-sequence token or a stop."""
+    versions: Runs = ()
+    """Which weights made which of its tokens; more than one when weights were swapped while it was generated."""
 
 
 class Provenance(BaseModel):
@@ -172,8 +185,8 @@ class Rollout:
     """[G] tokens of each completion; they sum to T."""
     logp: NDArray[np.float32]
     """[T] behaviour log-probabilities from the engine, of the distribution that was sampled from."""
-    versions: NDArray[np.int32]
-    """[T] step of the weights that made each token."""
+    versions: Runs
+    """Which weights made which of the T tokens."""
     rewards: NDArray[np.float32]
     """[G] weighted sum of the reward terms."""
     truncated: NDArray[np.bool_]
@@ -186,6 +199,11 @@ class Rollout:
     meta: dict[str, Any] = field(default_factory=dict)
     """JSON: row_id and the like."""
 
+    @property
+    def oldest(self) -> Version:
+        """The oldest weights that made a token of it, by which its lag counts."""
+        return min(version for version, _ in self.versions)
+
     def to_bytes(self) -> bytes:
         """The file's contents."""
         arrays: dict[str, NDArray[Any]] = {
@@ -196,6 +214,7 @@ class Rollout:
             "protocol": str(PROTOCOL),
             "provenance": self.provenance.model_dump_json(),
             "lease_epoch": str(self.lease_epoch),
+            "versions": json.dumps([(str(version), count) for version, count in self.versions]),
             "meta": json.dumps(self.meta, sort_keys=True),
             "arrays": json.dumps({name: array.size for name, array in arrays.items()}),
         }
@@ -225,6 +244,7 @@ class Rollout:
                 **{name: arrays[name] for name in _DTYPES},
                 provenance=Provenance.model_validate_json(header["provenance"]),
                 lease_epoch=int(header["lease_epoch"]),
+                versions=tuple((Version.parse(name), int(count)) for name, count in from_json(header["versions"])),
                 reward_terms={n.removeprefix(_TERM): array for n, array in arrays.items() if n.startswith(_TERM)},
                 meta=dict(from_json(header["meta"])),
             )
@@ -242,7 +262,10 @@ class Rollout:
         group, tokens = len(self.lengths), len(self.completion_ids)
         if group == 0 or int(self.lengths.min()) < 1 or int(self.lengths.astype(np.int64).sum()) != tokens:
             raise CorruptFile(f"lengths {self.lengths.tolist()[:8]} do not add up to {tokens} completion tokens")
-        sizes = {"logp": tokens, "versions": tokens, "rewards": group, "truncated": group}
+        counts = [count for _, count in self.versions]
+        if min(counts, default=0) < 1 or sum(counts) != tokens:
+            raise CorruptFile(f"versions tell of {sum(counts)} tokens, {counts[:8]} of each; there are {tokens}")
+        sizes = {"logp": tokens, "rewards": group, "truncated": group}
         for name, size in sizes.items():
             if len(getattr(self, name)) != size:
                 raise CorruptFile(f"{name} has {len(getattr(self, name))} values; expected {size}")

@@ -174,7 +174,8 @@ class RunFolder:
 
     def check_volume(self) -> None:
         """Try what the protocol needs of the mount, before anything is entrusted to it; RunFolderError if it cannot."""
-        check_mount(self.files, self.root, *(self.root / name for name in ("rollouts", "archive", "quarantine")))
+        folders = ("rollouts", "taken", "archive", "quarantine")
+        check_mount(self.files, self.root, *(self.root / name for name in folders))
 
     def clock_ahead_s(self) -> float | None:
         """How far this machine's clock is ahead of the file server's, within half a second; None where that takes long.

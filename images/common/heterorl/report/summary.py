@@ -51,7 +51,7 @@ class Ledger:
 def read_ledger(exchange: Exchange, samplers: dict[Slot, list[Record]]) -> Ledger:
     """The ledger of a run's folder; `samplers` are the slots' metrics."""
     # What lies in the folder is listed before the journal is read: a rollout may go from there to here, never back.
-    pending = frozenset(map(str, exchange.list_rollouts()))
+    pending = frozenset(map(str, [*exchange.list_rollouts(), *exchange.list_taken()]))
     quarantined = frozenset(map(str, exchange.list_quarantined()))
     journal = exchange.read_journal()
     return Ledger(

@@ -954,7 +954,9 @@ class SamplerPoolSpec(Block):
     engine: Literal["vllm", "transformers"] = "vllm"
     """Inference engine: vllm for real models (GPU or CPU); transformers for tiny models and parity tests."""
     prompts_per_batch: int = Field(8, ge=1, le=65_536)
-    """Number of prompts generated together; weights are swapped between batches."""
+    """Number of prompts in generation at a time; as many again are queued behind them, so that it never drains."""
+    swap: Literal["inflight", "drain"] = "inflight"
+    """Adopt weights in the midst of generation (tokens carry their version), or once the running groups are done."""
     delay: DelaySpec = DelaySpec()
     """When new weights may be adopted."""
     availability: AvailabilitySpec = AvailabilitySpec()

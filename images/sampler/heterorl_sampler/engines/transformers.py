@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Callable
+import sys
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
@@ -28,8 +32,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from heterorl.errors import ModelError, SiteError
 from heterorl.exchange.canary import ROUNDING, require_same_tensors, tensor_shapes, weight_files
-from heterorl.exchange.rollout import Completion, Sampling
-from heterorl_sampler.decoding import StopTexts
+from heterorl.exchange.rollout import Completion, Sampling, Version
+from heterorl_sampler.decoding import stop_texts
+from heterorl_sampler.engines.base import UNNAMED, Finished, InferenceEngine, runs_of
 from heterorl_sampler.engines.model_files import Dtype, end_token_ids
 
 log = logging.getLogger(__name__)
@@ -47,7 +52,7 @@ READINGS: dict[Reading, str] = {
 cache, or without one. And what the engine does in one that costs more than the first."""
 
 
-class TransformersEngine:
+class TransformersEngine(InferenceEngine):
     """A Hugging Face model in this process.
 
     Padding and caches are wrong for many models, which say nothing: with those that recur or convolve, the padding may
@@ -55,16 +60,20 @@ class TransformersEngine:
     log-probabilities are those of a plain forward over each text alone.
     """
 
-    def __init__(self, model_dir: Path, *, dtype: Dtype, gpus: int = 0) -> None:
+    def __init__(self, model_dir: Path, *, dtype: Dtype, max_running: int | None = None, gpus: int = 0) -> None:
         if gpus and not torch.cuda.is_available():
             raise SiteError(f"gpus: {gpus}, but torch finds no GPU on this node")
         disable_progress_bar()  # logs are read by people and collectors
-        self._device = torch.device("cuda" if gpus else "cpu")
+        self.device = torch.device("cuda" if gpus else "cpu")
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
         self._model = model.eval()
-        self._model.to(self._device)
+        self._model.to(self.device)
         self._selects_logits = "logits_to_keep" in signature(model.forward).parameters
-        self._model_dir, self._ends = model_dir, end_token_ids(model_dir)
+        self.model_dir, self.ends = model_dir, end_token_ids(model_dir)
+        self._max_running = max_running or sys.maxsize
+        self._numbers = itertools.count()
+        self._waiting: deque[_Group] = deque()
+        self._batch: _Batch | None = None
         self.reading = self._choose_reading(ROUNDING[dtype])
 
     def _choose_reading(self, tolerance: float) -> Reading:
@@ -101,55 +110,50 @@ class TransformersEngine:
         difference = np.abs(np.subtract(found, truth)).mean() / max(float(np.std(truth)), 1e-3)
         return float(np.nan_to_num(difference, nan=math.inf))
 
-    def generate(
-        self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, stop: Callable[[], bool] = lambda: False
-    ) -> list[list[Completion] | None]:
-        """`n` completions of each prompt; the rows of a batch are generated together."""
-        generator = torch.Generator(self._device).manual_seed(seed)
-        batches = [prompts] if self.reading == "together" and prompts else [[prompt] for prompt in prompts]
-        return [group for batch in batches for group in self._generate(batch, n, sampling, generator, stop)]
+    # ── groups ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    def add(self, prompt: Sequence[int], n: int, sampling: Sampling, seed: int) -> int:
+        """Queue a group for the next batch."""
+        number = next(self._numbers)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        self._waiting.append(_Group(number, list(prompt), n, sampling, generator))
+        return number
 
     @torch.inference_mode()
-    def _generate(
-        self, prompts: list[list[int]], n: int, sampling: Sampling, generator: torch.Generator, stop: Callable[[], bool]
-    ) -> list[list[Completion] | None]:
-        processors, stop_texts = _processors(sampling), StopTexts(sampling.stop, self._model_dir)
-        ends = torch.tensor([*self._ends, *sampling.stop_token_ids], device=self._device)
-        texts, mask = self._pad_left(prompts)
-        cache = None if self.reading == "uncached" else DynamicCache(config=self._model.config)
-        if cache is not None and self.reading == "together":  # each prompt is read once
-            logits = self._forward(texts, mask, cache).repeat_interleave(n, 0)
-            cache.batch_repeat_interleave(n)
-            texts, mask = texts.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
-        else:
-            texts, mask = texts.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
-            logits = self._forward(texts, mask, cache)
-        alive = torch.ones(len(texts), dtype=torch.bool, device=self._device)
-        tokens, logps, lives = [], [], []
-        for step in range(sampling.max_tokens):
-            # transformers asks for LongTensor and FloatTensor, classes that no tensor has had for years.
-            logp = processors(texts, logits).log_softmax(-1)  # type: ignore[arg-type]  # [R, V]
-            if sampling.temperature > 0:
-                token = torch.multinomial(logp.exp(), 1, generator=generator)  # [R, 1]
-            else:
-                token = logp.argmax(-1, keepdim=True)
-            tokens.append(token)
-            logps.append(logp.gather(1, token))
-            lives.append(alive)
-            alive = alive & ~torch.isin(token[:, 0], ends)
-            if sampling.stop:
-                said = stop_texts.said(torch.cat(tokens[-stop_texts.window :], 1).tolist())
-                alive = alive & ~torch.tensor(said, device=self._device)
-            at_limit = step + 1 == sampling.max_tokens
-            if at_limit or stop() or not alive.any():
-                break
-            texts = torch.cat([texts, token], 1)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            logits = self._forward(texts, mask, cache, new=1)
-        groups = _completions(torch.cat(tokens, 1), torch.cat(logps, 1), torch.stack(lives, 1), alive, n)
-        return [group if at_limit or not any(c.truncated for c in group) else None for group in groups]
+    def step(self) -> Finished:
+        """A token of every completion of the batch; the next batch begins when all of this one's are complete."""
+        if self._batch is None:
+            if not self._waiting:
+                return []
+            self._batch = self._next_batch()
+        finished = self._batch.advance()
+        if not self._batch.num_groups:
+            self._batch = None
+        return finished
 
-    def _forward(self, texts: Tensor, mask: Tensor, cache: DynamicCache | None, new: int | None = None) -> Tensor:
+    @property
+    def num_groups(self) -> int:
+        """Groups that were added and are not complete."""
+        return len(self._waiting) + (self._batch.num_groups if self._batch else 0)
+
+    def drop(self) -> None:
+        """Forget the groups that are not complete."""
+        self._batch = None
+        self._waiting.clear()
+
+    def _next_batch(self) -> _Batch:
+        first = self._waiting[0]
+        room = 1 if self.reading != "together" else max(1, self._max_running // first.n)
+        alike = itertools.takewhile(lambda group: (group.n, group.sampling) == (first.n, first.sampling), self._waiting)
+        groups = list(itertools.islice(alike, room))
+        for _ in groups:
+            self._waiting.popleft()
+        return _Batch(self, groups)
+
+    def new_cache(self) -> DynamicCache | None:
+        """An empty cache, where the model reads with one."""
+        return None if self.reading == "uncached" else DynamicCache(config=self._model.config)
+
+    def forward(self, texts: Tensor, mask: Tensor, cache: DynamicCache | None, new: int | None = None) -> Tensor:
         """Logits [R, V] after the last token, in float32; `new` tokens are not in the cache yet, by default all."""
         kept: dict[str, Any] = {"logits_to_keep": 1} if self._selects_logits else {}
         start = 0 if new is None or cache is None else texts.shape[1] - new
@@ -160,14 +164,16 @@ class TransformersEngine:
         logits: Tensor = self._model(input_ids=texts[:, start:], use_cache=cache is not None, **kept).logits
         return logits[:, -1].float()
 
-    def _pad_left(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def pad_left(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Tokens and mask [prompts, S]."""
         # Filled up with the prompt's own first token: masked for attention, nothing new to the repetition penalty.
         width = max(map(len, prompts))
         texts = [[prompt[0]] * (width - len(prompt)) + prompt for prompt in prompts]
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        return torch.tensor(texts, device=self._device), torch.tensor(mask, device=self._device)
+        return torch.tensor(texts, device=self.device), torch.tensor(mask, device=self.device)
 
-    def load_weights(self, folder: Path) -> None:
+    # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    def load_weights(self, folder: Path, version: Version = UNNAMED) -> None:
         """Copy the folder's tensors into the model."""
         files = weight_files(folder)
         # A tied model's head is in the state dict, but not in the file.
@@ -179,11 +185,14 @@ class TransformersEngine:
             for path in files:
                 for name, tensor in load_file(path).items():
                     own[name].copy_(tensor)
+        if self._batch:
+            self._batch.note_swap()
+        self.version = version
 
     @torch.inference_mode()
     def score(self, token_ids: list[list[int]]) -> list[list[float]]:
         """Log-probabilities at temperature 1 of tokens 1 and later."""
-        return [self._score_one(torch.tensor([text], device=self._device)) for text in token_ids]
+        return [self._score_one(torch.tensor([text], device=self.device)) for text in token_ids]
 
     def _score_one(self, text: Tensor) -> list[float]:
         logp = self._model(input_ids=text, use_cache=False).logits[0, :-1].float().log_softmax(-1)
@@ -193,6 +202,100 @@ class TransformersEngine:
     def close(self) -> None:
         """Let go of the model."""
         del self._model
+
+
+# ── a batch ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True)
+class _Group:
+    number: int
+    prompt: list[int]
+    n: int
+    sampling: Sampling
+    generator: torch.Generator
+
+
+class _Batch:
+    """Groups that are generated together, a token of each row at a time, until the last of them is complete.
+
+    Every group draws by its own generator, so that nothing beside it changes its draws.
+    """
+
+    def __init__(self, engine: TransformersEngine, groups: list[_Group]) -> None:
+        first = groups[0]
+        self._engine, self._groups, self._n, self._sampling = engine, groups, first.n, first.sampling
+        self._processors = _processors(first.sampling)
+        self._stop_texts = stop_texts(first.sampling.stop, engine.model_dir)
+        self._ends = torch.tensor([*engine.ends, *first.sampling.stop_token_ids], device=engine.device)
+        self._texts, self._mask = engine.pad_left([group.prompt for group in groups])
+        self._cache = engine.new_cache()
+        self._unread: int | None = None  # tokens of each row that are not in the cache; None for all
+        self._alive = torch.ones(len(groups) * self._n, dtype=torch.bool, device=engine.device)
+        self._tokens: list[Tensor] = []
+        self._logps: list[Tensor] = []
+        self._lives: list[Tensor] = []
+        self._swaps: list[tuple[Version, int]] = []
+        self._left = dict(enumerate(groups))
+
+    @property
+    def num_groups(self) -> int:
+        """Those that are not complete."""
+        return len(self._left)
+
+    def note_swap(self) -> None:
+        """Read all texts anew, by the new weights, before the next token."""
+        self._swaps.append((self._engine.version, len(self._tokens)))
+        self._cache, self._unread = self._engine.new_cache(), None
+
+    def advance(self) -> Finished:
+        """Draw the next token of each row; the groups that are complete by it."""
+        logits = self._read()
+        # transformers asks for LongTensor and FloatTensor, classes that no tensor has had for years.
+        logp = self._processors(self._texts, logits).log_softmax(-1)  # type: ignore[arg-type]  # [R, V]
+        token = self._draw(logp)  # [R, 1]
+        self._tokens.append(token)
+        self._logps.append(logp.gather(1, token))
+        self._lives.append(self._alive)
+        self._alive = self._alive & ~torch.isin(token[:, 0], self._ends)
+        if self._sampling.stop:
+            said = self._stop_texts.said(torch.cat(self._tokens[-self._stop_texts.window :], 1).tolist())
+            self._alive = self._alive & ~torch.tensor(said, device=self._alive.device)
+        self._texts = torch.cat([self._texts, token], 1)
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], 1)
+        at_limit = len(self._tokens) == self._sampling.max_tokens
+        open_groups = self._alive.view(-1, self._n).any(1).tolist()
+        done = [place for place in self._left if at_limit or not open_groups[place]]
+        return [(self._left.pop(place).number, self._completions(place)) for place in done]
+
+    def _read(self) -> Tensor:
+        """Logits [R, V] after the last token of each row."""
+        if len(self._texts) == len(self._alive):
+            logits = self._engine.forward(self._texts, self._mask, self._cache, self._unread)
+        else:  # at first, each prompt is read once
+            logits = self._engine.forward(self._texts, self._mask, self._cache).repeat_interleave(self._n, 0)
+            if self._cache is not None:
+                self._cache.batch_repeat_interleave(self._n)
+            self._texts = self._texts.repeat_interleave(self._n, 0)
+            self._mask = self._mask.repeat_interleave(self._n, 0)
+        self._unread = 1
+        return logits
+
+    def _draw(self, logp: Tensor) -> Tensor:
+        if self._sampling.temperature == 0:
+            return logp.argmax(-1, keepdim=True)
+        parts = logp.exp().split(self._n)
+        drawn = [torch.multinomial(p, 1, generator=group.generator) for p, group in zip(parts, self._groups)]
+        return torch.cat(drawn)
+
+    def _completions(self, place: int) -> list[Completion]:
+        """A group's rows, cut to their lengths; a row that is alive was cut by the length limit."""
+        rows = slice(place * self._n, (place + 1) * self._n)
+        tokens = torch.cat([token[rows] for token in self._tokens], 1).tolist()
+        logps = torch.cat([logp[rows] for logp in self._logps], 1).tolist()
+        lengths = torch.stack([alive[rows] for alive in self._lives], 1).sum(1).tolist()
+        return [
+            Completion(ids[:length], logp[:length], truncated, runs_of(self._swaps, self._engine.version, length))
+            for ids, logp, length, truncated in zip(tokens, logps, lengths, self._alive[rows].tolist())
+        ]
 
 
 def _processors(sampling: Sampling) -> LogitsProcessorList:
@@ -209,13 +312,3 @@ def _processors(sampling: Sampling) -> LogitsProcessorList:
     if sampling.top_p < 1:
         steps.append(TopPLogitsWarper(sampling.top_p))
     return steps
-
-
-def _completions(tokens: Tensor, logp: Tensor, lives: Tensor, unfinished: Tensor, n: int) -> list[list[Completion]]:
-    """Cut rows [R, T] to their lengths and group them by prompt."""
-    lengths = lives.sum(1).tolist()
-    rows = [
-        Completion(token_ids[:length], logps[:length], truncated)
-        for token_ids, logps, length, truncated in zip(tokens.tolist(), logp.tolist(), lengths, unfinished.tolist())
-    ]
-    return [rows[start : start + n] for start in range(0, len(rows), n)]

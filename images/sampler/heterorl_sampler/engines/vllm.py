@@ -2,8 +2,11 @@
 
 Weights are swapped by vLLM's `reload_weights`, which is silently wrong for tied embeddings: a tied model is therefore
 served untied, from a folder of links with `tie_word_embeddings: false` and the head as a tensor of its own. Only paths
-are handed to vLLM, so that its workers may be other processes. A swap happens between calls of `generate`, when no
-request runs; the prefix cache is dropped after it, since old prefixes would poison everything that follows.
+are handed to vLLM, so that its workers may be other processes.
+
+A swap happens between two steps, in the midst of requests. What they have cached is of the old weights, and would
+poison whatever follows: so all are put back to the waiting ones, the cache is dropped, and each text is read anew by
+the new weights before its next token. Nothing of it is lost: tokens stay, and so does the state of a request's draws.
 """
 
 from __future__ import annotations
@@ -12,8 +15,11 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
@@ -26,7 +32,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings are many, a
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "0" if torch.cuda.is_available() else "1")
 
-import numpy as np
 from safetensors import safe_open
 from safetensors.torch import save_file
 from vllm import CompletionOutput, EngineArgs, LLMEngine, RequestOutput, SamplingParams
@@ -39,12 +44,30 @@ from vllm.sampling_params import RequestOutputKind
 
 from heterorl.errors import CorruptFile, HeteroRLError, SiteError, UserError
 from heterorl.exchange.canary import CANARY_TOKENS, require_same_tensors, tensor_shapes, weight_files
-from heterorl.exchange.rollout import Completion, Sampling
-from heterorl_sampler.decoding import StopTexts
+from heterorl.exchange.rollout import Completion, Sampling, Version
+from heterorl_sampler.decoding import StopTexts, stop_texts
+from heterorl_sampler.engines.base import UNNAMED, Finished, InferenceEngine, runs_of
 from heterorl_sampler.engines.model_files import Dtype, context_length, end_token_ids, head_and_embedding
 
+MAX_RUNNING = 256
+"""Completions at a time: what a device of the usual size has room for, and vLLM's own bound there."""
+_TO_THE_END = sys.maxsize
+"""Tokens that a completion has at a swap which is finished, but not yet handed out with its group."""
 
-class VLLMEngine:
+
+@dataclass
+class _Group:
+    """A group in generation."""
+
+    stop_texts: StopTexts
+    names: list[str]
+    """Of its requests."""
+    swaps: list[list[tuple[Version, int]]]
+    """[n] of each completion: the version that was served until a swap, and its tokens by then."""
+    made: dict[int, Completion] = field(default_factory=dict)
+
+
+class VLLMEngine(InferenceEngine):
     """A vLLM model in this process (with its workers, when tensor parallel)."""
 
     def __init__(
@@ -53,6 +76,7 @@ class VLLMEngine:
         *,
         dtype: Dtype,
         max_model_len: int,
+        max_running: int | None = None,
         gpus: int,
         tensor_parallel: int,
         gpu_memory_utilization: float,
@@ -74,7 +98,9 @@ class VLLMEngine:
             skip_tokenizer_init=True,
             dtype=dtype,
             max_model_len=min(max(max_model_len, CANARY_TOKENS + 1), context_length(model_dir)),
+            max_num_seqs=max_running and min(max_running, MAX_RUNNING),
             tensor_parallel_size=tensor_parallel,
+            async_scheduling=False,  # a step's tokens are out before the next: at a swap none are under way
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             use_tqdm_on_load=False,
@@ -88,79 +114,123 @@ class VLLMEngine:
             if "Free memory on device" in str(error):  # another process of this node holds it
                 raise SiteError(f"vLLM does not start on this node: {' '.join(str(error).split())}") from error
             raise UserError(f"vLLM does not start on {model_dir}: {' '.join(str(error).split())}") from error
-        self._request_numbers, self._adapter_numbers = itertools.count(), itertools.count(1)
+        self._numbers = itertools.count()
+        self._groups: dict[int, _Group] = {}
+        self._finished: Finished = []
+        self._adapter_numbers = itertools.count(1)
         self._takes_adapters = lora_rank > 0
         self._adapter: LoRARequest | None = None
+        self.keeps_running = not self._takes_adapters  # a running request names the adapter that it began with
 
-    def generate(
-        self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, stop: Callable[[], bool] = lambda: False
-    ) -> list[list[Completion] | None]:
-        """`n` completions of each prompt, one request a completion: vLLM's own n is the same, but ends them together.
+    # ── groups ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    def add(self, prompt: Sequence[int], n: int, sampling: Sampling, seed: int) -> int:
+        """One request a group. With stop texts it is one a completion, seeded as vLLM does it: those end one by one.
 
-        Its stop texts would need its tokenizer and cut the text but not the tokens: `StopTexts` ends requests here.
+        vLLM's own stop texts would need its tokenizer and cut the text but not the tokens: `StopTexts` ends requests.
         """
-        stop_texts = StopTexts(sampling.stop, self._model_dir)
-        seeds = np.random.SeedSequence(seed).generate_state(len(prompts) * n, np.uint64) >> np.uint64(2)
-        params = [
-            SamplingParams(
+        number = next(self._numbers)
+        copies = n if sampling.stop else 1
+        names = [f"{number}/{index}" for index in range(copies)]
+        self._groups[number] = _Group(stop_texts(sampling.stop, self._model_dir), names, [[] for _ in range(n)])
+        for index, name in enumerate(names):
+            params = SamplingParams(
+                n=n // copies,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
                 min_p=sampling.min_p,
                 repetition_penalty=sampling.repetition_penalty,
                 max_tokens=sampling.max_tokens,
-                seed=int(own_seed),
+                seed=seed + index,
                 stop_token_ids=[*self._ends, *sampling.stop_token_ids],
                 logprobs=0,  # the sampled token's alone
                 detokenize=False,
                 output_kind=RequestOutputKind.CUMULATIVE if sampling.stop else RequestOutputKind.FINAL_ONLY,
             )
-            for own_seed in seeds
-        ]
-        requests = self._run([prompt for prompt in prompts for _ in range(n)], params, stop, stop_texts)
-        made = [_completion(request.outputs[0], stop_texts) if request else None for request in requests]
-        groups = [[c for c in made[start : start + n] if c] for start in range(0, len(made), n)]
-        return [group if len(group) == n else None for group in groups]
+            self._engine.add_request(name, tokens_input(list(prompt)), params, lora_request=self._adapter)
+        return number
 
+    def step(self) -> Finished:
+        """One step of vLLM's, in which each running request gets a token, or a few waiting ones are read."""
+        for output in self._outputs():
+            self._take(output)
+        finished, self._finished = self._finished, []
+        return finished
+
+    @property
+    def num_groups(self) -> int:
+        """Groups that were added and are not complete."""
+        return len(self._groups)
+
+    def drop(self) -> None:
+        """Forget the groups that are not complete."""
+        self._engine.abort_request([name for group in self._groups.values() for name in group.names])
+        self._groups, self._finished = {}, []
+
+    def _outputs(self) -> list[RequestOutput]:
+        return [output for output in self._engine.step() if isinstance(output, RequestOutput)]
+
+    def _take(self, output: RequestOutput) -> None:
+        number, first = map(int, output.request_id.split("/"))
+        if (group := self._groups.get(number)) is None:
+            return
+        said = group.stop_texts.said([completion.token_ids for completion in output.outputs])
+        for completion, has_said in zip(output.outputs, said):
+            index = first + completion.index
+            if completion.finish_reason is not None or has_said:
+                group.made[index] = self._completion(completion, group.swaps[index], said=has_said)
+        if any(said) and not output.finished:
+            self._engine.abort_request([output.request_id])
+        if len(group.made) == len(group.swaps):
+            del self._groups[number]
+            self._finished.append((number, [group.made[index] for index in range(len(group.swaps))]))
+
+    def _completion(self, output: CompletionOutput, swaps: list[tuple[Version, int]], *, said: bool) -> Completion:
+        assert output.logprobs is not None
+        token_ids = list(output.token_ids)
+        logp = [_logp(entry, token) for token, entry in zip(token_ids, output.logprobs)]
+        truncated = output.finish_reason == "length" and not said
+        return Completion(token_ids, logp, truncated, runs_of(swaps, self.version, len(token_ids)))
+
+    # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def score(self, token_ids: list[list[int]]) -> list[list[float]]:
         """Log-probabilities at temperature 1 of tokens 1 and later; vLLM's prompt log-probabilities know no other."""
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        scores = []
-        for text, request in zip(token_ids, self._run(token_ids, [params] * len(token_ids))):
-            assert request is not None
-            assert request.prompt_logprobs is not None
-            scores.append([_logp(entry, token) for token, entry in zip(text[1:], request.prompt_logprobs[1:])])
-        return scores
+        names = [f"{next(self._numbers)}/0" for _ in token_ids]
+        scores: dict[str, list[float]] = {}
+        with self._alone():
+            for name, text in zip(names, token_ids):
+                self._engine.add_request(name, tokens_input(text), params, lora_request=self._adapter)
+            while len(scores) < len(names):
+                for output in self._outputs():
+                    if output.request_id in names:
+                        scores[output.request_id] = _prompt_logps(output)
+                    else:
+                        self._take(output)
+        return [scores[name] for name in names]
 
-    def _run(
-        self,
-        prompts: list[list[int]],
-        params: list[SamplingParams],
-        stop: Callable[[], bool] = lambda: False,
-        stop_texts: StopTexts | None = None,
-    ) -> list[RequestOutput | None]:
-        """Finished requests in the order of the prompts; None for those that `stop` cut short."""
-        names = [str(next(self._request_numbers)) for _ in prompts]
-        for name, prompt, param in zip(names, prompts, params):
-            self._engine.add_request(name, tokens_input(prompt), param, lora_request=self._adapter)
-        finished: dict[str, RequestOutput] = {}
-        while len(finished) < len(names) and not stop():
-            outputs = [output for output in self._engine.step() if isinstance(output, RequestOutput)]
-            said = stop_texts.said([output.outputs[0].token_ids for output in outputs]) if stop_texts else ()
-            ended = [output.request_id for output, has_said in zip(outputs, said) if has_said and not output.finished]
-            self._engine.abort_request(ended)
-            finished |= {o.request_id: o for o in outputs if o.finished or o.request_id in ended}
-        self._engine.abort_request([name for name in names if name not in finished])
-        return [finished.get(name) for name in names]
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps the requests that wait out of the scheduler's sight: after `load_weights` those are all there are."""
+        scheduler = self._engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]  # it is in this process
+        waiting, scheduler.waiting = scheduler.waiting, type(scheduler.waiting)()
+        try:
+            yield
+        finally:
+            for request in scheduler.waiting:
+                waiting.add_request(request)
+            scheduler.waiting = waiting
 
-    def load_weights(self, folder: Path) -> None:
-        """Reload from the folder's files in place, or take its adapters, then drop the prefix cache."""
+    def load_weights(self, folder: Path, version: Version = UNNAMED) -> None:
+        """Reload from the folder's files in place, or take its adapters, then drop all that is cached."""
         if self._takes_adapters:
             self._load_adapter(folder)
         else:
             self._reload(folder)
-        if not self._engine.reset_prefix_cache():
-            raise HeteroRLError("vLLM kept its prefix cache after a swap, so a request was still running")
+        self._note_swap()
+        self.version = version
+        if not self._engine.reset_prefix_cache(reset_running_requests=True):
+            raise HeteroRLError("vLLM kept its prefix cache after a swap, and what follows would be of two versions")
 
     def _load_adapter(self, folder: Path) -> None:
         """Compute with these adapters from now on, and forget those before."""
@@ -181,6 +251,19 @@ class VLLMEngine:
             self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(view)})
         finally:
             shutil.rmtree(view)
+
+    def _note_swap(self) -> None:
+        """Note how far each completion is; one without a state of its own is finished, and waits for its group."""
+        states = self._engine.output_processor.request_states.values()
+        tokens = {
+            (state.external_req_id, state.request_index): state.detokenizer.num_output_tokens()
+            for state in states
+            if state.detokenizer
+        }
+        for number, group in self._groups.items():
+            for index, swaps in enumerate(group.swaps):
+                place = (f"{number}/{index}", 0) if len(group.names) > 1 else (f"{number}/0", index)
+                swaps.append((self.version, tokens.get(place, _TO_THE_END)))
 
     def _make_view(self, folder: Path) -> Path:
         """A local folder of links to the weights, with a head of its own and a config that says so."""
@@ -231,12 +314,10 @@ def _holder_of(name: str, files: list[Path]) -> Path:
     return next(path for path in files if name in tensor_shapes([path]))
 
 
-def _completion(output: CompletionOutput, stop_texts: StopTexts) -> Completion:
-    assert output.logprobs is not None
-    token_ids = list(output.token_ids)
-    logp = [_logp(entry, token) for token, entry in zip(token_ids, output.logprobs)]
-    at_limit = output.finish_reason == "length"
-    return Completion(token_ids, logp, truncated=at_limit and not any(stop_texts.said([token_ids])))
+def _prompt_logps(output: RequestOutput) -> list[float]:
+    assert output.prompt_logprobs is not None
+    assert output.prompt_token_ids is not None
+    return [_logp(entry, token) for token, entry in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:])]
 
 
 def _logp(entry: dict[int, Logprob] | None, token: int) -> float:
