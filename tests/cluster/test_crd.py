@@ -218,7 +218,8 @@ def test_dropping_a_block_first_does_not_open_the_way_to_a_claim(runs):
 
 
 OF_A_POOL = (
-    "samplers[].(promptsPerBatch, gpus, tensorParallel, gpuMemoryUtilization, kvCacheBytes, threads, podTemplate)"
+    "samplers[].(promptsPerBatch, swap, gpus, tensorParallel, gpuMemoryUtilization, kvCacheBytes, threads, lora,"
+    " podTemplate)"
 )
 WHEN_SUSPENDED = [
     ({"mode": "online"}, "mode"),

@@ -178,6 +178,7 @@ def rate(generate: Callable[[], dict[int, list[Completion]]]) -> Callable[[], fl
     limit="one read, one copy",
     memory_gb=4.0,
     disk_gb=2.0,
+    quick=False,
 )
 def swap(at: Surroundings) -> Iterator[Pair]:
     b = bench(at.quick)
@@ -195,6 +196,7 @@ def swap(at: Surroundings) -> Iterator[Pair]:
     limit="copy into the packed layout",
     memory_gb=4.0,
     disk_gb=2.0,
+    quick=False,
 )
 def pause(at: Surroundings) -> Iterator[Pair]:
     b = bench(at.quick)
@@ -238,7 +240,7 @@ def pause(at: Surroundings) -> Iterator[Pair]:
     unit="tokens/s",
     memory_gb=4.0,
     disk_gb=2.0,
-    rounds=7,
+    quick=False,
 )
 def swapping(at: Surroundings) -> Iterator[Pair]:
     b = bench(at.quick)
@@ -285,6 +287,7 @@ def same_tokens(ours: dict[int, list[Completion]], theirs: dict[int, list[Comple
     unit="tokens/s",
     memory_gb=4.0,
     disk_gb=2.0,
+    quick=False,
 )
 def feeding(at: Surroundings) -> Iterator[Pair]:
     b = bench(at.quick)
@@ -301,6 +304,7 @@ def feeding(at: Surroundings) -> Iterator[Pair]:
     limit="0",
     memory_gb=4.0,
     disk_gb=2.0,
+    quick=False,
 )
 def log_probabilities(at: Surroundings) -> Iterator[Pair]:
     import torch
@@ -367,6 +371,7 @@ def bare(b: Bench, prompts: list[list[int]], tokens: int, logprobs: int | None) 
     unit="tokens/s",
     memory_gb=4.0,
     disk_gb=2.0,
+    quick=False,
 )
 def wrapper(at: Surroundings) -> Iterator[Pair]:
     b = bench(at.quick)
