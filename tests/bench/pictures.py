@@ -40,6 +40,7 @@ RUNS = {"gepo-s0": ("gepo", 0), "gepo-s1": ("gepo", 1), "gspo-s0": ("gspo", 0)}
 SHOWN_AT = 120
 """The step of the live view."""
 COLUMNS = (60, 80, 120)
+PATIENCE_MS = 180_000
 # name: address, width, height, theme
 SHOTS = {
     "runs": ("#/", 1200, 420, "light"),
@@ -50,7 +51,6 @@ SHOTS = {
     "evaluation": ("#/run/{first}/evaluation", 1200, 900, "light"),
     "compare": ("#/compare/{all}/curves", 1280, 1000, "dark"),
     "phone": ("#/run/{first}/curves", 400, 860, "light"),
-    "phone-dark": ("#/run/{first}/completions", 400, 860, "dark"),
 }
 
 
@@ -140,9 +140,10 @@ def shoot_svg(browser: Any, name: str, svg: str) -> None:
 def shoot(browser: Any, name: str, address: str, width: int, height: int, theme: str) -> None:
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
     page = context.new_page()
+    page.set_default_timeout(PATIENCE_MS)
     page.goto(address)
-    page.wait_for_load_state("networkidle")
-    page.wait_for_timeout(1500)
+    page.locator("main .card").first.wait_for()
+    page.wait_for_timeout(4000)  # what is asked for once a panel is seen
     save(name, page.screenshot())
     context.close()
 
