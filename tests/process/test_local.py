@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +259,82 @@ def test_ranks_of_which_one_was_told_to_go_are_not_charged_for_the_others_that_b
     for rank in process._ranks:
         rank.wait()
     assert process.poll() == 143
+
+
+# ── the folder out of reach ──────────────────────────────────────────────────────────────────────────────────────────
+class Away:
+    """Stands for a module in whose place every call on a path below `root` fails while the folder is away."""
+
+    def __init__(self, module: Any, is_away: Callable[[Any], bool]) -> None:
+        self._module, self._is_away = module, is_away
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(self._module, name)
+        return self.guarded(real) if name in ("stat", "listdir", "open", "replace") else real
+
+    def guarded(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *rest: Any, **options: Any) -> Any:
+            if self._is_away(path):
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return real(path, *rest, **options)
+
+        return call
+
+
+@pytest.fixture
+def outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """For so many seconds after the file `up.json` was first seen, this process cannot reach the run's folder."""
+    root, ends = str(tmp_path / "runs/demo"), list[float]()
+
+    def begin(seconds: float) -> None:
+        def is_away(path: Any) -> bool:
+            if not ends and os.path.exists(f"{root}/up.json"):
+                ends.append(time.monotonic() + seconds)
+            return bool(ends) and time.monotonic() < ends[0] and str(path).startswith(root)
+
+        away = Away(os, is_away)
+        monkeypatch.setattr("heterorl.exchange.storage.os", away)
+        for module in ("heterorl.exchange.storage", "heterorl.local.processes"):
+            monkeypatch.setattr(f"{module}.open", away.guarded(open), raising=False)
+
+    return begin
+
+
+def test_a_run_outlives_an_outage_of_its_folder_and_reacts_afterwards_to_what_ended_meanwhile(
+    tmp_path, programs, outage, capsys
+):
+    # Operations on the folder are tried again for 7.6 s. Meanwhile the learner crashes, and a sampler for good.
+    learner = "attempts('learner') < 2 and (put('up.json', {}), time.sleep(1), sys.exit(1)); " + TRAINED
+    sampler = "options['--index'] == '0' and (until((root / 'up.json').exists), time.sleep(1), sys.exit(2)); " + WAITS
+    outage(9.0)
+    run = manifest(samplers=[{"name": "near", "engine": "transformers", "replicas": 2}])
+    assert start(tmp_path, programs(learner=learner, sampler=sampler), run) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("runs/demo is out of reach (Input/output error); waiting for it") == 1
+    assert "runs/demo is back after" in printed
+    assert "learner: exit code 1" in printed
+    assert "near-0 exited with a user error" in printed
+    assert summary(tmp_path)["restarts"] == {"learner": 1}
+
+
+def test_ctrl_c_is_heard_while_the_folder_is_out_of_reach(tmp_path, programs, outage, capsys):
+    learner = """
+signal.signal(signal.SIGTERM, lambda *_: (put("left.json", time.time()), sys.exit(0)))
+put("up.json", time.time())
+until(lambda: False)
+"""
+    outage(6.0)
+    interrupt_when(tmp_path / "runs/demo/up.json")
+    assert start(tmp_path, programs(learner=learner)) == 130
+    came, left = (json.loads((tmp_path / f"runs/demo/{name}.json").read_text()) for name in ("up", "left"))
+    assert left - came < 5
+    assert summary(tmp_path)["status"] == "stopped"
+
+
+def test_a_folder_whose_marker_was_damaged_during_the_run_is_kept(tmp_path, programs):
+    learner = "put('checkpoints/step-00000002/kept', 1); (root / 'prepared.json').write_bytes(bytes(40)); sys.exit(2)"
+    assert start(tmp_path, programs(learner=learner)) == 2
+    assert (tmp_path / "runs/demo/checkpoints/step-00000002/kept").exists()
 
 
 # ── interrupts and resume ────────────────────────────────────────────────────────────────────────────────────────────

@@ -144,7 +144,7 @@ class RunFolder:
         """
         held = self._held_run()
         name = held.metadata.name if held else ""
-        gone = name == self.run.metadata.name and self._is_empty()
+        gone = name == self.run.metadata.name and self.is_empty
         if held is not None and _id_of(held) != self.run_id and not gone:
             if not self.spec.resume:
                 raise RunFolderError(
@@ -164,10 +164,11 @@ class RunFolder:
     def release(self) -> None:
         """Leave a volume free on which this run has put nothing, so that any run may use it."""
         held = self._held_run() if self._reads_elsewhere else None
-        if held is not None and _id_of(held) == self.run_id and self._is_empty():
+        if held is not None and _id_of(held) == self.run_id and self.is_empty:
             self.files.remove(self.run_file)
 
-    def _is_empty(self) -> bool:
+    @property
+    def is_empty(self) -> bool:
         """Whether no preparation was completed here, and nothing is there that would follow one."""
         followed = any(self.files.list(self.root / name) for name in ("weights", "checkpoints", "output"))
         return not followed and self._marker.name not in self.files.list(self.root)

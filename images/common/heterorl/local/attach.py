@@ -9,6 +9,7 @@ from pathlib import Path
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import RunnerState
 from heterorl.local.live_view import ProcessState, RunView, open_view
+from heterorl.local.outages import Outages
 from heterorl.monitoring.snapshot import ObservedSlot, Snapshot, SnapshotReader
 
 _ENDED = ("succeeded", "failed", "stopped")
@@ -23,11 +24,13 @@ def attach(root: Path) -> None:
     exchange = Exchange(root)
     reader = SnapshotReader(exchange)
     with open_view(exchange, on_interrupt="Ctrl-C leaves it running") as view, suppress(KeyboardInterrupt):
+        outages = Outages(root, view.say)
         while True:
-            snapshot, runner = reader.read(), exchange.runner
-            view.show(view_of(snapshot, runner))
-            if has_ended(snapshot, runner):
-                break
+            with outages.lived_through():
+                snapshot, runner = reader.read(), exchange.runner
+                view.show(view_of(snapshot, runner))
+                if has_ended(snapshot, runner):
+                    break
             time.sleep(_TICK_S)
 
 

@@ -47,11 +47,12 @@ class Evaluations:
         if outcome is RoleOutcome.RESTARTED:
             return None
         version, log = self.version, self.role.log
+        has_result = outcome is not RoleOutcome.STOPPED and version in self._exchange.read_evals()
         self.version = self.role = None
         if outcome is RoleOutcome.STOPPED:
             return None
         self._left.add(version)
-        if version in self._exchange.read_evals():
+        if has_result:
             return None
         return f"the evaluation of {version} gave no result and is left out; see {shown(log)}"
 

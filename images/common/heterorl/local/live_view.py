@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -104,7 +104,8 @@ class LiveView:
         """Draw how it ended."""
         if self._state:
             self._on_interrupt = ""  # there is nothing left to interrupt
-            self._draw(self._state)
+            with suppress(OSError):  # the folder is out of reach
+                self._draw(self._state)
 
     def _draw(self, state: RunView) -> None:
         console = self._live.console
@@ -139,7 +140,8 @@ class PlainView:
     def close(self) -> None:
         """Print where it ended, unless that was said."""
         if self._state:
-            self._print(self._state)
+            with suppress(OSError):  # the folder is out of reach
+                self._print(self._state)
 
     def _print(self, state: RunView) -> None:
         self._looked_at = self._clock()

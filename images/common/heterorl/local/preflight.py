@@ -46,7 +46,7 @@ def claim(manifest: Path, run: HeteroRLRun, runs_dir: Path, *, resume: bool) -> 
             exchange.create(run)
             yield exchange, lock
         finally:
-            if not resume and exchange.prepared is None:
+            if not resume and exchange.is_empty:
                 shutil.rmtree(root)
             os.close(lock)
 

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -68,9 +69,12 @@ class ManagedProcess:
         persistently(lambda: log.parent.mkdir(parents=True, exist_ok=True), what=log.parent.name)
         self._tees = [Tee(path) for path in logs] if echo else []
         self._ranks: list[subprocess.Popen[bytes]] = []
-        for rank in range(ranks):
-            distributed = _torchrun_env(rank, ranks, meeting) if ranks * meeting.nodes > 1 else {}
-            with self._tees[rank].pipe if echo else _opened(logs[rank]) as output:
+        with ExitStack() as opened:  # all logs before the first rank is started, which would be left alone
+            outputs = [
+                opened.enter_context(self._tees[rank].pipe if echo else _opened(logs[rank])) for rank in range(ranks)
+            ]
+            for rank, output in enumerate(outputs):
+                distributed = _torchrun_env(rank, ranks, meeting) if ranks * meeting.nodes > 1 else {}
                 self._ranks.append(_spawn(command, {**env, **distributed}, output, keep_open))
         self.pid = self._ranks[0].pid
         self.last_line = ""

@@ -16,6 +16,7 @@ from heterorl.blame import explained
 from heterorl.exchange.exchange import Exchange
 from heterorl.exit_codes import USER_ERROR
 from heterorl.local.live_view import open_view
+from heterorl.local.outages import Outages
 from heterorl.local.preflight import claim
 from heterorl.local.processes import ManagedProcess
 from heterorl.local.supervisor import TAKEN_OVER, Programs, Runner, Verdict, count_interrupts, process_env
@@ -57,7 +58,8 @@ def _conclude(exchange: Exchange, verdict: Verdict, programs: Programs, *, resum
         if verdict.exit_code != USER_ERROR:  # then its message is the last line already
             print(f"{verdict.status}: {verdict.reason}")
         return
-    result = summary.write_summary(exchange.root)
+    outages = Outages(exchange.root, print)
+    result = outages.until_over(lambda: summary.write_summary(exchange.root))
     telling = _tell_dashboards(exchange, programs)
     report = _draw_report(exchange) if result["reward_last_tenth"] is not None else None
     if telling is not None:

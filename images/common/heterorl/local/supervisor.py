@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from heterorl.failure_policy import Role, run_failure
 from heterorl.heterogeneity.availability import next_change, replicas_at
 from heterorl.local.evaluations import Evaluations
 from heterorl.local.live_view import ProcessState, RunDisplay, RunView
+from heterorl.local.outages import Outages
 from heterorl.local.preflight import assign_gpus, gpu_devices
 from heterorl.local.processes import ManagedProcess, ProcessRole, RoleOutcome, tail
 from heterorl.logs import shown
@@ -107,48 +108,63 @@ class Runner:
         self.samplers = {slot: self._sampler(slot) for slot in self.spec.slots}
         self.evaluations = Evaluations(exchange, self._evaluator)
         self._saved_at = 0.0
+        self._ends: list[tuple[ProcessRole, RoleOutcome]] = []  # that were not reacted to yet
+        self._failure: Verdict | None = None
+        self._trained_steps = 0
 
     def prepare(self) -> Verdict | None:
         """Put model and data onto the volume, its output shown; a verdict if the run ends here."""
-        if self.exchange.prepared is not None:
+        outages = Outages(self.exchange.root, print)
+        if outages.until_over(lambda: self.exchange.prepared) is not None:
             return None
         role = self._role("prepare", "learner", self.programs.prepare, cores())
-        role.wanted, started = True, time.monotonic()
-        printed = self.exchange.files.size(role.log) if self.exchange.files.exists(role.log) else 0
-        while True:
-            outcome = role.tick()
+        role.wanted, started, outcome = True, time.monotonic(), None
+        printed = _size(role.log)
+        while outcome is None:
+            with outages.lived_through():
+                outcome = role.tick()
             printed = _print_from(role.log, printed)
-            if outcome is not None:
-                break
             role.wanted = not self.interrupts.count
             if self.interrupts.count > 1:
                 role.kill()
                 break
-            self.interrupts.wait(TICK_S)
+            if outcome is None:
+                self.interrupts.wait(TICK_S)
         self.state.prepare_s += time.monotonic() - started
         if self.interrupts.count:
             return Verdict("stopped", INTERRUPTED, "interrupted during the preparation")
-        if role.exit_code == 0 and self.exchange.prepared is not None:
+        if role.exit_code == 0 and outages.until_over(lambda: self.exchange.prepared) is not None:
             return None
         code = role.exit_code if role.exit_code in (USER_ERROR, SITE_ERROR) else 1
         return Verdict("failed", code, "the preparation failed")
 
     def supervise(self, view: RunDisplay) -> Verdict:
-        """Keep the run going until it is done, fails, or is interrupted; then stop all processes."""
-        verdict = None
+        """Keep the run going until it is done, fails, or is interrupted; then stop all processes.
+
+        While the folder is out of reach nothing is decided but what Ctrl-C asks for, and what ended meanwhile is
+        reacted to afterwards. So that the loop hears Ctrl-C, it is what tries again, not each operation.
+        """
+        verdict: Verdict | None = None
         self.state.status, self.state.reason = "running", ""
+        outages, files = Outages(self.exchange.root, view.say), self.exchange.files
+        patience, files.retry_after_s = files.retry_after_s, ()
         last = time.monotonic()
         while True:
             now = time.monotonic()
             self.state.elapsed_s += now - last
             last = now
-            verdict = self._step(view, verdict)
-            self._publish(view, verdict, now)
-            if verdict and not self._busy(verdict):
+            verdict = self._asked_to_end(view, verdict)
+            with outages.lived_through():
+                verdict = self._step(view, verdict)
+                self._publish(view, verdict, now)
+                if verdict and not self._busy(verdict):
+                    break
+            if verdict and verdict.status == "stopped" and not any(role.running for role in self._roles()):
                 break
             self.interrupts.wait(TICK_S)
+        files.retry_after_s = patience
         self.state.status, self.state.reason = verdict.status, verdict.reason
-        self._save()
+        outages.until_over(self._save)
         return verdict
 
     def kill_all(self) -> None:
@@ -162,7 +178,8 @@ class Runner:
         return verdict.status == "succeeded" and self.evaluations.busy()
 
     # ── one look around ──────────────────────────────────────────────────────────────────────────────────────────────
-    def _step(self, view: RunDisplay, verdict: Verdict | None) -> Verdict | None:
+    def _asked_to_end(self, view: RunDisplay, verdict: Verdict | None) -> Verdict | None:
+        """The verdict once Ctrl-C or the deadline has come. Reads nothing."""
         if self.interrupts.count > 1:
             self.kill_all()
         if self.interrupts.count and (verdict is None or verdict.status == "succeeded"):
@@ -173,6 +190,9 @@ class Runner:
             verdict = Verdict(
                 "failed", 1, f"activeDeadlineSeconds {deadline} passed; raise it and resume with --resume"
             )
+        return verdict
+
+    def _step(self, view: RunDisplay, verdict: Verdict | None) -> Verdict | None:
         if verdict is None and self._trained():
             verdict = Verdict("succeeded", 0)
         self.learner.wanted = verdict is None
@@ -181,12 +201,11 @@ class Runner:
             self.evaluations.want(finished=verdict is not None)
         else:
             self.evaluations.stop()
-        for role in self._roles():
-            outcome = role.tick()
-            if outcome is not None:
-                failure = self._ended(role, outcome, view)
-                verdict = verdict or failure
-        return verdict
+        self._ends += [(role, outcome) for role in self._roles() if (outcome := role.tick()) is not None]
+        while self._ends:
+            self._failure = self._failure or self._ended(*self._ends[0], view)
+            self._ends.pop(0)
+        return verdict or self._failure
 
     def _awaited(self) -> str:
         """Whom a run that is told to stop waits for: those that have a process; one that never started is not there."""
@@ -201,6 +220,12 @@ class Runner:
         """Whether the last step is trained and the learner, which writes the output after it, has left."""
         return self.exchange.trained and not self.learner.running
 
+    def _steps_trained(self) -> int:
+        """Steps the learner has trained, as far as could be seen."""
+        with suppress(OSError):
+            self._trained_steps = self.exchange.step
+        return self._trained_steps
+
     def _want_samplers(self, *, going_on: bool) -> None:
         for pool in self.spec.samplers:
             elapsed, seed, scale = self.state.elapsed_s, self.spec.seed, self.spec.time_scale
@@ -209,7 +234,9 @@ class Runner:
                 self.samplers[Slot(pool.name, index)].wanted = index < count
 
     def _ended(self, role: ProcessRole, outcome: RoleOutcome, view: RunDisplay) -> Verdict | None:
-        """React to the end of a process; a verdict if the run ends with it."""
+        """React to the end of a process; a verdict if the run ends with it. What it has to read, it reads first."""
+        trained, other = self._trained(), self.exchange.successor_of_launcher
+        about = self.evaluations.ended(outcome) if role is self.evaluations.role else None
         how = f"{role.name}: {describe_exit(role.exit_code)}"
         if outcome is RoleOutcome.RESTARTED:
             self.state.restarts[role.name] = self.state.restarts.get(role.name, 0) + 1
@@ -219,13 +246,13 @@ class Runner:
             assert role.given_up is not None
             lines = tail(role.log)
             view.say(f"{role.name} {role.given_up.message}; the last lines of {shown(role.log)}:\n{lines}")
-        if role is self.evaluations.role:
-            if message := self.evaluations.ended(outcome):
-                view.say(message)
+        if role.role == "evaluation":
+            if about:
+                view.say(about)
             return None
-        if role is self.learner and (other := self.exchange.successor_of_launcher) is not None:
+        if role is self.learner and other is not None:
             return Verdict(TAKEN_OVER, 1, f"{other}; this run ends and writes nothing more")
-        if outcome is RoleOutcome.CLEAN and not self._trained():
+        if outcome is RoleOutcome.CLEAN and not trained:
             view.say(f"{role.name} exited before the end of the run; restarting it")
         samplers = {str(slot): sampler.given_up for slot, sampler in self.samplers.items() if self._counts(slot)}
         if outcome is RoleOutcome.GAVE_UP and (failure := run_failure(self.learner.given_up, samplers)):
@@ -283,7 +310,7 @@ class Runner:
             return ManagedProcess(command, env, log_file, ranks=ranks, keep_open=(self._lock,))
 
         policy = self.spec.failure_policy
-        return ProcessRole(name, role, start, log_file, policy, lambda: self.exchange.step, grace_s=GRACE_S)
+        return ProcessRole(name, role, start, log_file, policy, self._steps_trained, grace_s=GRACE_S)
 
 
 def cores() -> int:
@@ -304,6 +331,13 @@ def process_env(threads: int, gpus: Sequence[str]) -> dict[str, str]:
         defaults["DS_ACCELERATOR"] = "cpu"  # otherwise DeepSpeed warns that it looked for one
     fixed = {**dict.fromkeys(numbers, str(threads)), "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     return {**defaults, **os.environ, **fixed}
+
+
+def _size(log: Path) -> int:
+    try:
+        return log.stat().st_size
+    except OSError:
+        return 0
 
 
 def _print_from(log: Path, offset: int) -> int:
