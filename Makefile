@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-unit test-gpu mutants exits cluster-programs cluster test-cluster bench bench-quick bench-gpu bench-curves bench-operator canary-report adaptive-order-report corrections-report models-table page-report page-cost pictures images check crd docs clean
+.PHONY: setup quickstart test test-unit test-gpu mutants exits cluster-programs cluster test-cluster bench bench-quick bench-gpu bench-curves bench-operator canary-report adaptive-order-report corrections-report models-table page-report page-cost pictures images check crd docs site clean
 
 setup: $(VENV)/.installed
 
@@ -135,6 +135,10 @@ crd: setup
 
 docs: setup
 	$(BIN)/heterorl docs
+
+# The pages of docs/ as a site in site/, which needs no network where it is read.
+site: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from heterorl.exchange.storage import TRANSIENT
-from heterorl.local.processes import shown
+from heterorl.logs import shown
 
 _PAUSE_S = 1.0
 _T = TypeVar("_T")
