@@ -87,7 +87,7 @@ GROUPS = text(".groups, .pager")
 INTERACTIONS = [
     Interaction("open a run from the list", "", click(".run a.name"), "document.querySelectorAll('.plot path').length > 4"),
     Interaction("curves: zoom", f"{RUN}/curves", lambda n: key(CHART, "+"), PATHS),
-    Interaction("curves: over time, over steps", f"{RUN}/curves", lambda n: button(("Time", "Steps")[n % 2]), PATHS),
+    Interaction("curves: over time, over steps", f"{RUN}/curves", lambda n: button(("Time", "Steps")[n % 2]), text(".plot svg")),
     Interaction("curves: raw, smoothed", f"{RUN}/curves", lambda n: button(("Raw", "Smoothed")[n % 2]), PATHS),
     Interaction("curves: next value by arrow key", f"{RUN}/curves", lambda n: key(CHART, "ArrowRight"), text(".now")),
     Interaction("curves of two runs: zoom", "compare/long-s0,long-s1/curves", lambda n: key(CHART, "+"), PATHS),
