@@ -89,7 +89,7 @@ class Bench:
     # ── swaps ────────────────────────────────────────────────────────────────────────────────────────────────────────
     def fetch(self, number: int) -> Any:
         """As a sampler does it while it generates."""
-        return self.exchange.fetch_weights(Version(number, 1), self.folder / "fetched")
+        return self.exchange.fetch_weights(Version(number, 1), self.folder / f"fetched-{number}")
 
     def load(self, fetched: Any) -> None:
         """The swap itself, with the canary."""
@@ -98,12 +98,11 @@ class Bench:
 
     def push(self, number: int) -> None:
         """The reference's swap; running requests are read anew as ours are, or their tokens would be of neither."""
+        tensors: list[tuple[str, Any]] = []  # of one reload: vLLM packs a layer's tensors together
+        reference.load_and_push(self.folder / f"{number}.pt", self.model, tensors.extend)
         vllm = self.engine._engine
-        reference.load_and_push(self.folder / f"{number}.pt", self.model, self._push)
+        vllm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
         vllm.reset_prefix_cache(reset_running_requests=True)
-
-    def _push(self, tensors: Any) -> None:
-        self.engine._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
 
     def gate_of_swaps(self) -> None:
         """After either swap the engine computes what transformers does with these weights."""
@@ -219,6 +218,7 @@ def pause(at: Surroundings) -> Iterator[Pair]:
     def gate() -> None:
         b.engine.drop()
         b.gate_of_swaps()
+        b.load(b.fetch(0))
         b.busy()
         b.load(b.fetch(1))
         done: list[Completion] = []
