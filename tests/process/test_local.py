@@ -109,7 +109,7 @@ def test_a_run_is_prepared_trained_and_summed_up(tmp_path, programs, capsys):
     assert summary(tmp_path)["status"] == "succeeded"
     assert summary(tmp_path)["steps"] == 4
     printed = capsys.readouterr().out
-    assert "preparing" in printed
+    assert "preparing model and data, see " in printed.splitlines()[0]  # before the process says anything
     assert "summary.json" in printed
 
 

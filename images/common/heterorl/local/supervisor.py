@@ -119,6 +119,8 @@ class Runner:
             return None
         role = self._role("prepare", "learner", self.programs.prepare, cores())
         role.wanted, started, outcome = True, time.monotonic(), None
+        # The process itself says nothing for the seconds that its libraries take to load.
+        print(f"{time.strftime('%H:%M:%S')} preparing model and data, see {shown(role.log)}", flush=True)
         printed = _size(role.log)
         while outcome is None:
             with outages.lived_through():
