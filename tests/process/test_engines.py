@@ -197,8 +197,10 @@ def test_resume_is_exact_to_the_bit_in_one_thread(folders: dict[str, Path], tmp_
         torch.set_num_threads(threads)
 
 
+@pytest.mark.usefixtures("own_process_group")
+@pytest.mark.parametrize("strategy", ["torch", "zero2"])
 def test_a_checkpoint_is_written_and_read_again_after_an_error_that_passes(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
     def once(call: Callable[..., object]) -> Callable[..., object]:
         errors: list[OSError] = [OSError(errno.ESTALE, "Stale file handle", str(tmp_path))]
@@ -210,12 +212,12 @@ def test_a_checkpoint_is_written_and_read_again_after_an_error_that_passes(
 
         return broken
 
-    engine = build_engine(folders["tied"], run_spec())
+    engine = build_engine(folders["tied"], run_spec(strategy=strategy))
     train(engine, range(1))
     monkeypatch.setattr(torch, "save", once(torch.save))
     engine.save(tmp_path)
     monkeypatch.setattr(torch, "load", once(torch.load))
-    other = build_engine(folders["tied"], run_spec())
+    other = build_engine(folders["tied"], run_spec(strategy=strategy))
     other.load(tmp_path)
     for name, tensor in engine.full_state_dict().items():
         assert torch.equal(tensor, other.full_state_dict()[name]), name

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 
 from heterorl.errors import UserError
+from heterorl.exchange.storage import persistently
 from heterorl.spec.run import RunSpec
 from heterorl_learner import ranks
 from heterorl_learner.engines.policy import Policy
-from heterorl_learner.engines.torch_ddp import TrainingEngine, build_optimizer, unique_tensors
+from heterorl_learner.engines.torch_ddp import TrainingEngine, build_optimizer, unique_tensors, write_state
 
 CHECKPOINT_TAG = "deepspeed"
 BUCKET_ELEMENTS = 200_000_000
@@ -40,6 +43,8 @@ class DeepSpeedEngine(TrainingEngine):
             dist_init_required=False,
         )
         self.policy, self._zero = engine, engine
+        engine.checkpoint_engine = PersistentFiles()
+        engine._copy_recovery_script = lambda folder: None  # a checkpoint has the model beside it
         self._partitioned = spec.learner.strategy == "zero3"
 
     def _step(self, learning_rate: float) -> float:
@@ -77,6 +82,25 @@ class DeepSpeedEngine(TrainingEngine):
 
     def _backward(self, loss: Tensor) -> None:
         self._zero.backward(loss * self.world_size)  # DeepSpeed averages over ranks; the shares are to be summed
+
+
+class PersistentFiles(TorchCheckpointEngine):  # type: ignore[misc]  # untyped
+    """How DeepSpeed writes and reads the files of a checkpoint: again from the beginning after an error that passes.
+
+    Each rank tries its own files again, so the ranks need not agree on anything.
+    """
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make a folder; an error is raised, which DeepSpeed would only log."""
+        persistently(lambda: os.makedirs(path, exist_ok=exist_ok), what=path)
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        """Write a file."""
+        persistently(lambda: write_state(state_dict, Path(path)), what=path)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Read a file."""
+        return persistently(lambda: super(PersistentFiles, self).load(path, map_location), what=path)
 
 
 def zero_config(spec: RunSpec, policy: Policy) -> dict[str, Any]:

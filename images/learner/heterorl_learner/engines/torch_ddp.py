@@ -374,7 +374,7 @@ class TorchEngine(TrainingEngine):
         if self.rank == 0:
             weights = {name: tensor.detach() for name, tensor in unique_tensors(self._bare).items()}
             state = {"policy": weights, "optimizer": self._optimizer.state_dict()}
-            persistently(lambda: _write(state, folder / STATE_FILE), what=STATE_FILE)
+            persistently(lambda: write_state(state, folder / STATE_FILE), what=STATE_FILE)
         ranks.barrier()
 
     def load(self, folder: Path) -> None:
@@ -397,6 +397,7 @@ class TorchEngine(TrainingEngine):
         (loss * self.world_size).backward()  # DDP averages over ranks; the shares are to be summed
 
 
-def _write(state: dict[str, Any], path: Path) -> None:
+def write_state(state: dict[str, Any], path: Path) -> None:
+    """Write what torch saves; OSError with its number where the disk does not take it."""
     with open(path, "wb") as file:  # torch's own writer tells no error's number
         torch.save(state, file)
