@@ -1,14 +1,22 @@
 """Publishing weights: one copy on the training thread, the rest on a thread of its own.
 
 all ranks: gather tensors, score the canary ──copy──▶ rank 0's thread: write, checksum, rename, retire old versions
+
+While the thread is busy the newest copy waits for it and takes the place of one that waits already: that version is
+never published.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import shutil
+import tempfile
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -21,8 +29,18 @@ from heterorl.exchange.rollout import Version
 from heterorl.heterogeneity.delay import horizon
 from heterorl.spec.run import RunSpec
 from heterorl_learner.engines.torch_ddp import MicroBatch, Sequence, TrainingEngine, micro_batch, save_weights
+from heterorl_learner.version_writer import VersionWriter
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Weights on their way to the volume."""
+
+    version: Version
+    tensors: dict[str, Tensor]
+    canary: Canary
 
 
 class Publisher:
@@ -35,16 +53,23 @@ class Publisher:
         self._exchange, self._engine, self._incarnation = exchange, engine, incarnation
         self._texts = _canary_texts(exchange)
         self._batches = [_as_micro_batch(text) for text in self._texts]
+        self._scratch = Path(tempfile.mkdtemp(prefix="heterorl-weights-"))
+        self._writer = VersionWriter(exchange, self._scratch)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
-        self._pending: Future[None] | None = None
+        self._lock = threading.Lock()
+        self._waiting: Snapshot | None = None
+        self._busy = False
+        self._working: Future[None] | None = None
         self._times: dict[Version, float] = {}
         self.version: Version | None = None
+        """The newest that was published, or is going to be."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._thread.shutdown()
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def retire_lost_future(self, step: int) -> None:
         """Delete versions after `step`, from which the learner resumed: training will not come by them again."""
@@ -55,29 +80,51 @@ class Publisher:
         self._exchange.retire_weights(v for v in versions if v.step <= step)
 
     def publish(self, step: int) -> float:
-        """Publish the weights after `step` updates; waits only if the version before is still being written.
+        """Publish the weights after `step` updates, or later ones if the thread is still busy by then.
 
-        Returns the seconds that this took of training.
+        Returns the seconds that this took of training. Raises what went wrong with an earlier version.
         """
         started = time.monotonic()
         logp = [self._engine.score(batch).tolist() for batch in self._batches]
         tensors = self._engine.full_state_dict()
         self.version = Version(step, self._incarnation)
         if self._engine.rank == 0:
-            self.wait()
-            self._pending = self._thread.submit(self._write, self.version, tensors, Canary(self._texts, logp))
+            self._hand_over(Snapshot(self.version, tensors, Canary(self._texts, logp)))
         return time.monotonic() - started
 
     def wait(self) -> None:
         """Return when everything is published; raises what went wrong."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        if self._working is not None:
+            self._working.result()
 
-    def _write(self, version: Version, tensors: dict[str, Tensor], canary: Canary) -> None:
-        staged = self._exchange.stage_weights(version)
-        save_weights(tensors, self._engine.adapter_config, staged)
-        self._exchange.commit_weights(version, canary)
+    def _hand_over(self, snapshot: Snapshot) -> None:
+        if self._working is not None and self._working.done():
+            self._working.result()
+        with self._lock:
+            skipped, self._waiting = self._waiting, snapshot
+            was_busy, self._busy = self._busy, True
+        if skipped:
+            log.info("weights %s are not published: earlier ones are still being written", skipped.version)
+        if not was_busy:
+            self._working = self._thread.submit(self._work)
+
+    def _work(self) -> None:
+        while snapshot := self._next():
+            self._publish(snapshot)
+
+    def _next(self) -> Snapshot | None:
+        with self._lock:
+            snapshot, self._waiting = self._waiting, None
+            self._busy = snapshot is not None
+        return snapshot
+
+    def _publish(self, snapshot: Snapshot) -> None:
+        if self._engine.adapter_config is None:
+            self._writer.write(snapshot.version, snapshot.tensors, snapshot.canary)
+        else:  # small enough as they are
+            staged = self._exchange.stage_weights(snapshot.version)
+            save_weights(snapshot.tensors, self._engine.adapter_config, staged)
+            self._exchange.commit_weights(snapshot.version, snapshot.canary)
         self._times = {v: at for v in self._exchange.list_versions() if (at := self._published_at(v)) is not None}
         keep = versions_to_keep(self._exchange.spec, list(self._times.items()), self._exchange.now())
         self._exchange.retire_weights(keep)

@@ -141,6 +141,7 @@ class Sampler:
                 if swap := self._weights.advance(look=self._lookout.look(), may_swap=self._may_swap()):
                     self._note_swap(swap)
                 self._status.rejected, self._status.refused = len(self._weights.rejected), self._weights.refused
+                self._status.fetching = self._weights.fetching
                 reason = self._feed()
                 if self._engine.num_groups:
                     self._step()
@@ -174,13 +175,15 @@ class Sampler:
                 "version": str(swap.version),
                 "version_step": swap.version.step,
                 "fetch_s": swap.fetch_s,
+                "fetch_bytes": swap.fetch_bytes,
                 "load_s": swap.load_s,
                 "canary/mean_abs_diff": swap.canary_mean_abs_diff,
             },
         )
         log.info(
-            "weights %s: fetched in %.2f s, loaded in %.2f s, canary off by %.1e on average",
+            "weights %s: fetched %.1f MB in %.2f s, loaded in %.2f s, canary off by %.1e on average",
             swap.version,
+            swap.fetch_bytes / 1e6,
             swap.fetch_s,
             swap.load_s,
             swap.canary_mean_abs_diff,

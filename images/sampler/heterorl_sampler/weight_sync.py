@@ -1,8 +1,8 @@
 """Following the learner's weights: which version the engine serves, and how it gets there.
 
-choose (delay policy) -> fetch and check on a thread, while generation goes on -> load -> canary -> adopted
-                                  |                                              |
-                              refused, old weights stay                  refused, old weights loaded again
+choose (delay policy) -> fetch, rebuild and check on a thread, while generation goes on -> load -> canary -> adopted
+                                  |                                                        |
+                              refused, old weights stay                            refused, old weights loaded again
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from heterorl.errors import CanaryMismatch, CorruptFile, SiteError, UnknownProtocol
-from heterorl.exchange.exchange import Exchange, Fetched
+from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.rollout import Version
+from heterorl.exchange.weights import Fetched
 from heterorl.heterogeneity.delay import Adoption
 from heterorl.spec.run import DelaySpec, Slot
 from heterorl_sampler.adapters import Merger
@@ -36,6 +37,8 @@ class Swap:
 
     version: Version
     fetch_s: float
+    fetch_bytes: int
+    """Read from the volume; few where the weights before could be changed into these."""
     load_s: float
     canary_mean_abs_diff: float
 
@@ -66,6 +69,7 @@ class WeightSync:
         self._fetch: tuple[Version, float, Future[Fetched]] | None = None
         self._ready: tuple[Fetched, float] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fetch")
+        self._next_read = 0.0  # when the pool's limit allows it
         self._closed = threading.Event()
         self._listed: set[Version] = set()
         self.rejected: dict[Version, str] = {}
@@ -85,6 +89,11 @@ class WeightSync:
     def refused(self) -> dict[str, str]:
         """Versions on the volume that failed their checks here, and why."""
         return {str(version): reason for version, reason in self.rejected.items() if version in self._listed}
+
+    @property
+    def fetching(self) -> Version | None:
+        """The version that is being fetched; until then it is to stay on the volume."""
+        return self._fetch[0] if self._fetch else None
 
     @property
     def newest(self) -> Version | None:
@@ -141,13 +150,17 @@ class WeightSync:
 
     def _bring(self, version: Version) -> Fetched:
         """Runs on the thread: fetch, and make what the engine loads."""
-        fetched = self._exchange.fetch_weights(version, self._scratch / str(version), check=self._check_open)
+        folder, held = self._scratch / str(version), self._serving.held if self._serving else {}
+        fetched = self._exchange.fetch_weights(version, folder, held=held, arrived=self._arrived)
         if self._merger is not None:
-            self._merger.merge_into(fetched.folder, self._check_open)
+            self._merger.merge_into(fetched.folder, lambda: self._arrived(0))
         return fetched
 
-    def _check_open(self) -> None:
-        if self._closed.is_set():
+    def _arrived(self, num_bytes: int) -> None:
+        """Keep a fetch within the pool's limit; end it when the sampler is told to go."""
+        if limit := self.pool.fetch_bytes_per_second:
+            self._next_read = max(self._next_read, time.monotonic()) + num_bytes / limit
+        if self._closed.wait(max(0.0, self._next_read - time.monotonic())):
             raise CancelledError
 
     def _look(self) -> dict[Version, float]:
@@ -187,7 +200,7 @@ class WeightSync:
             self._forget(previous.version)
         newest = self.newest or fetched.version
         self._adoption.adopted(fetched.version, now_s=self._exchange.now(), newest_step=newest.step)
-        return Swap(fetched.version, fetch_s, time.monotonic() - started, difference)
+        return Swap(fetched.version, fetch_s, fetched.num_bytes, time.monotonic() - started, difference)
 
     def _load(self, fetched: Fetched) -> float:
         self._engine.load_weights(fetched.folder, fetched.version)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ class OneTensorEngine:
 
 @pytest.fixture
 def exchange(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Exchange:
-    exchange = exchange_at(tmp_path / "run", run_of(exchange={"retention": {"weights": 2}}))
+    exchange = exchange_at(tmp_path / "run", run_of(exchange={"retention": {"weights": 2}, "deltas": False}))
     exchange.model_dir.symlink_to(tiny_model_dir(tokenizer=True))
     exchange.data_file("train").parent.mkdir()
     exchange.data_file("train").write_text(json.dumps({"prompt_ids": [3, 4, 5]}) + "\n")
@@ -41,15 +43,14 @@ def exchange(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Exchange:
 
 @pytest.fixture
 def publisher(exchange: Exchange) -> Iterator[Publisher]:
-    publisher = Publisher(exchange, OneTensorEngine(), exchange.begin_incarnation())
-    yield publisher
-    publisher._thread.shutdown()
+    with Publisher(exchange, OneTensorEngine(), exchange.begin_incarnation()) as publisher:
+        yield publisher
 
 
 def test_the_newest_versions_are_kept_and_older_ones_retired(exchange: Exchange, publisher: Publisher) -> None:
     for step in range(4):
         publisher.publish(step)
-    publisher.wait()
+        publisher.wait()
     assert exchange.list_versions() == [Version(2, 1), Version(3, 1)]
 
 
@@ -62,6 +63,7 @@ def test_a_damaged_manifest_of_a_version_that_is_kept_is_put_aside_and_publicati
     damaged = publish(exchange, Version(0, 1))
     (exchange.root / "weights" / str(damaged) / "manifest.json").write_text(manifest)
     publisher.publish(1)
+    publisher.wait()
     publisher.publish(2)
     publisher.wait()
     assert exchange.list_versions() == [Version(1, 1), Version(2, 1)]
@@ -73,7 +75,7 @@ def test_a_version_of_a_later_protocol_is_kept_whatever_is_published(exchange: E
     (exchange.root / "weights" / str(later) / "manifest.json").write_text('{"protocol": 2}')
     for step in (1, 2, 3):
         publisher.publish(step)
-    publisher.wait()
+        publisher.wait()
     assert exchange.list_versions() == [later, Version(2, 1), Version(3, 1)]
 
 
@@ -99,3 +101,26 @@ def test_a_version_that_a_superseded_learner_published_after_all_is_passed_over_
     publisher.wait()
     assert exchange.list_versions() == [Version(6, 1), Version(7, 1)]
     assert not (exchange.root / "weights" / str(late)).exists()
+
+
+def test_while_a_version_is_written_the_newest_waits_and_those_between_are_skipped(
+    exchange: Exchange, publisher: Publisher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit, begun, may_go_on = Exchange.commit_weights, threading.Event(), threading.Event()
+
+    def slow(*args: Any, **kwargs: Any) -> None:
+        begun.set()
+        assert may_go_on.wait(60)
+        commit(*args, **kwargs)
+
+    monkeypatch.setattr(Exchange, "commit_weights", slow)
+    caplog.set_level("INFO")
+    publisher.publish(1)
+    assert begun.wait(60)
+    for step in (2, 3, 4):
+        publisher.publish(step)
+    may_go_on.set()
+    publisher.wait()
+    assert exchange.list_versions() == [Version(1, 1), Version(4, 1)]
+    skipped = [record.message for record in caplog.records if "are not published" in record.message]
+    assert [message.split()[1] for message in skipped] == ["v00000002-i0001", "v00000003-i0001"]

@@ -170,14 +170,14 @@ class SlowFiles(Files):
         super().__init__()
         self.begun, self.chunks = threading.Event(), 0
 
-    def copy(self, source: Path, target: Path, *, check: Callable[[], None] = lambda: None) -> str:
-        def arrived() -> None:
+    def copy(self, source: Path, target: Path, *, arrived: Callable[[int], None] = lambda num_bytes: None) -> str:
+        def counted(num_bytes: int) -> None:
             self.chunks += 1
             self.begun.set()
             time.sleep(0.005)
-            check()
+            arrived(num_bytes)
 
-        return super().copy(source, target, check=arrived)
+        return super().copy(source, target, arrived=counted)
 
 
 def test_a_sampler_that_is_told_to_go_ends_its_fetch_in_the_midst_of_a_file(

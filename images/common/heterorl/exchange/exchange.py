@@ -6,7 +6,8 @@ Processes never communicate directly. One side writes, the other lists names and
       run.json                      the resolved manifest                                 runner or operator
       prepared.json                 model and data are in place, and whose they are       prepare
       model/  data/NAME.jsonl       starting weights (HF folder), tokenised problems      prepare
-      weights/VERSION/              model.safetensors, canary.json, manifest.json         learner
+      weights/VERSION/              model.safetensors, since-VERSION.delta, canary.json,  learner
+                                    manifest.json
                                     (with LoRA adapter_{config.json,model.safetensors})
       rollouts/NAME.safetensors     one prompt's group of completions, which waits        samplers, each its own names
       taken/NAME.safetensors        those that the learner has trained or dropped         learner
@@ -36,8 +37,11 @@ Rules
      UnknownProtocol and stays as it is; what failed its checks goes to quarantine, also when its time to be deleted
      has come; a record that cannot be read goes there before its writer replaces it.
   4. A version is an anchor (`kind: anchor`, whole weights) or a delta (`kind: delta`: files that change the weights of
-     earlier versions into these, and the digest of what they lead to). Of a run with LoRA it is an adapter (`kind:
-     adapter`), which names the digest of the starting model: a reader that has another one refuses it.
+     earlier versions into these, and the digest of what they lead to); an anchor may hold deltas too. A reader takes
+     the files that lead from what it has, or from nothing, to the version in the fewest bytes, and trusts no more than
+     the digest of what comes of them. What leads to a version that is kept is kept with it.
+     Of a run with LoRA it is an adapter (`kind: adapter`), which names the digest of the starting model: a reader that
+     has another one refuses it.
   5. Each version carries a canary: texts and the learner's own log-probabilities of them. A sampler that loaded a
      version scores them in its engine and does not generate if they differ.
   6. A rollout's name carries weights version, slot and sequence number. A slot saves its next number before it
@@ -79,42 +83,35 @@ heartbeat lasts until the next one.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from heterorl.errors import CorruptFile, ExchangeError
+from heterorl.errors import ExchangeError
 from heterorl.exchange import published_folder
 from heterorl.exchange.adapters import ADAPTER_WEIGHTS
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.learner_state import LearnerState
 from heterorl.exchange.records import (
-    WEIGHTS_FILE,
+    DeltaBase,
     Evaluation,
+    FileEntry,
     SlotHeartbeat,
     SlotState,
     SlotStatus,
     WeightsManifest,
-    parse_canary,
 )
 from heterorl.exchange.rollout import Rollout, RolloutName, Version
 from heterorl.exchange.slots import Lease, Slots
+from heterorl.exchange.weight_paths import cheapest, cost, folders_on_the_way
+from heterorl.exchange.weights import CANARY_FILE, Arrived, Fetched, Weights
 from heterorl.spec.run import Slot
 
+LONGEST_PATH = 1.5
+"""What a reader that has nothing may have to read of an anchor and deltas, in sizes of the whole weights."""
 _SAFETENSORS = ".safetensors"
-_CANARY = "canary.json"
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """A version, checked and copied to this machine."""
-
-    version: Version
-    folder: Path
-    """Holds model.safetensors, or adapters."""
-    canary: Canary
 
 
 class Exchange(LearnerState):
@@ -130,26 +127,51 @@ class Exchange(LearnerState):
         with self._as_learner():
             return published_folder.stage(self.files, self.root / "weights", str(version))
 
-    def commit_weights(self, version: Version, canary: Canary) -> None:
-        """Publish what was staged for this version."""
+    def commit_weights(
+        self,
+        version: Version,
+        canary: Canary,
+        *,
+        deltas: Mapping[str, DeltaBase] = {},
+        rebuilt: FileEntry | None = None,
+    ) -> None:
+        """Publish what was staged for this version.
+
+        `deltas`: what each staged delta changes, by file name; `rebuilt`: what the weights are where they
+        were not staged whole.
+        """
         staged = published_folder.staged_path(self.root / "weights", str(version))
         with self._as_learner():
-            self.files.write(staged / _CANARY, json.dumps(asdict(canary)).encode())
-            listing = published_folder.describe(self.files, staged)
-            manifest = WeightsManifest(time=self.now(), step=version.step, files=listing, **self._kind_of(listing))
-            published_folder.publish(self.files, staged, self._version(version), manifest, self.require_incarnation)
-
-    def _kind_of(self, listing: Collection[str]) -> dict[str, Any]:
-        """What a version's manifest says of its kind."""
-        return {"kind": "adapter", "model": self._model_digest} if ADAPTER_WEIGHTS in listing else {}
-
-    def _require_its_model(self, version: Version, manifest: WeightsManifest) -> None:
-        """CorruptFile for adapters of another model than the run's."""
-        if manifest.kind == "adapter" and manifest.model != self._model_digest:
-            raise CorruptFile(
-                f"weights {version}: these adapters belong to the model with digest {manifest.model}; the starting"
-                f" model here has {self._model_digest}"
+            self.files.write(staged / CANARY_FILE, json.dumps(asdict(canary)).encode())
+            files = published_folder.describe(self.files, staged)
+            is_adapter = ADAPTER_WEIGHTS in files
+            manifest = WeightsManifest(
+                kind="adapter" if is_adapter else "delta" if rebuilt else "anchor",
+                time=self.now(),
+                step=version.step,
+                files=files,
+                model=self._model_digest if is_adapter else None,
+                rebuilt=rebuilt,
+                deltas=dict(deltas),
             )
+            published_folder.publish(
+                self.files, staged, self._weights.folder(version), manifest, self.require_incarnation
+            )
+
+    def needs_anchor(self, num_bytes: int, deltas: Mapping[DeltaBase, int]) -> bool:
+        """Whether the next version, whole weights of `num_bytes`, has to be published whole.
+
+        It has if a reader that has nothing would read more than `LONGEST_PATH` times as much to come to it by deltas
+        (their bytes, by what they change). And if a sampler has refused a version since the last anchor:
+        what leads there may be damaged.
+        """
+        ways = self._weights.ways()
+        paths = {base: cheapest(ways, base.sha256) for base in deltas}
+        costs = [cost(path) + deltas[base] for base, path in paths.items() if path is not None]
+        if min(costs, default=math.inf) > LONGEST_PATH * num_bytes:
+            return True
+        last_anchor = str(max(way.version for way in ways if way.base is None))
+        return any(name >= last_anchor for beat in self.heartbeats().values() for name in beat.refused)
 
     @property
     def _model_digest(self) -> str | None:
@@ -158,47 +180,56 @@ class Exchange(LearnerState):
 
     def list_versions(self) -> list[Version]:
         """Published versions, oldest first, without those of a lost future."""
-        return surviving_versions(self._published())
+        return surviving_versions(self._weights.published())
 
     def published_at(self, version: Version) -> float:
         """When the learner published it, in seconds by the learner's clock.
 
         Raises FileNotFoundError if it is retired, CorruptFile and UnknownProtocol as `fetch_weights`.
         """
-        return published_folder.read_manifest(self.files, self._version(version), WeightsManifest).time
+        return self._weights.manifest(version).time
 
-    def fetch_weights(self, version: Version, to: Path, *, check: Callable[[], None] = lambda: None) -> Fetched:
-        """Copy a version to a folder on this machine, checking every byte; what `check` raises meanwhile ends it.
+    def fetch_weights(
+        self,
+        version: Version,
+        to: Path,
+        *,
+        held: Mapping[str, Path] = {},
+        arrived: Arrived = lambda num_bytes: None,
+    ) -> Fetched:
+        """Make a version's model.safetensors in a folder on this machine, of the files on the volume that are fewest
+        bytes, and check every byte of them and of what they give.
 
-        Raises CorruptFile with the reason, UnknownProtocol for what a later version of HeteroRL published, and
-        FileNotFoundError if the version was retired meanwhile.
+        `held`: weights on this machine, by digest (`Fetched.held`). Files that are damaged, or were retired meanwhile,
+        are passed by where others lead to the version. Raises CorruptFile with the reason where none do,
+        UnknownProtocol for what a later version of HeteroRL published, and FileNotFoundError if the version was retired
+        meanwhile.
         """
-        source = self._version(version)
-        manifest = published_folder.read_manifest(self.files, source, WeightsManifest)
-        self._require_its_model(version, manifest)
-        if lacking := ({_CANARY} if manifest.kind == "adapter" else {WEIGHTS_FILE, _CANARY}) - set(manifest.files):
-            raise CorruptFile(f"weights {version}: the manifest does not list {', '.join(sorted(lacking))}")
-        to.mkdir(parents=True, exist_ok=True)
-        with published_folder.standing(self.files, source):
-            for name, expected in manifest.files.items():
-                if Path(name).name != name:
-                    raise CorruptFile(f"weights {version}: {name!r} is not a plain file name")
-                published_folder.check_size(self.files, source / name, expected)
-                digest = self.files.copy(source / name, to / name, check=check)
-                published_folder.check_digest(source / name, digest, expected)
-        return Fetched(version, to, parse_canary((to / _CANARY).read_bytes(), f"weights {version}: {_CANARY}"))
+        return self._weights.fetch(version, to, held, arrived, model=self._model_digest)
 
     def retire_weights(self, keep: Iterable[Version]) -> list[Version]:
-        """Delete every version that is neither to be kept nor pinned; returns the deleted ones."""
+        """Delete the versions that are neither to be kept, nor pinned, nor being fetched, nor on the way to these;
+        returns the deleted ones.
+        """
         with self._as_learner():
-            kept = {*keep, *self.list_pinned()}
-            retired = [version for version in sorted(self._published()) if version not in kept]
-            return [version for version in retired if self._delete(self._version(version), WeightsManifest)]
+            published = self._weights.published()
+            kept = {*keep, *self.list_pinned(), *self._being_fetched()} & set(published)
+            if not set(published) - kept:
+                return []
+            kept |= folders_on_the_way(self._weights.ways(), kept, self.spec.max_lag)
+            retired = [version for version in sorted(published, reverse=True) if version not in kept]
+            return [version for version in retired if self._delete(self._weights.folder(version), WeightsManifest)]
+
+    def _being_fetched(self) -> set[Version]:
+        """Versions that samplers at work are reading."""
+        lease_s = self.spec.exchange.lease_seconds
+        beats = {slot: beat for slot, beat in self.heartbeats().items() if beat.fetching}
+        return {beat.fetching for slot, beat in beats.items() if beat.fetching and self._slots.is_held(slot, lease_s)}
 
     def quarantine_weights(self, version: Version, reason: str) -> None:
         """Put a version that failed its checks aside."""
         with self._as_learner():
-            self._records.quarantine(self._version(version), reason)
+            self._records.quarantine(self._weights.folder(version), reason)
 
     def pin(self, version: Version) -> None:
         """Keep this version from being retired."""
@@ -213,11 +244,9 @@ class Exchange(LearnerState):
         """Versions kept from being retired."""
         return self._records.names(self.root / "pins", Version.parse)
 
-    def _version(self, version: Version) -> Path:
-        return self.root / "weights" / str(version)
-
-    def _published(self) -> list[Version]:
-        return self._records.names(self.root / "weights", Version.parse)
+    @cached_property
+    def _weights(self) -> Weights:
+        return Weights(self.root / "weights", self.files, self._records)
 
     # ── rollouts ─────────────────────────────────────────────────────────────────────────────────────────────────────
     def put_rollouts(self, lease: Lease, rollouts: Mapping[RolloutName, Rollout]) -> None:

@@ -68,6 +68,8 @@ def _inside(name: str) -> str:
 class FileEntry(BaseModel):
     """What a file of a published folder has to be."""
 
+    model_config = ConfigDict(frozen=True)
+
     bytes: NonNegativeInt
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -261,6 +263,8 @@ class SlotStatus(Record):
     version: str | None = None
     """The weights it serves."""
     version_step: int | None = None
+    fetching: _Version | None = None
+    """The weights that it is copying: neither they nor what leads to them are retired meanwhile."""
     rollouts: int = 0
     """Groups that the slot has generated."""
     swaps: int = 0

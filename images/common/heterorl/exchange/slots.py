@@ -77,6 +77,10 @@ class Slots:
         """The epoch of the slot's last lease; 0 before the first."""
         return max(self._epochs(slot, "lease"), default=0)
 
+    def is_held(self, slot: Slot, lease_s: float) -> bool:
+        """Whether a sampler is at work in the slot, as far as can be seen from here."""
+        return not self._is_free(slot, self.epoch(slot), lease_s)
+
     @contextmanager
     def held(self, lease: Lease) -> Iterator[None]:
         """Write as the slot's holder; Superseded, with nothing written, for one that is no longer."""

@@ -40,7 +40,7 @@ _NOT_OFFERED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 """What a mount says that does not have the operation."""
 RETRY_AFTER_S = (0.1, 0.5, 2.0, 5.0)
 _ERROR_NUMBER = re.compile(r"(?:\[Errno |\(os error )([0-9]+)[\])]")
-_CHUNK = 8 << 20
+_CHUNK = 1 << 20
 _RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
 
@@ -168,12 +168,12 @@ class Files:
         """SHA-256 of a file, in hex."""
         return self._unless_stale(path, self._digest)
 
-    def copy(self, source: Path, target: Path, *, check: Callable[[], None] = lambda: None) -> str:
+    def copy(self, source: Path, target: Path, *, arrived: Callable[[int], None] = lambda num_bytes: None) -> str:
         """Copy a file to this machine and return its SHA-256; read with read(), as mmap over a network may SIGBUS.
 
-        `check` is called between chunks of 8 MiB; what it raises ends the copy.
+        `arrived` is told the bytes of each chunk of up to 1 MiB; what it raises ends the copy.
         """
-        return self._unless_stale(source, lambda path: self._copy(path, target, check))
+        return self._unless_stale(source, lambda path: self._copy(path, target, arrived))
 
     def _unless_stale(self, path: Path, operation: Callable[[Path], _T]) -> _T:
         """NFS says ESTALE, not ENOENT, of a file that was deleted while it was in use: if it goes on saying so."""
@@ -199,13 +199,13 @@ class Files:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     @_persistent
-    def _copy(self, source: Path, target: Path, check: Callable[[], None]) -> str:
+    def _copy(self, source: Path, target: Path, arrived: Callable[[int], None]) -> str:
         digest = hashlib.sha256()
         with open(source, "rb") as reader, open(target, "wb") as writer:
             while chunk := reader.read(_CHUNK):
                 digest.update(chunk)
                 writer.write(chunk)
-                check()
+                arrived(len(chunk))
         return digest.hexdigest()
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -969,6 +969,8 @@ class SamplerPoolSpec(Block):
     """Fraction of GPU memory that vLLM may use."""
     kv_cache_bytes: int = Field(268_435_456, ge=1_048_576)
     """Size of vLLM's KV cache on the CPU, in bytes."""
+    fetch_bytes_per_second: int = Field(0, ge=0, le=10**12)
+    """Most bytes per second that a replica reads of new weights; 0: no limit."""
     threads: int = Field(0, ge=0, le=1024)
     """CPU threads per replica; 0 divides the cores of the machine evenly."""
     lora: Literal["merged", "adapter"] = "merged"
@@ -1005,7 +1007,9 @@ class RetentionSpec(Block):
     """What is kept on the volume."""
 
     weights: int = Field(3, ge=2, le=10_000)
-    """Number of newest published versions to keep; versions that a transit delay still needs are kept as well."""
+    """Number of newest published versions to keep; versions that a transit delay still needs, and the deltas that lead
+    to these, are kept as well.
+    """
     keep_rollouts: bool = False
     """Keep rollouts after training, for example to replay them with another loss."""
     volume: Literal["Retain", "Delete"] = "Retain"
@@ -1032,6 +1036,8 @@ class ExchangeSpec(Block):
     """How often a waiting process polls the volume."""
     lease_seconds: float = Field(60.0, gt=0, le=86_400)
     """Lease duration: a slot whose heartbeat has not changed for this long may be taken over."""
+    deltas: bool = True
+    """Publish what has changed since earlier weights where that is less than half of them, instead of whole weights."""
     canary: CanarySpec = CanarySpec()
     """Check of newly adopted weights."""
 
