@@ -66,10 +66,11 @@ export class CompletionsTab {
   }
 
   async find(page = 0) {
+    this.page = page; // at once, or a refresh would ask for the page before and replace this question
     const answer = await this.ask("completions", { ...this.asked(), page, size: SIZE }, { replaces: "completions" });
     const text = JSON.stringify([answer, page, this.reward]);
     if (text === this.text) return;
-    Object.assign(this, { page, answer, text });
+    Object.assign(this, { answer, text });
     this.draw();
   }
 

@@ -62,11 +62,12 @@ export class EvaluationTab {
 
   // ── problems ──────────────────────────────────────────────────────────────────────────────────────────────────────
   async find(page = 0) {
+    this.page = page; // at once, or a refresh would ask for the page before and replace this question
     const asked = { run: this.id, set: this.set.value, step: this.step.value, outcome: this.outcome, words: this.words.value, page, size: SIZE };
     const answer = await this.ask("answers", asked, { replaces: "answers" });
     const text = JSON.stringify([answer, page, this.outcome]);
     if (text === this.text) return;
-    Object.assign(this, { page, answer, text });
+    Object.assign(this, { answer, text });
     this.draw();
   }
 
