@@ -211,7 +211,11 @@ class TrainingEngine(ABC):
             is_last = number == len(batches) - 1
             with self._accumulating(is_last):
                 logp = self._logps(batch)
-                loss = loss_function(batch, logp) if len(logp) else logp.sum()
+                if len(logp):
+                    loss = loss_function(batch, logp)
+                else:
+                    self.reference_logps(batch)  # in step with the others: ZeRO-3 gathers weights for it on all ranks
+                    loss = logp.sum()
                 # Times 1, or NaN where the loss is not finite: then no gradient is, on any rank, and `step` refuses it.
                 self._backward(loss * (loss.detach() * 0 + 1))
             total += loss.detach()
