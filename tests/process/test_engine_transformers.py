@@ -29,14 +29,14 @@ def engine_on(folder: Path) -> TransformersEngine:
 
 
 @functools.cache
-def model_in(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+def model_in(folder: Path, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
-def logits_of(folder: Path, text: list[int]) -> np.ndarray:
-    """[S, V] in float64, from one forward of the whole text."""
+def logits_of(folder: Path, text: list[int], dtype: torch.dtype = torch.float64) -> np.ndarray:
+    """[S, V], from one forward of the whole text."""
     with torch.no_grad():
-        return model_in(folder)(torch.tensor([text])).logits[0].numpy()
+        return model_in(folder, dtype)(torch.tensor([text])).logits[0].numpy()
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
@@ -44,8 +44,8 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def scores_of(folder: Path, text: list[int]) -> np.ndarray:
-    return log_softmax(logits_of(folder, text))[np.arange(len(text) - 1), text[1:]]
+def scores_of(folder: Path, text: list[int], dtype: torch.dtype = torch.float64) -> np.ndarray:
+    return log_softmax(logits_of(folder, text, dtype))[np.arange(len(text) - 1), text[1:]]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -255,6 +255,22 @@ def test_weights_of_another_shape_are_refused_and_the_old_ones_stay(tiny_model_d
     with pytest.raises(CorruptFile):
         engine.load_weights(tmp_path)
     assert engine.score(PROMPTS[:2]) == before
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_neox", "camembert"])
+def test_weights_are_read_by_the_names_of_their_files_where_modules_have_others(name, tmp_path):
+    start, other = (architectures.save(name, tmp_path / str(seed), seed=seed) for seed in (0, 1))
+    engine, text = engine_on(start), [5, 9, 12, 20, 4]
+    expected = scores_of(other, text, torch.float32)  # experts have no kernel for float64
+    engine.load_weights(other)
+    np.testing.assert_allclose(engine.score([text])[0], expected, atol=2e-5)
+    tensors = load_file(other / "model.safetensors")
+    last = max(tensors)
+    for bad in ({n: t for n, t in tensors.items() if n != last}, {**tensors, last: tensors[last][:-1]}):
+        save_file(bad, tmp_path / "model.safetensors")
+        with pytest.raises(CorruptFile, match="weights: "):
+            engine.load_weights(tmp_path)
+    np.testing.assert_allclose(engine.score([text])[0], expected, atol=2e-5)
 
 
 def test_other_files_beside_the_weights_are_left_alone(tiny_model_dir, tmp_path):

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import architectures
 from builders import spec_of
 from heterorl.errors import ModelError, NotFinite, SiteError, UserError
 from heterorl.spec.run import LearnerSpec, RunSpec
@@ -234,6 +236,18 @@ def test_exported_tensors_are_those_of_the_folder(folders: dict[str, Path], kind
         assert torch.equal(exported[name], p), name
     exported["model.norm.weight"].zero_()  # a copy: publication may go on while training does
     assert not torch.equal(engine.full_state_dict()["model.norm.weight"], exported["model.norm.weight"])
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_neox", "granitemoe", "jamba"])
+def test_exported_tensors_have_the_names_of_the_folder_where_modules_have_others(name: str, tmp_path: Path) -> None:
+    folder = architectures.save(name, tmp_path)
+    modules = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    expected = load_file(folder / "model.safetensors")
+    assert set(expected) != set(modules)
+    exported = build_engine(folder, run_spec()).full_state_dict()
+    assert set(exported) == set(expected)
+    for tensor_name, tensor in expected.items():
+        assert torch.equal(exported[tensor_name], tensor), tensor_name
 
 
 def test_bfloat16_keeps_updates_that_its_own_precision_would_lose(folders: dict[str, Path]) -> None:

@@ -114,12 +114,3 @@ def tensor_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
         except (SafetensorError, OSError) as error:
             raise CorruptFile(f"{path}: {error}") from error
     return shapes
-
-
-def require_same_tensors(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
-    """CorruptFile naming the first difference, unless the weights fit the model; vLLM would skip what is missing."""
-    for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
-            raise CorruptFile(
-                f"weights: {name} is {found.get(name, 'absent')}, the model has {expected.get(name, 'none')}"
-            )

@@ -53,15 +53,6 @@ class DeepSpeedEngine(TrainingEngine):
         self._zero.step()  # where the norm is not finite it leaves the update out and clears the gradient
         return float(self._zero.get_global_grad_norm()) if self._zero.was_step_applied() else math.nan
 
-    def full_state_dict(self) -> dict[str, Tensor]:
-        tensors = {}
-        for name, tensor in unique_tensors(self._bare).items():
-            # One gather at a time, never nested: leaving an inner one would take the outer one's weights away.
-            with deepspeed.zero.GatheredParameters([tensor], enabled=self._partitioned):
-                if self.rank == 0:
-                    tensors[name] = tensor.detach().to("cpu", self.dtype, copy=True)
-        return tensors
-
     def save(self, folder: Path) -> None:
         self._zero.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False, exclude_frozen_parameters=True)
         ranks.barrier()
@@ -82,6 +73,15 @@ class DeepSpeedEngine(TrainingEngine):
 
     def _backward(self, loss: Tensor) -> None:
         self._zero.backward(loss * self.world_size)  # DeepSpeed averages over ranks; the shares are to be summed
+
+    def _gather_tensors(self) -> dict[str, Tensor]:
+        tensors = {}
+        for name, tensor in unique_tensors(self._bare).items():
+            # One gather at a time, never nested: leaving an inner one would take the outer one's weights away.
+            with deepspeed.zero.GatheredParameters([tensor], enabled=self._partitioned):
+                if self.rank == 0:
+                    tensors[name] = tensor.detach().to("cpu", self.dtype, copy=True)
+        return tensors
 
 
 class PersistentFiles(TorchCheckpointEngine):  # type: ignore[misc]  # untyped

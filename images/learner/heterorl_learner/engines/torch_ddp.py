@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers.core_model_loading import revert_weight_conversion
 
 from heterorl.errors import NotFinite, UserError
 from heterorl.exchange.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -257,13 +258,18 @@ class TrainingEngine(ABC):
         return norm
 
     # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    @abstractmethod
     def full_state_dict(self) -> dict[str, Tensor]:
-        """The model's tensors by their Hugging Face names, on the CPU in the spec's dtype; tied ones once.
+        """The model's tensors as in its checkpoint, on the CPU in the spec's dtype; tied ones once.
 
-        With LoRA those of the adapters alone, by peft's names. Every rank calls it, rank 0 gets the tensors (copies),
-        the others an empty dict.
+        Modules of transformers need not be as checkpoints are: the experts of a layer, for one, are a tensor there and
+        many here. With LoRA they are those of the adapters alone, by peft's names. Every rank calls it, rank 0 gets the
+        tensors (copies), the others an empty dict.
         """
+        tensors = self._gather_tensors()
+        if adapter_tensors(self._bare.model):
+            return tensors
+        tensors = revert_weight_conversion(self._bare.model, tensors)
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -282,6 +288,10 @@ class TrainingEngine(ABC):
 
     @abstractmethod
     def _backward(self, loss: Tensor) -> None: ...
+
+    @abstractmethod
+    def _gather_tensors(self) -> dict[str, Tensor]:
+        """As `full_state_dict`, by the names of transformers' modules."""
 
     @abstractmethod
     def _step(self, learning_rate: float) -> float:
@@ -314,7 +324,7 @@ def _bitsandbytes() -> Any:
 
 
 def unique_tensors(policy: Policy) -> dict[str, Tensor]:
-    """The model's tensors by their Hugging Face names, of tied ones the first; with LoRA the adapters', by peft's."""
+    """The model's tensors by the names of its modules, of tied ones the first; with LoRA the adapters', by peft's."""
     if adapters := adapter_tensors(policy.model):
         return adapters
     seen: set[int] = set()
@@ -336,7 +346,7 @@ def save_weights(tensors: dict[str, Tensor], adapter_config: str | None, folder:
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write the model's tensors, by their Hugging Face names, into a file that no reader looks at yet."""
+    """Write the model's tensors, as `full_state_dict` gives them, into a file that no reader looks at yet."""
     persistently(lambda: save_file(tensors, file, metadata={"format": "pt"}), what=file.name)
 
 
@@ -366,14 +376,6 @@ class TorchEngine(TrainingEngine):
         self._optimizer.zero_grad()
         return norm.item()
 
-    def full_state_dict(self) -> dict[str, Tensor]:
-        if self.rank != 0:
-            return {}
-        return {
-            name: tensor.detach().to("cpu", self.dtype, copy=True)
-            for name, tensor in unique_tensors(self._bare).items()
-        }
-
     def save(self, folder: Path) -> None:
         if self.rank == 0:
             weights = {name: tensor.detach() for name, tensor in unique_tensors(self._bare).items()}
@@ -399,6 +401,14 @@ class TorchEngine(TrainingEngine):
 
     def _backward(self, loss: Tensor) -> None:
         (loss * self.world_size).backward()  # DDP averages over ranks; the shares are to be summed
+
+    def _gather_tensors(self) -> dict[str, Tensor]:
+        if self.rank != 0:
+            return {}
+        return {
+            name: tensor.detach().to("cpu", self.dtype, copy=True)
+            for name, tensor in unique_tensors(self._bare).items()
+        }
 
 
 def write_state(state: dict[str, Any], path: Path) -> None:

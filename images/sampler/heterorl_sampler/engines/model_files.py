@@ -43,16 +43,3 @@ def context_length(model_dir: Path) -> int:
         if (length := getattr(config, name, None) or -1) > 0:
             return int(length)
     return 2**31 - 1
-
-
-def head_and_embedding(model_dir: Path) -> tuple[str, str]:
-    """Names of the output head's and the input embedding's tensors, which a tied model shares: lm_head.weight and, of a
-    GPT-2, transformer.wte.weight. "" for what the model does not have.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
-    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
-    return names.get(id(model.get_output_embeddings()), ""), names.get(id(model.get_input_embeddings()), "")

@@ -31,11 +31,12 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from heterorl.errors import ModelError, SiteError
-from heterorl.exchange.canary import ROUNDING, require_same_tensors, tensor_shapes, weight_files
+from heterorl.exchange.canary import ROUNDING, weight_files
 from heterorl.exchange.rollout import Completion, Sampling, Version
 from heterorl_sampler.decoding import stop_texts
 from heterorl_sampler.engines.base import UNNAMED, Finished, InferenceEngine, runs_of
 from heterorl_sampler.engines.model_files import Dtype, end_token_ids
+from heterorl_sampler.engines.model_tensors import ModelTensors, load
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class TransformersEngine(InferenceEngine):
         self._numbers = itertools.count()
         self._waiting: deque[_Group] = deque()
         self._batch: _Batch | None = None
+        self._tensors = ModelTensors(model_dir)
         self.reading = self._choose_reading(ROUNDING[dtype])
 
     def _choose_reading(self, tolerance: float) -> Reading:
@@ -174,17 +176,10 @@ class TransformersEngine(InferenceEngine):
 
     # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def load_weights(self, folder: Path, version: Version = UNNAMED) -> None:
-        """Copy the folder's tensors into the model."""
+        """Read the folder's tensors into the model."""
         files = weight_files(folder)
-        # A tied model's head is in the state dict, but not in the file.
-        own = self._model.state_dict(keep_vars=True)
-        tied = {name for name in self._model.all_tied_weights_keys if name in own}
-        expected = {name: tuple(tensor.shape) for name, tensor in own.items() if name not in tied}
-        require_same_tensors({k: v for k, v in tensor_shapes(files).items() if k not in tied}, expected)
-        with torch.no_grad():
-            for path in files:
-                for name, tensor in load_file(path).items():
-                    own[name].copy_(tensor)
+        self._tensors.require_all(files)
+        load(self._model, {name: tensor for path in files for name, tensor in load_file(path).items()})
         if self._batch:
             self._batch.note_swap()
         self.version = version

@@ -43,11 +43,12 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from heterorl.errors import CorruptFile, HeteroRLError, SiteError, UserError
-from heterorl.exchange.canary import CANARY_TOKENS, require_same_tensors, tensor_shapes, weight_files
+from heterorl.exchange.canary import CANARY_TOKENS, tensor_shapes, weight_files
 from heterorl.exchange.rollout import Completion, Sampling, Version
 from heterorl_sampler.decoding import StopTexts, stop_texts
 from heterorl_sampler.engines.base import UNNAMED, Finished, InferenceEngine, runs_of
-from heterorl_sampler.engines.model_files import Dtype, context_length, end_token_ids, head_and_embedding
+from heterorl_sampler.engines.model_files import Dtype, context_length, end_token_ids
+from heterorl_sampler.engines.model_tensors import ModelTensors
 
 MAX_RUNNING = 256
 """Completions at a time: what a device of the usual size has room for, and vLLM's own bound there."""
@@ -86,8 +87,7 @@ class VLLMEngine(InferenceEngine):
         """`lora_rank`: of the adapters that `load_weights` takes, beside the model's weights; 0: it takes weights."""
         _require_device(gpus)
         self._model_dir, self._ends = model_dir, end_token_ids(model_dir)
-        self._head, self._embedding = head_and_embedding(model_dir)
-        self._shapes = self._served_shapes(weight_files(model_dir))
+        self._tensors = ModelTensors(model_dir)
         self._views = tempfile.TemporaryDirectory(prefix="heterorl-vllm-")
         self._view_numbers = itertools.count()
         # Eager and with a given cache size, vLLM skips its warm-up on a CPU. Prompts are read whole there: after a part
@@ -245,7 +245,7 @@ class VLLMEngine(InferenceEngine):
         self._adapter = adapter
 
     def _reload(self, folder: Path) -> None:
-        require_same_tensors(self._served_shapes(weight_files(folder)), self._shapes)
+        self._tensors.require_all(weight_files(folder))
         view = self._make_view(folder)
         try:
             self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(view)})
@@ -272,21 +272,13 @@ class VLLMEngine(InferenceEngine):
         files = weight_files(folder)
         for path in files:
             (view / path.name).symlink_to(path.resolve())
-        if self._is_tied(tensor_shapes(files)):
-            with safe_open(_holder_of(self._embedding, files), "pt") as tensors:
-                save_file({self._head: tensors.get_tensor(self._embedding)}, view / "head.safetensors")
+        if shared := self._tensors.shared_with_head(files):
+            with safe_open(_holder_of(shared, files), "pt") as tensors:
+                save_file({self._tensors.head: tensors.get_tensor(shared)}, view / "head.safetensors")
         if (folder / "config.json").is_file():
             config = json.loads((folder / "config.json").read_text())
             (view / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
         return view
-
-    def _served_shapes(self, files: list[Path]) -> dict[str, tuple[int, ...]]:
-        """Shapes as they are served: a tied model's files have no head, its view has."""
-        shapes = tensor_shapes(files)
-        return shapes | {self._head: shapes[self._embedding]} if self._is_tied(shapes) else shapes
-
-    def _is_tied(self, shapes: dict[str, tuple[int, ...]]) -> bool:
-        return self._head not in shapes and self._embedding in shapes
 
     def close(self) -> None:
         """Stop vLLM and remove the serving folders."""
