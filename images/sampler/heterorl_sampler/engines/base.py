@@ -86,9 +86,11 @@ class InferenceEngine(ABC):
         seeds = np.random.SeedSequence(seed).generate_state(len(prompts), np.uint64) >> np.uint64(2)
         numbers = [self.add(prompt, n, sampling, int(own)) for prompt, own in zip(prompts, seeds)]
         made: dict[int, list[Completion]] = {}
-        while self.num_groups and not stop():
-            made |= dict(self.step())
-        self.drop()
+        try:
+            while self.num_groups and not stop():
+                made |= dict(self.step())
+        finally:
+            self.drop()
         return [made.get(number) for number in numbers]
 
 

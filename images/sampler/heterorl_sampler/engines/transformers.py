@@ -263,16 +263,21 @@ class _Batch:
 
     def _read(self) -> Tensor:
         """Logits [R, V] after the last token of each row."""
-        if len(self._texts) == len(self._alive):
-            logits = self._engine.forward(self._texts, self._mask, self._cache, self._unread)
-        else:  # at first, each prompt is read once
-            logits = self._engine.forward(self._texts, self._mask, self._cache).repeat_interleave(self._n, 0)
+        repeats = len(self._alive) // len(self._texts)  # at first a row stands for all of its prompt's
+        if repeats > 1 and self._engine.reading == "together":  # so each prompt is read once
+            logits = self._engine.forward(self._texts, self._mask, self._cache).repeat_interleave(repeats, 0)
             if self._cache is not None:
-                self._cache.batch_repeat_interleave(self._n)
-            self._texts = self._texts.repeat_interleave(self._n, 0)
-            self._mask = self._mask.repeat_interleave(self._n, 0)
+                self._cache.batch_repeat_interleave(repeats)
+            self._repeat_rows(repeats)
+        else:  # not every cache can be repeated
+            self._repeat_rows(repeats)
+            logits = self._engine.forward(self._texts, self._mask, self._cache, self._unread)
         self._unread = 1
         return logits
+
+    def _repeat_rows(self, repeats: int) -> None:
+        self._texts = self._texts.repeat_interleave(repeats, 0)
+        self._mask = self._mask.repeat_interleave(repeats, 0)
 
     def _draw(self, logp: Tensor) -> Tensor:
         if self._sampling.temperature == 0:
