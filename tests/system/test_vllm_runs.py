@@ -51,7 +51,7 @@ def test_adapters_are_served_merged_and_beside_the_weights_with_the_canary_holdi
 
 
 def test_a_damaged_version_is_refused_and_generation_goes_on_with_the_old_one(new_run: Callable[..., Any]) -> None:
-    run = new_run("quickstart-vllm.yaml", *NO_EVALUATION)  # its model is tied
+    run = new_run("quickstart-vllm.yaml", *NO_EVALUATION, "--set", "exchange.deltas=false")  # its model is tied
     run.start()
     run.until_step(5)
     near, learner = run.child("heterorl_sampler", "near"), run.child("heterorl_learner")
