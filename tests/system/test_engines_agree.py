@@ -4,6 +4,8 @@ Two processes under torchrun run all distributed engines one after the other (mo
 file is their script as well as the test.
 """
 
+import itertools
+import json
 import math
 import os
 import subprocess
@@ -11,19 +13,22 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from builders import rollout_of
 from heterorl.entry import leave
 from heterorl.errors import NotFinite, UserError
 from heterorl.spec.run import RunSpec
 from heterorl_learner import ranks
 from heterorl_learner.engines.build import build_engine
 from heterorl_learner.engines.torch_ddp import LossFunction, MicroBatch, Sequence, TrainingEngine, micro_batch
-from heterorl_learner.train_step import plan
+from heterorl_learner.rollout_feed import StepBatch
+from heterorl_learner.train_step import plan, train_on
 
 STEPS, STOP = 10, 5
 TOKEN_BUDGET = 64
@@ -130,6 +135,45 @@ def run_with_a_stop(folder: Path, strategy: str, checkpoint: Path) -> Trajectory
     return Trajectory(losses, norms, second.full_state_dict(), second.score(CANARY))
 
 
+# ── corrections ──────────────────────────────────────────────────────────────────────────────────────────────────────
+CORRECTIONS: dict[str, dict[str, Any]] = {
+    "truncate sequences": {"weight": {"type": "truncate", "level": "sequence", "high": 1.1}},
+    "mask tokens": {"weight": {"type": "mask", "level": "token", "low": 0.8, "high": 1.2}},
+    "reject by the geometric mean": {"reject": {"type": "geometric", "low": 0.95, "high": 1.05}},
+    "reject by k3": {"reject": {"type": "k3", "maxK3": 0.02}},
+    "opsm": {"opsmDelta": 0.02},
+    "m2po": {"m2poTau": 0.02},
+}
+
+
+def stale_batch(engine: TrainingEngine) -> StepBatch:
+    """Five groups whose samplers gave tokens other probabilities than the engine, by a factor of 1.2 or so."""
+    rng = np.random.default_rng(5)
+    lengths = (3, 5, 2, 6)
+    rollouts = []
+    for _ in range(5):
+        rewards, prompt = rng.normal(size=4), np.array([5, 6], np.int32)
+        tokens = np.split(np.arange(7, 23, dtype=np.int32), np.cumsum(lengths)[:-1])
+        texts = [Sequence(prompt, part, np.zeros(len(part), np.float32), 0, 0.0) for part in tokens]
+        logp = engine.score(micro_batch(texts)).numpy() + rng.normal(scale=0.2, size=16)
+        rollouts.append(rollout_of(rewards, lengths, logp=logp))
+    return StepBatch(step=1, names=[], rollouts=rollouts, wait_s=0.0)
+
+
+def corrected(folder: Path, strategy: str) -> dict[str, dict[str, float]]:
+    """What each correction makes of the same stale step, with a loss of tokens, of sequences and of groups."""
+    engine = build_engine(folder, run_spec(strategy))
+    batch, found = stale_batch(engine), {}
+    for loss, (name, correction) in itertools.product(("grpo", "gspo", "gepo"), CORRECTIONS.items()):
+        algorithm = {"loss": {"type": loss}, "groupSize": 4, "correction": correction}
+        learner = {"strategy": strategy, "batch": {"tokensPerMicroBatch": 16}}
+        pool = [{"name": "near"}]
+        spec = RunSpec.model_validate({"samplers": pool, "algorithm": algorithm, "learner": learner})
+        metrics = train_on(engine, spec, batch)
+        found[f"{loss}, {name}"] = metrics | {"grad_norm": engine.step(0.0)}  # the weights stay
+    return found
+
+
 def refusals(folder: Path, strategy: str, whole: Trajectory) -> list[str]:
     """What the engine says when only rank 1's gradient, or only rank 1's loss, is not finite; "" if it goes on.
 
@@ -166,8 +210,10 @@ def main(folder: Path, out: Path) -> int:
         whole = run_through(folder, strategy)
         stopped = run_with_a_stop(folder, strategy, out / f"checkpoint-{strategy}")
         messages = refusals(folder, strategy, whole)
+        corrections = corrected(folder, strategy) if strategy in WHOLE else {}
         if os.environ["RANK"] == "0":
             torch.save({"whole": vars(whole), "stopped": vars(stopped)}, out / f"{strategy}.pt")
+            (out / f"{strategy}.json").write_text(json.dumps(corrections))
             (out / f"{strategy}.txt").write_text("\n".join(messages))
     ranks.part()
     return 0
@@ -189,13 +235,19 @@ def single(folder: Path) -> Callable[[str], Trajectory]:
 
 
 @pytest.fixture(scope="module")
+def corrections_of_one(folder: Path) -> dict[str, dict[str, float]]:
+    """By one process."""
+    return corrected(folder, "torch")
+
+
+@pytest.fixture(scope="module")
 def out(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the two processes wrote."""
     out = tmp_path_factory.mktemp("engines")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder), str(out)]
     result = subprocess.run(
         [sys.executable, *launch],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -278,6 +330,22 @@ def test_all_ranks_refuse_a_step_in_which_one_has_a_number_that_is_not_finite_an
 
 
 @pytest.mark.usefixtures("own_process_group")
+@pytest.mark.parametrize("strategy", WHOLE)
+def test_corrections_look_at_whole_sequences_groups_and_steps_however_ranks_share_them(
+    strategy: str, out: Path, corrections_of_one: dict[str, dict[str, float]]
+) -> None:
+    found = json.loads((out / f"{strategy}.json").read_text())
+    assert found.keys() == corrections_of_one.keys()
+    for name, expected in corrections_of_one.items():
+        assert found[name] == pytest.approx(expected, rel=1e-4, abs=1e-6), name
+
+
+def test_the_corrections_of_the_comparison_correct_something(corrections_of_one: dict[str, dict[str, float]]) -> None:
+    norms = {name: round(metrics["grad_norm"], 6) for name, metrics in corrections_of_one.items()}
+    for loss in ("grpo", "gspo", "gepo"):
+        assert len({norm for name, norm in norms.items() if name.startswith(loss)}) == len(CORRECTIONS)
+
+
 def test_a_checkpoint_of_another_number_of_ranks_is_refused_with_what_to_do(folder: Path, out: Path) -> None:
     engine = build_engine(folder, run_spec("zero1"))
     with pytest.raises(UserError, match="optimizer state of 2 ranks, but this learner has 1"):
