@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,7 @@ def test_a_record_with_too_many_cells_is_a_bad_row_on_the_line_where_it_begins(t
         ("a.xlsx", b"PK", r"a data file ends in .jsonl, .json, .csv or .tsv.* this one in .xlsx"),
         ("a", b"", "this one in nothing"),
     ],
+    ids=itertools.count(),  # the contents are no names: gzip's hold the time, and two workers have to agree
 )
 def test_a_file_that_is_not_of_its_format_is_one_line_that_names_it(
     tmp_path: Path, name: str, content: bytes, why: str
