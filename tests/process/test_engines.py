@@ -189,7 +189,9 @@ def test_resume_is_exact_to_the_bit_in_one_thread(folders: dict[str, Path], tmp_
         whole = train(through, range(6))
         first = build_engine(folders["tied"], run_spec())
         train(first, range(3))
-        first.save(tmp_path)
+        saving = first.save(tmp_path)
+        train(first, range(3, 5))  # which goes on while it is written
+        saving.write()
         second = build_engine(folders["tied"], run_spec())
         second.load(tmp_path)
         assert train(second, range(3, 6)) == whole[3:]
@@ -217,12 +219,27 @@ def test_a_checkpoint_is_written_and_read_again_after_an_error_that_passes(
     engine = build_engine(folders["tied"], run_spec(strategy=strategy))
     train(engine, range(1))
     monkeypatch.setattr(torch, "save", once(torch.save))
-    engine.save(tmp_path)
+    engine.save(tmp_path).write()
     monkeypatch.setattr(torch, "load", once(torch.load))
     other = build_engine(folders["tied"], run_spec(strategy=strategy))
     other.load(tmp_path)
     for name, tensor in engine.full_state_dict().items():
         assert torch.equal(tensor, other.full_state_dict()[name]), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_has_the_weights_that_would_be_published(
+    folders: dict[str, Path], tmp_path: Path, dtype: str
+) -> None:
+    engine = build_engine(folders["tied"], run_spec(dtype=dtype))
+    train(engine, range(1))
+    expected, saving = engine.full_state_dict(), engine.save(tmp_path)
+    train(engine, range(1))
+    found = saving.weights()
+    assert found.keys() == expected.keys()
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in expected.items()
+    )
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])

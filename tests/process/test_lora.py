@@ -184,7 +184,7 @@ def test_a_resumed_learner_goes_on_to_the_bit_and_its_checkpoint_holds_no_frozen
 ) -> None:
     first, second = (build_engine(tiny_model_dir(), run_spec(learner=learner)) for _ in range(2))
     train(first)
-    first.save(tmp_path)
+    first.save(tmp_path).write()
     second.load(tmp_path)
     train(first), train(second)
     assert same(first.full_state_dict(), second.full_state_dict())

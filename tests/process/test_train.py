@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -239,8 +240,14 @@ def test_weights_are_published_at_the_start_every_so_often_and_at_the_end(exchan
 def test_checkpoints_are_saved_every_so_often_and_at_the_end_and_the_newest_few_kept(exchange: Exchange) -> None:
     seen: list[list[int]] = []
     exchange = exchange_at(exchange.root, run_with(5, {**SMALL, "checkpoint": {"everySteps": 2, "keep": 2}}))
-    watch = Watch(lambda step: seen.append(exchange.list_checkpoints()))
-    Trainer(exchange, build_engine(exchange.model_dir, exchange.spec), Metrics([watch]), lambda: False).train()
+
+    def look(step: int) -> None:
+        trainer.checkpoints.wait()
+        seen.append(exchange.list_checkpoints())
+
+    engine = build_engine(exchange.model_dir, exchange.spec)
+    trainer = Trainer(exchange, engine, Metrics([Watch(look)]), lambda: False)
+    trainer.train()
     assert seen == [[], [], [2], [2], [2, 4]]  # told of a step before its checkpoint is saved
     assert exchange.list_checkpoints() == [4, 5]
 
@@ -313,6 +320,46 @@ def test_it_does_not_begin_anew_when_no_checkpoint_can_be_used(damaged: Exchange
     with pytest.raises(RunFolderError, match=r"failurePolicy\.startOver: true to start again at step 0"):
         records_of(damaged)
     assert damaged.list_checkpoints() == [2, 4]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_costs_no_rollout(
+    exchange: Exchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = {**SMALL, "checkpoint": {"everySteps": 2, "keep": 1}}
+    exchange = exchange_at(exchange.root, run_with(5, learner))
+    undisturbed = Exchange(shutil.copytree(exchange.root, exchange.root.with_name("undisturbed"), symlinks=True))
+    commit = Exchange.commit_checkpoint
+
+    def fails(exchange: Exchange, step: int, state: dict[str, Any]) -> None:
+        if step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        commit(exchange, step, state)
+
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(Exchange, "commit_checkpoint", fails)
+        with pytest.raises(OSError, match="No space left"):
+            records_of(exchange)
+    assert exchange.list_checkpoints() == [2]
+    assert {name.seq for name in [*exchange.list_taken(), *exchange.list_rollouts()]} >= {
+        2,
+        3,
+        4,
+    }  # those that the checkpoint of 2 does not hold
+    records_of(exchange)
+    records_of(undisturbed)
+    assert [entry.names for entry in exchange.read_journal()] == [entry.names for entry in undisturbed.read_journal()]
+    ours, theirs = (load_file(run.root / "output" / "model.safetensors") for run in (exchange, undisturbed))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_learner_that_is_told_to_stop_takes_back_what_it_had_looked_for_ahead(exchange: Exchange) -> None:
+    exchange = exchange_at(exchange.root, run_with(5, SMALL))
+    told: list[int] = []
+    records_of(exchange, stop=lambda: bool(told) or (exchange.step == 2 and told.append(1) is None))
+    assert exchange.learner.step == 2
+    assert [entry.step for entry in exchange.read_journal()] == [0, 1]
+    records_of(exchange)
+    assert [[name.seq for name in entry.names] for entry in exchange.read_journal()] == [[0], [1], [2], [3], [4]]
 
 
 # ── what is not finite ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from torch import Tensor
+
 from heterorl.exchange.adapters import base_tensors, merge_into
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.published_folder import replaced
@@ -15,14 +17,14 @@ _WEIGHTS = ("*.safetensors*", "*.bin*")
 _MODEL_CONFIG = ("config.json", "generation_config.json")
 
 
-def save_model(exchange: Exchange, engine: TrainingEngine, folder: Path, *, merged: bool = False) -> None:
-    """Write weights, configuration and tokenizer into a staged folder. Every rank calls it, rank 0 writes.
+def save_model(
+    exchange: Exchange, tensors: dict[str, Tensor], adapters: str | None, folder: Path, *, merged: bool = False
+) -> None:
+    """Write weights, configuration and tokenizer into a staged folder.
 
-    Of a run with LoRA the adapters, or with `merged` the whole model.
+    `tensors` and `adapters`: the engine's `full_state_dict` and `adapter_config`; of a run with LoRA the adapters are
+    written, or with `merged` the whole model.
     """
-    tensors, adapters = engine.full_state_dict(), engine.adapter_config
-    if engine.rank != 0:
-        return
     left_out = _WEIGHTS if adapters is None or merged else _WEIGHTS + _MODEL_CONFIG
     ignored = shutil.ignore_patterns(*left_out)
     persistently(lambda: shutil.copytree(exchange.model_dir, folder, ignore=ignored, dirs_exist_ok=True))
@@ -33,11 +35,11 @@ def save_model(exchange: Exchange, engine: TrainingEngine, folder: Path, *, merg
 
 
 def write_output(exchange: Exchange, engine: TrainingEngine) -> None:
-    """Publish the trained model; an earlier output stands until it does. Every rank calls it."""
-    merged = exchange.spec.model.lora.output == "merged"
+    """Publish the trained model; an earlier output stands until it does. Every rank calls it, rank 0 writes."""
+    tensors = engine.full_state_dict()
     if engine.rank != 0:
-        save_model(exchange, engine, exchange.output_dir, merged=merged)
         return
+    merged = exchange.spec.model.lora.output == "merged"
     with replaced(exchange.files, exchange.output_dir) as staged:
-        save_model(exchange, engine, staged, merged=merged)
+        save_model(exchange, tensors, engine.adapter_config, staged, merged=merged)
         exchange.require_incarnation()

@@ -1,7 +1,15 @@
 """From the volume to a step's batch: selection, journal, replay after a crash.
 
+    rank 0's thread: select ─▶ read, check ─▶ journal ─▶ pack      for step s + 1 while step s trains
+    training:        take ─▶ train
+
 Rank 0 selects, checks every file and writes the journal; the others are told the names and read the same files, so each
 computes the whole step's plan and totals by itself and nothing else has to be sent.
+
+A thread looks one batch ahead. Lag is counted at the step that trains the batch. What is journalled ahead is replayed
+after a crash like any other step; a learner that ends in order takes it back. Online nothing is looked for ahead, as
+no rollout for the next step can exist before its weights do. What the learner says of itself (`taken`, `dropped`)
+counts a batch from when it is handed out.
 
 A rollout that is too old, or was made with other rewards or prompts than the run has now, is dropped and journalled.
 One that is not what its name says, or that is poison to a step, goes to quarantine; one of a later protocol is left
@@ -11,11 +19,14 @@ alone. One of another sampling distribution is trained as what it is, at its own
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any, Self
 
 from heterorl.errors import CorruptFile, TrainingError, UnknownProtocol, UserError
 from heterorl.exchange.exchange import Exchange
@@ -45,6 +56,20 @@ class StepBatch:
     rollouts: list[Rollout]
     wait_s: float
     """Seconds spent waiting for them."""
+    packed: Any = None
+    """What the feed's `pack` made of them; None where it has none."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A batch that nobody was given yet."""
+
+    rollouts: dict[RolloutName, Rollout]
+    packed: Any
+    entry: JournalEntry | None
+    """The line that was journalled for it; None for a replay."""
+    added: Counter[str]
+    """What the line adds to the counts."""
 
 
 class _Mismatched(Exception):
@@ -52,13 +77,30 @@ class _Mismatched(Exception):
 
 
 class RolloutFeed:
-    """Gives the batches of one learner incarnation in order. All ranks call `take` together."""
+    """Gives the batches of one learner incarnation in order. All ranks call `take` together.
 
-    def __init__(self, exchange: Exchange, step: int, incarnation: int, stop: Callable[[], bool]) -> None:
-        """`step`: updates already in the weights; journalled steps from there on are replayed first."""
-        self._exchange, self._incarnation, self._stop = exchange, incarnation, stop
+    As a context it ends its thread.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        step: int,
+        incarnation: int,
+        stop: Callable[[], bool],
+        pack: Callable[[list[Rollout]], Any] = lambda rollouts: None,
+    ) -> None:
+        """`step`: updates already in the weights; journalled steps from there on are replayed first.
+
+        `pack`: what is to be made of a batch before training needs it.
+        """
+        self._exchange, self._incarnation, self._stop, self._pack = exchange, incarnation, stop, pack
         self._spec, self._provenance = exchange.spec, exchange.provenance
         self._is_first = ranks.rank() == 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
+        self._ahead: tuple[int, Future[_Found | None]] | None = None
+        self._awaited, self._unwanted = threading.Event(), threading.Event()
+        self._lock = threading.RLock()  # of what the thread, training and retirement all use
         self._left: set[RolloutName] = set()  # of a protocol that this version does not know
         self._seen: list[RolloutName] = []  # at the last look
         self._start_with(exchange.read_journal() if self._is_first else [])
@@ -67,26 +109,95 @@ class RolloutFeed:
             exchange.rewrite_journal(self._entries)  # cuts a torn last line
             self._sort_files()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for event in (self._unwanted, self._awaited):
+            event.set()
+        self._thread.shutdown()
+
     def _start_with(self, journal: Iterable[JournalEntry]) -> None:
-        self.dropped = self.mismatched = self.poisoned = 0
-        self.taken: dict[str, int] = {}
-        self._known: set[RolloutName] = set()
-        self._entries: deque[JournalEntry] = deque()
-        self._drop_next: list[RolloutName] = []
-        for entry in journal:
-            self._note(entry)
+        with self._lock:
+            self._counts: Counter[str] = Counter()
+            self.taken: dict[str, int] = {}
+            self._known: set[RolloutName] = set()
+            self._entries: deque[JournalEntry] = deque()
+            self._drop_next: list[RolloutName] = []
+            self._untold: list[RolloutName] = []  # of the batch ahead
+            for entry in journal:
+                self._tell(entry, self._note(entry))
+
+    @property
+    def dropped(self) -> int:
+        """Rollouts that were dropped so far, those of other rewards or prompts included."""
+        return self._counts["dropped"]
+
+    @property
+    def mismatched(self) -> int:
+        """Of them, those of other rewards or prompts."""
+        return self._counts["mismatched"]
+
+    @property
+    def poisoned(self) -> int:
+        """Rollouts that were set aside so far."""
+        return self._counts["poisoned"]
 
     # ── what the trainer calls ───────────────────────────────────────────────────────────────────────────────────────
     def take(self, step: int) -> StepBatch | None:
         """The batch of the step after `step` updates, waiting for it if need be; None when told to stop first."""
         started = time.monotonic()
-        found = self._find(step) if self._is_first else None
-        names = ranks.agree(None if found is None else list(found))
+        found = self._await(step) if self._is_first else None
+        names = ranks.agree(None if found is None else list(found.rollouts))
         if names is None:
             return None
         if found is None:
-            found = self._read_all(names)
-        return StepBatch(step, names, [found[name] for name in names], time.monotonic() - started)
+            rollouts = self._read_all(names)
+            packed = self._pack([rollouts[name] for name in names])
+        else:
+            rollouts, packed = found.rollouts, found.packed
+        return StepBatch(step, names, [rollouts[name] for name in names], time.monotonic() - started, packed)
+
+    def look_ahead(self, step: int) -> None:
+        """Begin to look for the batch of the step after `step` updates, while the one before trains."""
+        if self._is_first and self._spec.max_lag > 0:
+            self._look(step)
+
+    def take_back(self) -> None:
+        """Take back what was journalled ahead and is not going to be trained: training ends in order."""
+        self._give_up()
+
+    def _look(self, step: int) -> Future[_Found | None]:
+        if self._ahead is None:
+            self._ahead = step, self._thread.submit(self._find, step)
+        return self._ahead[1]
+
+    def _await(self, step: int) -> _Found | None:
+        looking = self._look(step)
+        self._awaited.set()
+        try:
+            found = looking.result()
+        finally:
+            self._awaited.clear()
+        if found is not None and self._stop():
+            self._give_up()  # also in the midst of a replay, which the next incarnation goes on with
+            return None
+        self._ahead = None
+        if found is not None and found.entry is not None:
+            self._tell(found.entry, found.added)
+        return found
+
+    def _give_up(self) -> None:
+        if self._ahead is None:
+            return
+        (step, looking), self._ahead = self._ahead, None
+        for event in (self._unwanted, self._awaited):
+            event.set()
+        found = looking.result()
+        for event in (self._unwanted, self._awaited):
+            event.clear()
+        if found is not None and found.entry is not None:
+            self._forget_from(step)
 
     def set_aside(self, batch: StepBatch, reason: str) -> None:
         """Put a batch into quarantine that gave no finite loss and gradient twice; the step is then taken anew.
@@ -96,6 +207,7 @@ class RolloutFeed:
         """
         if not self._is_first:
             return
+        self._give_up()
         entry = next(entry for entry in self._entries if entry.step == batch.step)
         if entry.poisoned:
             raise TrainingError(
@@ -105,46 +217,62 @@ class RolloutFeed:
             )
         log.error("step %d: its %d rollouts go to quarantine: %s", batch.step, len(batch.names), reason)
         self._forget_from(batch.step)
-        self._journal(entry.model_copy(update={"names": [], "poisoned": entry.names}))
+        poisoned = entry.model_copy(update={"names": [], "poisoned": entry.names})
+        self._tell(poisoned, self._journal(poisoned))
         for name in batch.names:
             self._exchange.quarantine_rollout(name, reason)
 
     def waiting(self, step: int) -> tuple[Counter[str], Counter[str]]:
         """Rollouts by slot that wait and are not too old; and those of them that are behind one that was taken."""
-        names = [n for n in self._seen if n not in self._known and lag(n, step) <= self._spec.max_lag]
+        with self._lock:  # a batch that was looked for ahead still waits
+            names = [*(name for name in self._seen if name not in self._known), *self._untold]
+        names = [name for name in names if lag(name, step) <= self._spec.max_lag]
         late = (str(name.slot) for name in names if name.seq < self.taken.get(str(name.slot), -1))
         return Counter(str(name.slot) for name in names), Counter(late)
 
     def retire(self, step: int) -> None:
-        """Delete, or archive, what was trained or dropped before `step`, because a durable checkpoint covers it."""
-        names: list[RolloutName] = []
-        while self._entries and self._entries[0].step < step:
-            entry = self._entries.popleft()
-            names += [*entry.names, *entry.dropped]
-        self._exchange.retire_rollouts(names, archive=self._exchange.spec.exchange.retention.keep_rollouts)
-        self._known.difference_update(names)
+        """Delete, or archive, what was trained or dropped before `step`, because a durable checkpoint covers it.
 
-    # ── rank 0 ───────────────────────────────────────────────────────────────────────────────────────────────────────
-    def _find(self, step: int) -> dict[RolloutName, Rollout] | None:
-        if self._stop():
-            return None  # also in the midst of a replay, which the next incarnation goes on with
+        On any thread. A name is known until its file is gone, so that nothing selects it in between.
+        """
+        names: list[RolloutName] = []
+        with self._lock:
+            while self._entries and self._entries[0].step < step:
+                entry = self._entries.popleft()
+                names += [*entry.names, *entry.dropped]
+        self._exchange.retire_rollouts(names, archive=self._exchange.spec.exchange.retention.keep_rollouts)
+        with self._lock:
+            self._known.difference_update(names)
+
+    # ── rank 0, on the thread ────────────────────────────────────────────────────────────────────────────────────────
+    def _find(self, step: int) -> _Found | None:
+        if self._is_over():
+            return None
         if step in self._replay and (replayed := self._replayed(step)):
             return replayed
-        since, stall_s = self._exchange.now(), self._spec.learner.stall_seconds
-        alive_at = looked_at = started = time.monotonic()
-        warn_at = started + stall_s
-        while not self._stop():
+        patience: _Patience | None = None
+        while not self._is_over():
             if found := self._select(step):
                 return found
-            if time.monotonic() - looked_at >= DEAD_END_S / 2:  # it reads the heartbeat of every slot
-                alive_at, looked_at = self._last_hope(step, alive_at), time.monotonic()
-            waited_s = time.monotonic() - started
+            if not self._awaited.wait(0 if patience else self._spec.exchange.poll_seconds):
+                continue
+            patience = patience or _Patience(self._exchange.now(), self._spec.learner.stall_seconds)
+            self._try_patience(step, patience)
+            waited_s = time.monotonic() - patience.started
             self._exchange.sleep(min(self._spec.exchange.poll_seconds, max(FIRST_POLL_S, waited_s / 10)))
-            if time.monotonic() >= warn_at:
-                usable = [name for name in self._candidates() if lag(name, step) <= self._spec.max_lag]
-                log.warning("%s", waited_for(self._exchange, step, len(usable), since))
-                warn_at = time.monotonic() + stall_s
         return None
+
+    def _is_over(self) -> bool:
+        return self._unwanted.is_set() or self._stop()
+
+    def _try_patience(self, step: int, patience: _Patience) -> None:
+        """Say what training waits for, now and then; UserError when that cannot come."""
+        if time.monotonic() - patience.looked_at >= DEAD_END_S / 2:  # it reads the heartbeat of every slot
+            patience.alive_at, patience.looked_at = self._last_hope(step, patience.alive_at), time.monotonic()
+        if time.monotonic() >= patience.warn_at:
+            usable = [name for name in self._candidates() if lag(name, step) <= self._spec.max_lag]
+            log.warning("%s", waited_for(self._exchange, step, len(usable), patience.since))
+            patience.warn_at = time.monotonic() + patience.stall_s
 
     def _last_hope(self, step: int, alive_at: float) -> float:
         """When a rollout could last have come; UserError when none can any more, as every sampler refuses the weights.
@@ -162,14 +290,16 @@ class RolloutFeed:
             )
         return alive_at
 
-    def _select(self, step: int) -> dict[RolloutName, Rollout] | None:
+    def _select(self, step: int) -> _Found | None:
         """Select, read and journal a batch; None while there are too few usable rollouts."""
         read: dict[RolloutName, Rollout] = {}
         while selection := self._selection(step):
             unread = [name for name in selection.names if name not in read]
             if not unread:
-                self._journal(self._entry(step, selection))
-                return {name: read[name] for name in selection.names}
+                chosen = {name: read[name] for name in selection.names}
+                packed = self._pack(list(chosen.values()))
+                entry = self._entry(step, selection)
+                return _Found(chosen, packed, entry, self._journal(entry))
             for name in unread:
                 try:
                     read[name] = self._read(name)
@@ -187,17 +317,20 @@ class RolloutFeed:
         return None
 
     def _selection(self, step: int) -> Selection | None:
+        with self._lock:
+            last = next((entry.names[-1].slot for entry in reversed(self._entries) if entry.names), None)
         return select_rollouts(
             self._candidates(),
             step=step,
             groups=self._spec.learner.batch.groups,
             max_steps=self._spec.max_lag,
-            last=next((entry.names[-1].slot for entry in reversed(self._entries) if entry.names), None),
+            last=last,
         )
 
     def _candidates(self) -> list[RolloutName]:
         """Published rollouts that were not yet trained, dropped or left alone."""
-        out = self._known.union(self._left, self._drop_next)
+        with self._lock:
+            out = self._known.union(self._left, self._drop_next)
         self._seen = [name for name in self._exchange.list_rollouts() if name not in out]
         return self._seen
 
@@ -213,15 +346,19 @@ class RolloutFeed:
             poisoned=before.poisoned if before else [],
         )
 
-    def _journal(self, entry: JournalEntry) -> None:
+    def _journal(self, entry: JournalEntry) -> Counter[str]:
+        """Put a line on the disk; returns what it adds to the counts."""
         self._exchange.append_journal(entry)
         self._exchange.take_away([*entry.names, *entry.dropped])
-        self._note(entry)
         self._drop_next = []
+        with self._lock:
+            self._untold = entry.names
+            return self._note(entry)
 
-    def _replayed(self, step: int) -> dict[RolloutName, Rollout] | None:
+    def _replayed(self, step: int) -> _Found | None:
         try:
-            return {name: self._read(name) for name in self._replay[step].names}
+            found = {name: self._read(name) for name in self._replay[step].names}
+            return _Found(found, self._pack(list(found.values())), None, Counter()) if found else None
         except (FileNotFoundError, CorruptFile, _Mismatched) as error:
             log.error("step %d cannot be replayed (%s); this and later steps are selected again", step, error)
         self._forget_from(step)
@@ -250,19 +387,24 @@ class RolloutFeed:
             raise _Mismatched(why)
         return rollout
 
-    def _note(self, entry: JournalEntry) -> None:
-        if self._entries and self._entries[-1].step == entry.step:
-            self._count(self._entries.pop(), -1)  # the later line of a step stands
-        self._count(entry, 1)
-        self._entries.append(entry)
-        for name in [*entry.names, *entry.dropped, *entry.poisoned]:
-            self._known.add(name)
-            self.taken[str(name.slot)] = max(name.seq, self.taken.get(str(name.slot), -1))
+    def _note(self, entry: JournalEntry) -> Counter[str]:
+        """Take a line of the journal in: its rollouts are no candidates any more. What it adds to the counts."""
+        added = _counts(entry)
+        with self._lock:
+            if self._entries and self._entries[-1].step == entry.step:
+                added.subtract(_counts(self._entries.pop()))  # the later line of a step stands
+            self._entries.append(entry)
+            self._known.update([*entry.names, *entry.dropped, *entry.poisoned])
+        return added
 
-    def _count(self, entry: JournalEntry, sign: int) -> None:
-        self.dropped += sign * len(entry.dropped)
-        self.mismatched += sign * entry.mismatched
-        self.poisoned += sign * len(entry.poisoned)
+    def _tell(self, entry: JournalEntry, added: Counter[str]) -> None:
+        """From now on the learner says that it has taken these rollouts."""
+        self._counts.update(added)
+        self._untold = []
+        taken = dict(self.taken)
+        for name in [*entry.names, *entry.dropped, *entry.poisoned]:
+            taken[str(name.slot)] = max(name.seq, taken.get(str(name.slot), -1))
+        self.taken = taken  # at once, for who reads it meanwhile
 
     # ── the others ───────────────────────────────────────────────────────────────────────────────────────────────────
     def _read_all(self, names: list[RolloutName]) -> dict[RolloutName, Rollout]:
@@ -277,6 +419,23 @@ class RolloutFeed:
                         raise
                     self._exchange.sleep(0.1)
         return rollouts
+
+
+@dataclass
+class _Patience:
+    """How long training has waited for a batch. Times are of a clock of this process, but for `since`."""
+
+    since: float
+    """By the exchange's clock."""
+    stall_s: float
+
+    def __post_init__(self) -> None:
+        self.started = self.alive_at = self.looked_at = time.monotonic()
+        self.warn_at = self.started + self.stall_s
+
+
+def _counts(entry: JournalEntry) -> Counter[str]:
+    return Counter(dropped=len(entry.dropped), mismatched=entry.mismatched, poisoned=len(entry.poisoned))
 
 
 def waited_for(exchange: Exchange, step: int, waiting: int, since: float) -> str:

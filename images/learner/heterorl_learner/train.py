@@ -4,8 +4,10 @@
                ▲                                                                            │
                └────────────────────────────────────────────────────────────────────────────┘
 
-It waits for nothing but enough admissible rollouts. Every rank runs the same loop; rank 0 alone touches the volume,
-except that all ranks read rollouts and write their part of a checkpoint.
+It waits for nothing but enough admissible rollouts. Threads of rank 0 look for the next batch, write weights and
+checkpoints, and delete what these no longer need; the training thread only copies what is to be written. Every rank
+runs the same loop; rank 0 alone touches the volume, except that all ranks read rollouts and write their part of a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from heterorl_learner.engines.torch_ddp import TrainingEngine
 from heterorl_learner.hf_export import write_output
 from heterorl_learner.publish import Publisher
 from heterorl_learner.rollout_feed import RolloutFeed, StepBatch
-from heterorl_learner.train_step import ess_factor, learning_rate, num_tokens, rollout_metrics, train_on
+from heterorl_learner.train_step import ess_factor, learning_rate, num_tokens, pack_step, rollout_metrics, train_on
 
 log = logging.getLogger(__name__)
 
@@ -42,23 +44,29 @@ class Trainer:
         exchange.incarnation = self.incarnation
         self.checkpoints = Checkpoints(exchange, engine)
         self.state = self.checkpoints.resume()
-        self.feed = RolloutFeed(exchange, self.state.step, self.incarnation, stop)
+        self.feed = RolloutFeed(
+            exchange, self.state.step, self.incarnation, stop, lambda rollouts: pack_step(engine, self.spec, rollouts)
+        )
+        self.checkpoints.retire = self.feed.retire
         self.publisher = Publisher(exchange, engine, self.incarnation)
         self.told: dict[str, float] = {}  # of the last step, for the heartbeat
         self.completions = CompletionLog(exchange, self.incarnation, wanted=engine.rank == 0)
 
     def train(self) -> bool:
         """Train to the last step or until told to stop; True if the last step was reached."""
-        with self.publisher:
+        with self.publisher, self.checkpoints, self.feed:
             self._begin()
             while self._goes_on() and (batch := self.feed.take(self.state.step)):
+                if self.state.step + 1 < self.learner.steps:
+                    self.feed.look_ahead(self.state.step + 1)
                 if (metrics := self._update(batch)) is None:
                     continue  # the batch was poison and is set aside
                 if self.state.step % self.learner.publish.every_steps == 0 or self.state.step == self.learner.steps:
                     metrics["perf/publish_s"] = self.publisher.publish(self.state.step)
                 self._record(batch, metrics)
                 if self.state.step % self.learner.checkpoint.every_steps == 0:
-                    self._checkpoint()
+                    self.checkpoints.save(self.state)
+                self.checkpoints.check()
             return self._finish()
 
     def _goes_on(self) -> bool:
@@ -96,18 +104,15 @@ class Trainer:
         self.publisher.publish(self.state.step)
         self._heartbeat()
 
-    def _checkpoint(self) -> None:
-        self.checkpoints.save(self.state)
-        if self.engine.rank == 0:
-            self.feed.retire(self.checkpoints.covered)
-
     def _finish(self) -> bool:
         finished = self.state.step >= self.learner.steps
-        if ranks.agree(self.checkpoints.newest != self.state.step):
-            self._checkpoint()
+        if ranks.agree(self.checkpoints.saved != self.state.step):
+            self.checkpoints.save(self.state)
         if finished:
             write_output(self.exchange, self.engine)
         self.publisher.wait()
+        self.checkpoints.wait()
+        self.feed.take_back()
         self.completions.close()
         self._heartbeat(finished=finished)
         log.info("%s at step %d of %d", "finished" if finished else "stopped", self.state.step, self.learner.steps)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -57,6 +58,29 @@ MAX_BETA_WEIGHT = 1e6
 """Largest weight 1/pdf of a group."""
 
 
+@dataclass(frozen=True)
+class PackedStep:
+    """What a rank trains in a step."""
+
+    totals: Totals
+    micro_batches: list[MicroBatch]
+
+
+def pack_step(engine: TrainingEngine, spec: RunSpec, rollouts: list[Rollout]) -> PackedStep:
+    """This rank's share of a step; on any thread. UserError where the advantages' scale does not fit the rewards."""
+    micro_batches = plan(
+        sequences(spec, rollouts),
+        spec.learner.batch.tokens_per_micro_batch,
+        rank=engine.rank,
+        world_size=engine.world_size,
+        whole_groups=spec.algorithm.needs_whole_groups,
+        padded=engine.layout == "padded",
+    )
+    if engine.device.type == "cuda":  # from pageable memory a copy to the device would wait for all work before it
+        micro_batches = [micro.pinned() for micro in micro_batches]
+    return PackedStep(step_totals(spec, rollouts), micro_batches)
+
+
 def train_on(
     engine: TrainingEngine, spec: RunSpec, batch: StepBatch, see: Callable[[MicroBatch, Tensor], None] | None = None
 ) -> dict[str, float]:
@@ -64,15 +88,8 @@ def train_on(
 
     `see` is shown this rank's micro-batches with the learner's log-probabilities [T] of them.
     """
-    totals = step_totals(spec, batch.rollouts)
-    micro_batches = plan(
-        sequences(spec, batch.rollouts),
-        spec.learner.batch.tokens_per_micro_batch,
-        rank=engine.rank,
-        world_size=engine.world_size,
-        whole_groups=spec.algorithm.needs_whole_groups,
-        padded=engine.layout == "padded",
-    )
+    work: PackedStep = batch.packed or pack_step(engine, spec, batch.rollouts)
+    totals, micro_batches = work.totals, work.micro_batches
     m2_limit = step_m2_limit(engine, spec.algorithm.correction.m2po_tau, micro_batches)
     parts: list[LossMetrics] = []
 
@@ -96,7 +113,7 @@ def train_on(
 
 def step_entropy(engine: TrainingEngine, micro_batches: list[MicroBatch], totals: Totals) -> dict[str, float]:
     """`entropy`: the mean over the step's tokens, before the update, in nats."""
-    mine = sum(engine.entropy(batch).double().sum().item() for batch in micro_batches)
+    mine = torch.stack([engine.entropy(batch).double().sum() for batch in micro_batches]).sum().item()
     return {"entropy": sum(ranks.gather(mine)) / totals.tokens}
 
 
@@ -105,7 +122,7 @@ def step_m2_limit(engine: TrainingEngine, tau: float | None, micro_batches: list
     if tau is None:
         return None
     scored = [(batch.to(engine.device), engine.score(batch)) for batch in micro_batches]
-    mine = torch.cat([loss_inputs(batch, logp).sampler_log_ratio.cpu() for batch, logp in scored])
+    mine = torch.cat([loss_inputs(batch, logp).sampler_log_ratio for batch, logp in scored]).cpu()
     return second_moment_limit(torch.cat(ranks.gather(mine)), tau)
 
 

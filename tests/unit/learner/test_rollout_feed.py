@@ -11,7 +11,7 @@ import pytest
 
 import builders
 from builders import FAR, exchange_at, rollout_name, rollout_of, run_of
-from heterorl.errors import TrainingError, UserError
+from heterorl.errors import Superseded, TrainingError, UserError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import DataCount, SlotStatus
 from heterorl.exchange.rollout import Provenance, RolloutName, Version
@@ -343,3 +343,142 @@ def test_what_poison_a_restarted_learner_finds_in_the_journal_counts_as_the_firs
     with pytest.raises(TrainingError, match="diverged"):
         resumed.set_aside(again, "a loss of inf")
     assert exchange.list_quarantined() == batch.names
+
+
+# ── a batch ahead ────────────────────────────────────────────────────────────────────────────────────────────────────
+def ahead(feed: RolloutFeed, step: int) -> None:
+    """Look ahead, and wait until that batch is found."""
+    feed.look_ahead(step)
+    assert feed._ahead is not None
+    feed._ahead[1].result()
+
+
+def test_a_batch_that_was_looked_for_ahead_is_journalled_and_packed_and_told_when_it_is_taken(
+    exchange: Exchange, put: Callable[..., RolloutName]
+) -> None:
+    put(0, step=0), put(1, step=1), put(2, step=1), put(3, step=5), put(4, step=5)
+    with RolloutFeed(exchange, 4, 1, never, pack=len) as feed:
+        assert take(feed, 4) == [0, 1]
+        ahead(feed, 5)
+        assert [entry.step for entry in exchange.read_journal()] == [4, 5]
+        assert feed.taken == {"far-0": 1}  # samplers count as waiting what is not trained yet
+        batch = feed.take(5)
+        assert batch is not None
+        assert [name.seq for name in batch.names] == [2, 3]
+        assert batch.packed == 2
+        assert feed.taken == {"far-0": 3}
+
+
+def test_lag_is_counted_at_the_step_that_trains_a_batch_and_not_when_it_is_looked_for(
+    exchange: Exchange, put: Callable[..., RolloutName]
+) -> None:
+    for seq in range(3):
+        put(seq, step=0)
+    with RolloutFeed(exchange, 4, 1, never) as feed:
+        assert take(feed, 4) == [0, 1]  # lag 4, the most that is allowed
+        put(3, step=4), put(4, step=4)
+        ahead(feed, 5)  # while step 4 trains, rollout 2 has a lag of 4; when step 5 does, of 5
+        assert feed.dropped == 0
+        assert take(feed, 5) == [3, 4]
+        assert feed.dropped == 1
+    assert [[name.seq for name in entry.dropped] for entry in exchange.read_journal()] == [[], [2]]
+
+
+def test_what_comes_while_a_step_trains_is_found_ahead(exchange: Exchange, put: Callable[..., RolloutName]) -> None:
+    patient = exchange_at(exchange.root, exchange.run, sleep=time.sleep)
+    put(0), put(1), put(2)
+    with RolloutFeed(patient, 0, 1, never) as feed:
+        assert take(feed, 0) == [0, 1]
+        feed.look_ahead(1)
+        put(3)
+        assert take(feed, 1) == [2, 3]
+
+
+def test_online_nothing_is_looked_for_ahead(exchange: Exchange, put: Callable[..., RolloutName]) -> None:
+    run = run_of(mode="online", learner={"batch": {"groups": 2}}, algorithm={"groupSize": 2})
+    online = exchange_at(exchange.root, run, sleep=no_sleep)
+    put(0), put(1)
+    with RolloutFeed(online, 0, 1, never) as feed:
+        assert take(feed, 0) == [0, 1]
+        put(2, step=1), put(3, step=1)
+        feed.look_ahead(1)
+        assert len(online.read_journal()) == 1
+        assert take(feed, 1) == [2, 3]
+
+
+def test_a_learner_that_dies_with_a_batch_ahead_trains_exactly_it_when_it_resumes(
+    exchange: Exchange, put: Callable[..., RolloutName]
+) -> None:
+    for seq in range(4):
+        put(seq)
+    died = RolloutFeed(exchange, 0, 1, never)
+    take(died, 0)
+    ahead(died, 1)
+    put(4), put(5)
+    resumed = RolloutFeed(exchange, 1, 2, never)  # the checkpoint of step 1 was durable
+    assert take(resumed, 1) == [2, 3]
+    assert take(resumed, 2) == [4, 5]
+    assert [(entry.step, entry.incarnation) for entry in exchange.read_journal()] == [(0, 1), (1, 1), (2, 2)]
+
+
+def test_a_learner_that_ends_in_order_takes_back_what_it_looked_for_ahead(
+    exchange: Exchange, put: Callable[..., RolloutName]
+) -> None:
+    for seq in range(4):
+        put(seq)
+    stopped: list[bool] = []
+    with RolloutFeed(exchange, 0, 1, lambda: bool(stopped)) as feed:
+        take(feed, 0)
+        ahead(feed, 1)
+        stopped.append(True)
+        assert feed.take(1) is None
+    assert [[name.seq for name in entry.names] for entry in exchange.read_journal()] == [[0, 1]]
+    with RolloutFeed(exchange, 1, 2, never) as feed:
+        feed.look_ahead(1)
+        feed.take_back()
+    assert len(exchange.read_journal()) == 1
+    assert take(RolloutFeed(exchange, 1, 3, never), 1) == [2, 3]
+
+
+def test_what_is_looked_for_ahead_in_a_replay_is_not_taken_back(
+    exchange: Exchange, put: Callable[..., RolloutName]
+) -> None:
+    for seq in range(4):
+        put(seq)
+    died = RolloutFeed(exchange, 0, 1, never)
+    take(died, 0), take(died, 1)
+    with RolloutFeed(exchange, 0, 2, never) as feed:
+        take(feed, 0)
+        ahead(feed, 1)
+        feed.take_back()
+    assert [[name.seq for name in entry.names] for entry in exchange.read_journal()] == [[0, 1], [2, 3]]
+
+
+def test_poison_gives_back_the_batch_that_was_looked_for_ahead(
+    exchange: Exchange, put: Callable[..., RolloutName]
+) -> None:
+    for seq in range(4):
+        put(seq)
+    with RolloutFeed(exchange, 0, 1, never) as feed:
+        batch = feed.take(0)
+        assert batch is not None
+        ahead(feed, 1)
+        feed.set_aside(batch, "a loss of inf")
+        assert [(entry.step, len(entry.names), len(entry.poisoned)) for entry in exchange.read_journal()] == [(0, 0, 2)]
+        assert take(feed, 0) == [2, 3]
+        assert feed.taken == {"far-0": 3}
+
+
+def test_an_error_while_looking_ahead_is_raised_when_the_batch_is_needed(
+    exchange: Exchange, put: Callable[..., RolloutName]
+) -> None:
+    for seq in range(4):
+        put(seq)
+    with RolloutFeed(exchange, 0, 1, never) as feed:
+        take(feed, 0)
+        exchange.begin_incarnation()
+        exchange.incarnation = 0  # a newer learner has begun
+        feed.look_ahead(1)
+        with pytest.raises(Superseded):
+            feed.take(1)
+    assert len(exchange.read_journal()) == 1

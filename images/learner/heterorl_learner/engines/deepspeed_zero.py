@@ -19,7 +19,7 @@ from heterorl.exchange.storage import persistently
 from heterorl.spec.run import RunSpec
 from heterorl_learner import ranks
 from heterorl_learner.engines.policy import Policy
-from heterorl_learner.engines.torch_ddp import TrainingEngine, build_optimizer, unique_tensors, write_state
+from heterorl_learner.engines.torch_ddp import Saving, TrainingEngine, build_optimizer, unique_tensors, write_state
 
 CHECKPOINT_TAG = "deepspeed"
 BUCKET_ELEMENTS = 200_000_000
@@ -53,9 +53,12 @@ class DeepSpeedEngine(TrainingEngine):
         self._zero.step()  # where the norm is not finite it leaves the update out and clears the gradient
         return float(self._zero.get_global_grad_norm()) if self._zero.was_step_applied() else math.nan
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> Saving:
+        """DeepSpeed writes at once: what it holds is its own to copy."""
         self._zero.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False, exclude_frozen_parameters=True)
+        tensors = self.full_state_dict()
         ranks.barrier()
+        return Saving(lambda: None, lambda: tensors)
 
     def load(self, folder: Path) -> None:
         saved = len(list((folder / CHECKPOINT_TAG).glob("*_optim_states.pt")))

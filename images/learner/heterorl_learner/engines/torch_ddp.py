@@ -114,6 +114,10 @@ class MicroBatch:
         """Input tokens of the pack."""
         return self.input_ids.shape[1]
 
+    def pinned(self) -> MicroBatch:
+        """The same in memory from which a GPU copies by itself."""
+        return replace(self, **{name: value.pin_memory() for name, value in vars(self).items() if name != "longest"})
+
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device."""
         moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "longest"}
@@ -173,6 +177,16 @@ def token_logps(policy: nn.Module, batch: MicroBatch, *, entropy: bool = False) 
 # ── the interface ────────────────────────────────────────────────────────────────────────────────────────────────────
 LossFunction = Callable[[MicroBatch, Tensor], Tensor]
 """(micro-batch, log-probabilities [T]) -> its share of the step's loss, a scalar."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A checkpoint as it is in memory: training goes on while a thread of rank 0 writes it."""
+
+    write: Callable[[], None]
+    """Writes what the engine needs to go on."""
+    weights: Callable[[], dict[str, Tensor]]
+    """As `full_state_dict` at that moment."""
 
 
 class TrainingEngine(ABC):
@@ -265,15 +279,21 @@ class TrainingEngine(ABC):
         many here. With LoRA they are those of the adapters alone, by peft's names. Every rank calls it, rank 0 gets the
         tensors (copies), the others an empty dict.
         """
-        tensors = self._gather_tensors()
+        return self._as_in_files(self._gather_tensors())
+
+    def _as_in_files(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The model's own tensors by the names and shapes of its files; adapters as they are."""
         if adapter_tensors(self._bare.model):
             return tensors
         tensors = revert_weight_conversion(self._bare.model, tensors)
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Writes weights and optimizer state into an existing folder. Every rank calls it; on return all is written."""
+    def save(self, folder: Path) -> Saving:
+        """Copy into memory what a checkpoint holds, to be written into a staged folder that all ranks see.
+
+        Every rank calls it; what is left to write is rank 0's, what others have to write is written when it returns.
+        """
 
     @abstractmethod
     def load(self, folder: Path) -> None:
@@ -376,12 +396,15 @@ class TorchEngine(TrainingEngine):
         self._optimizer.zero_grad()
         return norm.item()
 
-    def save(self, folder: Path) -> None:
-        if self.rank == 0:
-            weights = {name: tensor.detach() for name, tensor in unique_tensors(self._bare).items()}
-            state = {"policy": weights, "optimizer": self._optimizer.state_dict()}
-            persistently(lambda: write_state(state, folder / STATE_FILE), what=STATE_FILE)
-        ranks.barrier()
+    def save(self, folder: Path) -> Saving:
+        if self.rank != 0:
+            return Saving(lambda: None, dict)
+        weights = _copied(unique_tensors(self._bare))
+        state = {"policy": weights, "optimizer": _copied(self._optimizer.state_dict())}
+        return Saving(
+            lambda: persistently(lambda: write_state(state, folder / STATE_FILE), what=STATE_FILE),
+            lambda: self._as_in_files({name: tensor.to(self.dtype) for name, tensor in weights.items()}),
+        )
 
     def load(self, folder: Path) -> None:
         state = persistently(lambda: torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True))
@@ -409,6 +432,15 @@ class TorchEngine(TrainingEngine):
             name: tensor.detach().to("cpu", self.dtype, copy=True)
             for name, tensor in unique_tensors(self._bare).items()
         }
+
+
+def _copied(state: Any) -> Any:
+    """The same with every tensor copied into this machine's memory."""
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(map(_copied, state))
+    return state.detach().to("cpu", copy=True) if isinstance(state, Tensor) else state
 
 
 def write_state(state: dict[str, Any], path: Path) -> None:
