@@ -116,6 +116,21 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
         load_policy(tmp_path, torch.float32, "sdpa")
 
 
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_copy_is_scored_as_the_weights_were_that_were_copied(folders: dict[str, Path], kind: str, dtype: str) -> None:
+    engine, batches = build_engine(folders[kind], run_spec(dtype=dtype)), [micro_batch([s]) for s in drawn(2)]
+    train(engine, range(1))
+    tensors = engine.full_state_dict()
+    scores = engine.score_copy(tensors, batches)
+    expected = [engine.score(batch) for batch in batches]
+    train(engine, range(1, 3), learning_rate=0.1)  # training goes on before they are scored
+    for found, right, after in zip(scores(), expected, map(engine.score, batches), strict=True):
+        # in bfloat16 the copy is of rounded weights, as engines have them
+        assert (torch.tensor(found) - right).abs().mean() < (1e-6 if dtype == "float32" else 0.03)
+        assert (right - after).abs().max() > 0.1
+
+
 def test_entropy_is_that_of_each_tokens_own_distribution(folders: dict[str, Path]) -> None:
     sequence = replace(drawn(1)[0], temperature=0.7)
     engine = build_engine(folders["tied"], run_spec())

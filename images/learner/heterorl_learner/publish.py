@@ -1,6 +1,6 @@
 """Publishing weights: one copy on the training thread, the rest on a thread of its own.
 
-all ranks: gather tensors, score the canary ──copy──▶ rank 0's thread: write, checksum, rename, retire old versions
+all ranks: gather tensors ──copy──▶ rank 0's thread: score the canary, write, checksum, rename, retire old versions
 
 While the thread is busy the newest copy waits for it and takes the place of one that waits already: that version is
 never published.
@@ -28,7 +28,7 @@ from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.rollout import Version
 from heterorl.heterogeneity.delay import horizon
 from heterorl.spec.run import RunSpec
-from heterorl_learner.engines.torch_ddp import MicroBatch, Sequence, TrainingEngine, micro_batch, save_weights
+from heterorl_learner.engines.torch_ddp import MicroBatch, Scores, Sequence, TrainingEngine, micro_batch, save_weights
 from heterorl_learner.version_writer import VersionWriter
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ class Snapshot:
 
     version: Version
     tensors: dict[str, Tensor]
-    canary: Canary
+    scores: Scores
+    """Of the canary's texts."""
 
 
 class Publisher:
@@ -85,11 +86,11 @@ class Publisher:
         Returns the seconds that this took of training. Raises what went wrong with an earlier version.
         """
         started = time.monotonic()
-        logp = [self._engine.score(batch).tolist() for batch in self._batches]
         tensors = self._engine.full_state_dict()
+        scores = self._engine.score_copy(tensors, self._batches)
         self.version = Version(step, self._incarnation)
         if self._engine.rank == 0:
-            self._hand_over(Snapshot(self.version, tensors, Canary(self._texts, logp)))
+            self._hand_over(Snapshot(self.version, tensors, scores))
         return time.monotonic() - started
 
     def wait(self) -> None:
@@ -119,12 +120,13 @@ class Publisher:
         return snapshot
 
     def _publish(self, snapshot: Snapshot) -> None:
+        canary = Canary(self._texts, snapshot.scores())
         if self._engine.adapter_config is None:
-            self._writer.write(snapshot.version, snapshot.tensors, snapshot.canary)
+            self._writer.write(snapshot.version, snapshot.tensors, canary)
         else:  # small enough as they are
             staged = self._exchange.stage_weights(snapshot.version)
             save_weights(snapshot.tensors, self._engine.adapter_config, staged)
-            self._exchange.commit_weights(snapshot.version, snapshot.canary)
+            self._exchange.commit_weights(snapshot.version, canary)
         self._times = {v: at for v in self._exchange.list_versions() if (at := self._published_at(v)) is not None}
         keep = versions_to_keep(self._exchange.spec, list(self._times.items()), self._exchange.now())
         self._exchange.retire_weights(keep)

@@ -361,7 +361,9 @@ def test_a_batch_that_was_looked_for_ahead_is_journalled_and_packed_and_told_whe
         assert take(feed, 4) == [0, 1]
         ahead(feed, 5)
         assert [entry.step for entry in exchange.read_journal()] == [4, 5]
-        assert feed.taken == {"far-0": 1}  # samplers count as waiting what is not trained yet
+        # For samplers the batch ahead still waits: it counts towards the steps until what they make now is trained.
+        assert feed.taken == {"far-0": 1}
+        assert dict(feed.waiting(5)[0]) == {"far-0": 3}
         batch = feed.take(5)
         assert batch is not None
         assert [name.seq for name in batch.names] == [2, 3]

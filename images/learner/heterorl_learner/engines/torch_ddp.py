@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -177,6 +178,8 @@ def token_logps(policy: nn.Module, batch: MicroBatch, *, entropy: bool = False) 
 # ── the interface ────────────────────────────────────────────────────────────────────────────────────────────────────
 LossFunction = Callable[[MicroBatch, Tensor], Tensor]
 """(micro-batch, log-probabilities [T]) -> its share of the step's loss, a scalar."""
+Scores = Callable[[], list[list[float]]]
+"""Makes the log-probabilities of several texts' tokens."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,16 @@ class TrainingEngine(ABC):
         """Log-probabilities of the completion tokens without a gradient: float32 [T]. Every rank calls it."""
         with torch.no_grad():
             return self._logps(batch.to(self.device))
+
+    def score_copy(
+        self, tensors: dict[str, Tensor], batches: SequenceOf[MicroBatch]
+    ) -> Callable[[], list[list[float]]]:
+        """`score` of each batch under the weights as they are now, of which `tensors` is the `full_state_dict`.
+
+        Every rank calls it; rank 0 calls the result, on a thread beside training, before `tensors` are changed.
+        """
+        scores: list[list[float]] = [self.score(batch).tolist() for batch in batches]
+        return lambda: scores
 
     def entropy(self, batch: MicroBatch) -> Tensor:
         """Entropy of the distribution of each completion token, in nats: float32 [T]. Every rank calls it."""
@@ -381,6 +394,7 @@ class TorchEngine(TrainingEngine):
         super().__init__(policy, spec, device)
         self._optimizer = build_optimizer(self._bare, spec.learner)
         self._max_grad_norm = spec.learner.optimizer.max_grad_norm
+        self._twin = _without_weights(policy)
         self.policy = self._bare
         if self.world_size > 1:
             self.policy = DistributedDataParallel(self._bare, forward_sync_buffers=False, gradient_as_bucket_view=True)
@@ -395,6 +409,30 @@ class TorchEngine(TrainingEngine):
             self._optimizer.step()
         self._optimizer.zero_grad()
         return norm.item()
+
+    def score_copy(
+        self, tensors: dict[str, Tensor], batches: SequenceOf[MicroBatch]
+    ) -> Callable[[], list[list[float]]]:
+        """On a CPU a forward takes as long as writing the weights, so it is made beside training, of the copy.
+
+        That is done where the copy has the model's own names, which are not those of its files for every architecture.
+        """
+        if self.device.type != "cpu" or (tensors and tensors.keys() != unique_tensors(self._twin).keys()):
+            return super().score_copy(tensors, batches)
+        return lambda: self._score_twin(tensors, batches)
+
+    def _score_twin(self, tensors: dict[str, Tensor], batches: SequenceOf[MicroBatch]) -> list[list[float]]:
+        for name, tensor in unique_tensors(self._twin).items():
+            tensor.data = tensors[name].to(tensor.dtype)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # of this thread: training has the others
+        try:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                return [token_logps(self._twin, batch).tolist() for batch in batches]
+        finally:
+            torch.set_num_threads(threads)
+            for tensor in unique_tensors(self._twin).values():
+                tensor.data = tensor.new_empty(0)
 
     def save(self, folder: Path) -> Saving:
         if self.rank != 0:
@@ -432,6 +470,14 @@ class TorchEngine(TrainingEngine):
             name: tensor.detach().to("cpu", self.dtype, copy=True)
             for name, tensor in unique_tensors(self._bare).items()
         }
+
+
+def _without_weights(policy: Policy) -> Policy:
+    """The same model with empty tensors in place of those that are trained; others are shared."""
+    kept = {
+        id(p): nn.Parameter(p.new_empty(0), requires_grad=False) if p.requires_grad else p for p in policy.parameters()
+    }
+    return deepcopy(policy, kept)
 
 
 def _copied(state: Any) -> Any:

@@ -1,0 +1,463 @@
+"""The training thread: what blocks it, what a loss takes, and how fast a learner is."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import psutil
+
+from bench import reference
+from bench.benchmark import CannotMeasure, Pair, Surroundings, at_least, at_most, benchmark, seconds
+from builders import exchange_at, run_of, spec_of
+from heterorl.exchange.exchange import Exchange
+from models import save_character_tokenizer
+
+# ── what blocks it ───────────────────────────────────────────────────────────────────────────────────────────────────
+BLOCKING = {
+    "vocab_size": 32_000,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}
+"""44 M parameters."""
+
+
+def save_random(shape: dict[str, Any], folder: Path) -> Path:
+    """A Qwen3 with random weights."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Qwen3ForCausalLM(Qwen3Config(**shape)).save_pretrained(folder)
+    return folder
+
+
+def prepared(at: Surroundings) -> tuple[Exchange, Any]:
+    """A run with that model, and its engine after one update."""
+    from heterorl_learner.engines.build import build_engine
+    from heterorl_learner.engines.torch_ddp import Sequence, micro_batch
+
+    exchange = exchange_at(at.folder / "run", run_of(model={"dtype": "float32"}))
+    save_random(BLOCKING | ({"num_hidden_layers": 2} if at.quick else {}), exchange.model_dir)
+    save_character_tokenizer(exchange.model_dir)
+    exchange.data_file("train").parent.mkdir()
+    exchange.data_file("train").write_text(json.dumps({"prompt_ids": [3, 4, 5]}) + "\n")
+    exchange.begin_incarnation()
+    engine = build_engine(exchange.model_dir, exchange.spec)
+    ids = np.arange(5, 21, dtype=np.int32)
+    one = micro_batch([Sequence(ids, ids, np.zeros(16, np.float32), group=0, advantage=1.0)])
+    engine.forward_backward([one], lambda batch, logp: -logp.mean())
+    engine.step(1e-3)
+    return exchange, engine
+
+
+@benchmark(
+    "2",
+    what="training blocked by a publication, the canary's log-probabilities included",
+    peer="torch.save of the state dict in the step",
+    target=at_most(0.2),
+    gate="the published digest is the model's",
+    limit="one copy of the weights",
+    memory_gb=2.0,
+    disk_gb=2.0,
+)
+def publication(at: Surroundings) -> Iterator[Pair]:
+    from safetensors.torch import load_file, save
+
+    from heterorl_learner.publish import Publisher
+
+    exchange, engine = prepared(at)
+    steps = itertools.count(1)
+    with Publisher(exchange, engine, exchange.incarnation or 0) as publisher:
+
+        def gate() -> None:
+            publisher.publish(next(steps))
+            publisher.wait()
+            version = exchange.list_versions()[-1]
+            found = exchange.fetch_weights(version, at.folder / "fetched")
+            assert save(load_file(found.folder / "model.safetensors")) == save(engine.full_state_dict())
+
+        state = engine.policy.state_dict()
+        yield Pair(
+            seconds(lambda: publisher.publish(next(steps)), before=publisher.wait),
+            seconds(lambda: reference.save_in_the_step(state, at.folder / "model.pt"), before=publisher.wait),
+            gate,
+        )
+        publisher.wait()
+
+
+@benchmark(
+    "2b",
+    what="training blocked by a checkpoint",
+    peer="torch.save of model and optimizer in the step",
+    target=at_most(0.3),
+    gate="what is resumed is bit by bit what was saved",
+    limit="one copy of model and optimizer",
+    memory_gb=3.0,
+    disk_gb=5.0,
+)
+def checkpoint(at: Surroundings) -> Iterator[Pair]:
+    import torch
+
+    from heterorl_learner.checkpoints import Checkpoints, TrainerState
+    from heterorl_learner.engines.build import build_engine
+
+    exchange, engine = prepared(at)
+    steps = itertools.count(1)
+
+    def state() -> dict[str, Any]:
+        return {"policy": engine.policy.state_dict(), "optimizer": engine._optimizer.state_dict()}
+
+    with Checkpoints(exchange, engine) as checkpoints:
+
+        def save() -> None:
+            checkpoints.save(TrainerState(step=next(steps)))
+
+        def gate() -> None:
+            save()
+            checkpoints.wait()
+            folder, _ = exchange.open_newest_checkpoint() or (at.folder, {})
+            other = build_engine(exchange.model_dir, exchange.spec)
+            other.load(folder)
+            for name, tensor in engine.full_state_dict().items():
+                assert torch.equal(tensor, other.full_state_dict()[name]), name
+            resumed: Any = other
+            mine, theirs = (e._optimizer.state_dict()["state"] for e in (engine, resumed))
+            assert all(torch.equal(mine[p][key], theirs[p][key]) for p in mine for key in mine[p])
+
+        yield Pair(
+            seconds(save, before=checkpoints.wait),
+            seconds(lambda: reference.save_in_the_step(state(), at.folder / "state.pt"), before=checkpoints.wait),
+            gate,
+        )
+        checkpoints.wait()
+
+
+# ── what a loss takes ────────────────────────────────────────────────────────────────────────────────────────────────
+TOKENS, VOCABULARY, WIDTH, SEQUENCES = 4096, 151_936, 256, 16
+taken: dict[str, list[float]] = defaultdict(list)
+"""Seconds of the passes whose memory was measured, for the row after."""
+
+
+class LossPass:
+    """Forward and backward of a loss from the input of the head, by tiles or with all logits."""
+
+    def __init__(self, tokens: int, vocabulary: int) -> None:
+        import torch
+        from torch import nn
+
+        from heterorl_learner.engines.head import Head
+        from heterorl_learner.loss_inputs import LossInputs, Totals
+
+        drawn = torch.Generator().manual_seed(0)
+        self.head = Head(nn.Linear(WIDTH, vocabulary, bias=False))
+        self.head.weight.data = 0.02 * torch.randn(vocabulary, WIDTH, generator=drawn)
+        self.hidden = torch.randn(tokens, WIDTH, generator=drawn).requires_grad_()
+        self.targets = torch.randint(vocabulary, (tokens,), generator=drawn)
+        self.temperature = torch.ones(tokens)
+        lengths = torch.full((SEQUENCES,), tokens // SEQUENCES)
+        q = torch.full((SEQUENCES,), -float(np.log(vocabulary)))
+        self.inputs = LossInputs(
+            logp=torch.zeros(tokens),
+            sampler_logp=q[0] + 0.1 * torch.randn(tokens, generator=drawn),
+            seq_ids=torch.arange(SEQUENCES).repeat_interleave(lengths),
+            group_ids=torch.arange(SEQUENCES) // 8,
+            lengths=lengths.float(),
+            advantages=torch.randn(SEQUENCES, generator=drawn),
+            log_expected_q=q,
+        )
+        self.totals = Totals.of(lengths, max_length=tokens, alpha=0.75)
+
+    def logp(self, *, tiled: bool) -> Any:
+        from heterorl_learner.engines.head import Afterwards, values_of
+
+        if tiled:
+            return self.head(self.hidden, self.targets, self.temperature, False, Afterwards())
+        return values_of(self.head(self.hidden), self.targets, self.temperature)
+
+    def run(self, loss: str, *, tiled: bool) -> list[Any]:
+        """The gradients of hidden and head."""
+        from dataclasses import replace
+
+        from heterorl_learner.losses import policy_loss
+
+        algorithm = spec_of(algorithm={"loss": {"type": loss}}).algorithm
+        self.hidden.grad = self.head.weight.grad = None
+        value, _ = policy_loss(algorithm, replace(self.inputs, logp=self.logp(tiled=tiled)), self.totals)
+        value.backward()
+        return [self.hidden.grad, self.head.weight.grad]
+
+    def peak(self, *, tiled: bool) -> float:
+        """Bytes that a pass takes beyond what there is; how long it took is noted."""
+        self.hidden.grad = self.head.weight.grad = None
+        before = psutil.Process().memory_info().rss
+        Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+        started = time.perf_counter()
+        self.run("gepo", tiled=tiled)
+        taken[f"{tiled}"].append(time.perf_counter() - started)
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 - before
+
+    def timed(self, *, tiled: bool) -> float:
+        """Seconds of a pass: one of those whose memory was measured, as long as there are any."""
+        if taken[f"{tiled}"]:
+            return taken[f"{tiled}"].pop(0)
+        return seconds(lambda: self.run("gepo", tiled=tiled))()
+
+
+def same_gradients() -> None:
+    """Of every loss, at a size at which all fit many times; several tiles."""
+    import torch
+
+    from heterorl.spec.run import LossType
+    from heterorl_learner.engines import head
+
+    small, tile = LossPass(64, 5000), head.TILE
+    head.TILE = 64 * 900
+    try:
+        for loss in get_args(LossType):
+            for mine, theirs in zip(small.run(loss, tiled=True), small.run(loss, tiled=False)):
+                assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max(), loss
+                assert theirs.abs().max() > 0, loss
+                assert torch.isfinite(mine).all(), loss
+    finally:
+        head.TILE = tile
+
+
+def loss_pass(at: Surroundings) -> LossPass:
+    return LossPass(512 if at.quick else TOKENS, VOCABULARY)
+
+
+@benchmark(
+    "10-mem",
+    what=f"loss forward + backward from the head's input, {TOKENS:,} tokens x {VOCABULARY:,}: peak memory",
+    peer="all logits",
+    target=at_most(0.2),
+    gate="gradients of every loss equal to 1e-5",
+    limit="the gradient of W and a tile",
+    unit="B",
+    memory_gb=12.0,
+)
+def loss_memory(at: Surroundings) -> Iterator[Pair]:
+    if not Path("/proc/self/clear_refs").exists():
+        raise CannotMeasure("the peak of a process's memory is read from /proc, which is not there: take Linux")
+    both = loss_pass(at)
+    yield Pair(lambda: both.peak(tiled=True), lambda: both.peak(tiled=False), same_gradients)
+
+
+@benchmark(
+    "10-time",
+    what="the same passes: time",
+    peer="all logits",
+    target=at_most(1.35),
+    gate="gradients of every loss equal to 1e-5",
+    limit="4/3 products of matrices, fewer passes over memory",
+    memory_gb=12.0,
+)
+def loss_time(at: Surroundings) -> Iterator[Pair]:
+    both = loss_pass(at)
+    yield Pair(lambda: both.timed(tiled=True), lambda: both.timed(tiled=False), same_gradients)
+
+
+# ── how fast it is ───────────────────────────────────────────────────────────────────────────────────────────────────
+SPEED = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+ROWS, PROMPT, COMPLETION = 8, 64, 192
+OUR_BUDGETS = (512, 1024, 2048)
+THEIR_BUDGETS = (2, 4, 8)
+
+
+class Learners:
+    """TRL's trainer and our engine on one batch of the same model and loss (gspo, which both have)."""
+
+    def __init__(self, folder: Path, fill: float) -> None:
+        from heterorl_learner.engines.build import build_engine
+
+        save_random(SPEED, folder / "model")
+        self.spec = spec_of(
+            model={"dtype": "float32"},
+            algorithm={"loss": {"type": "gspo"}, "groupSize": ROWS},
+            generation={"maxPromptTokens": PROMPT, "maxCompletionTokens": COMPLETION, "temperature": 1.0},
+        )
+        self.engine = build_engine(folder / "model", self.spec)
+        self.trainer = _trl_trainer(folder)
+        draw = np.random.default_rng(0)
+        spread = np.linspace(0.5, 1.5, ROWS) if fill < 1 else np.ones(ROWS)
+        self.lengths = np.minimum(np.round(fill * COMPLETION * spread), COMPLETION).astype(np.int32)
+        self.prompts = [draw.integers(2, 4096, PROMPT).astype(np.int32) for _ in range(ROWS)]
+        self.completions = [draw.integers(2, 4096, length).astype(np.int32) for length in self.lengths]
+        self.advantages = draw.standard_normal(ROWS).astype(np.float32)
+        self.logps = self._own_logps()
+        self.tokens = ROWS * PROMPT + int(self.lengths.sum())
+
+    def _own_logps(self) -> list[Any]:
+        """The model's, so that no ratio is clipped."""
+        from heterorl_learner.engines.torch_ddp import Sequence, micro_batch
+
+        found = []
+        for prompt, completion in zip(self.prompts, self.completions):
+            one = Sequence(prompt, completion, np.zeros(len(completion), np.float32), 0, 0.0)
+            found.append(self.engine.score(micro_batch([one])).numpy())
+        return found
+
+    def ours(self, budget: int) -> tuple[float, Any]:
+        """The loss, and the gradient of all weights."""
+        import torch
+
+        from heterorl_learner.engines.torch_ddp import Sequence
+        from heterorl_learner.loss_inputs import Totals
+        from heterorl_learner.losses import policy_loss
+        from heterorl_learner.train_step import loss_inputs, plan
+
+        rows = zip(self.prompts, self.completions, self.logps, self.advantages)
+        sequences = [Sequence(p, c, q, group=0, advantage=float(a), number=i) for i, (p, c, q, a) in enumerate(rows)]
+        totals = Totals.of(torch.from_numpy(self.lengths), max_length=COMPLETION, alpha=0.75)
+        self.engine.policy.zero_grad()
+        loss = self.engine.forward_backward(
+            plan(sequences, budget),
+            lambda micro, logp: policy_loss(self.spec.algorithm, loss_inputs(micro, logp), totals)[0],
+        )
+        return loss, _gradient(self.engine.policy)
+
+    def theirs(self, budget: int) -> tuple[float, Any]:
+        """Likewise, so many rows at a time."""
+        import torch
+
+        batch = reference.padded(
+            self.prompts,
+            self.completions,
+            self.logps,
+            self.advantages,
+            max_prompt=PROMPT,
+            max_completion=int(self.lengths.max()),
+        )
+        batch["advantages"] = batch.pop("rewards")
+        self.trainer.model.zero_grad()
+        self.trainer.current_gradient_accumulation_steps = ROWS // budget
+        total = 0.0
+        for first in range(0, ROWS, budget):
+            rows = {key: value[first : first + budget] for key, value in batch.items()}
+            loss = self.trainer._compute_loss(
+                self.trainer.model, rows | {"num_items_in_batch": torch.tensor(self.tokens)}
+            )
+            loss.backward()
+            total += loss.item()
+        return total, _gradient(self.trainer.model)
+
+    def best(self, run: Callable[[int], Any], budgets: tuple[int, ...]) -> Callable[[], float]:
+        """Tokens a second at the budget that is fastest here."""
+        took = {budget: min(seconds(partial(run, budget))() for _ in range(3)) for budget in budgets}
+        budget = min(took, key=took.__getitem__)
+        timed = seconds(partial(run, budget))
+        return lambda: self.tokens / timed()
+
+    def gate(self) -> None:
+        import torch
+
+        (mine, own), (theirs, trl) = self.ours(OUR_BUDGETS[-1]), self.theirs(ROWS)
+        assert abs(mine - theirs) <= 1e-5 * max(1.0, abs(theirs)), f"losses {mine} and {theirs}"
+        assert trl.abs().max() > 1e-4
+        assert torch.allclose(own, trl, rtol=1e-3, atol=1e-5 * trl.abs().max().item())
+
+
+def _gradient(model: Any) -> Any:
+    import torch
+
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@cache
+def _trl() -> tuple[Any, Any]:
+    before, sys.modules["vllm"] = sys.modules.get("vllm"), None  # type: ignore[assignment]  # not needed for a loss
+    try:
+        trl: Any = import_module("trl")
+    except ImportError as error:
+        raise CannotMeasure(f"the peer is not installed ({error}): pip install trl==1.16.0") from error
+    finally:
+        sys.modules.pop("vllm") if before is None else sys.modules.update(vllm=before)
+    return trl.GRPOConfig, trl.GRPOTrainer
+
+
+def _trl_trainer(folder: Path) -> Any:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    config, trainer_class = _trl()
+    save_character_tokenizer(folder / "tokenizer")
+    trainer = trainer_class(
+        AutoModelForCausalLM.from_pretrained(folder / "model"),
+        lambda completions, **_: [0.0] * len(completions),
+        args=config(
+            str(folder / "trl"),
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            num_generations=ROWS,
+            per_device_train_batch_size=ROWS,
+            max_completion_length=COMPLETION,
+            gradient_checkpointing=False,
+            loss_type="grpo",
+            importance_sampling_level="sequence",
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["1"] * ROWS}),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),
+    )
+    trainer.model.train()
+    return trainer
+
+
+def _speed(at: Surroundings, fill: float) -> Iterator[Pair]:
+    both = Learners(at.folder, fill)
+    yield Pair(both.best(both.ours, OUR_BUDGETS), both.best(both.theirs, THEIR_BUDGETS), both.gate)
+
+
+@benchmark(
+    "9-fill40",
+    what=f"learner, real tokens a second, {ROWS} x ({PROMPT} + {COMPLETION}) at fill 0.4, best budget",
+    peer="TRL 1.16 GRPOTrainer, best budget",
+    target=at_least(2.0),
+    gate="loss and gradients equal to 1e-5",
+    limit="1/fill",
+    unit="tokens/s",
+)
+def speed_fill40(at: Surroundings) -> Iterator[Pair]:
+    yield from _speed(at, 0.4)
+
+
+@benchmark(
+    "9-fill100",
+    what="the same at fill 1",
+    peer="TRL 1.16 GRPOTrainer, best budget",
+    target=at_least(1.05),
+    gate="loss and gradients equal to 1e-5",
+    limit="1",
+    unit="tokens/s",
+)
+def speed_fill100(at: Surroundings) -> Iterator[Pair]:
+    yield from _speed(at, 1.0)
