@@ -27,13 +27,15 @@ _PREFIX = "base_model.model."
 
 
 def base_tensors(model_dir: Path, dtype: Literal["float32", "bfloat16"]) -> dict[str, Tensor]:
-    """The tensors of a Hugging Face folder in this data type, by the names that the learner uses; of tied ones one."""
+    """The tensors of a Hugging Face folder in this data type, by the names of its files; of tied ones one."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
     read = partial(AutoModelForCausalLM.from_pretrained, model_dir, dtype=getattr(torch, dtype))
     model = persistently(read, what="the model")
-    return {name: t for name, t in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    tensors = {name: t for name, t in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, tensors).items()}
 
 
 def merge_into(folder: Path, base: dict[str, Tensor], check: Callable[[], None] = lambda: None) -> None:

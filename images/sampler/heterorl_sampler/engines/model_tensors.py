@@ -29,6 +29,13 @@ class ModelTensors:
         """What files call the output head: lm_head.weight, or embed_out.weight of a GPT-NeoX; "" for none."""
         self._embedding = self._in_files(self._model.get_input_embeddings())
 
+    @property
+    def adaptable(self) -> list[str]:
+        """Last parts of the names of the layers that LoRA may adapt: the linear ones but for the output head."""
+        head = self._model.get_output_embeddings()
+        layers = [name for name, own in self._model.named_modules() if isinstance(own, nn.Linear) and own is not head]
+        return sorted({name.rpartition(".")[2] for name in layers})
+
     def shared_with_head(self, files: list[Path]) -> str:
         """What the files call the input embedding where they have no head, as of a tied model; "" where they have one.
 

@@ -106,6 +106,8 @@ class VLLMEngine(InferenceEngine):
             use_tqdm_on_load=False,
             enable_lora=lora_rank > 0,
             max_lora_rank=_lora_room(lora_rank),
+            # With the head among them, vLLM's CPU build cannot score several texts at once.
+            lora_target_modules=self._tensors.adaptable if lora_rank else None,
             **({"gpu_memory_utilization": gpu_memory_utilization} if gpus else on_cpu),
         )
         try:
