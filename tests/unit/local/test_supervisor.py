@@ -10,7 +10,7 @@ import pytest
 from builders import exchange_at, run_of
 from heterorl.exit_codes import INTERRUPTED
 from heterorl.local.live_view import RunView
-from heterorl.local.supervisor import Interrupts, Programs, Runner
+from heterorl.local.supervisor import Interrupts, Programs, Runner, Verdict
 from heterorl.spec.run import Slot
 
 
@@ -58,10 +58,15 @@ def running(runner: Runner, *slots: Slot, learner: bool = True) -> dict[str, Pro
     return {role.name: role._process for role in roles}
 
 
+def look(runner: Runner, view: Heard, verdict: Verdict | None = None) -> Verdict | None:
+    """One look around, as `Runner.supervise` takes several a second."""
+    return runner._step(view, runner._asked_to_end(view, verdict))
+
+
 def test_stopping_names_whom_it_waits_for_and_waits_for_no_sampler_that_never_started(runner: Runner) -> None:
     processes, heard = running(runner, Slot("near", 0), Slot("far", 0)), Heard()
     runner.interrupts.arrived()
-    verdict = runner._step(heard, None)
+    verdict = look(runner, heard)
     assert verdict is not None
     assert verdict.exit_code == INTERRUPTED
     expected = "stopping: waiting for learner (saving its checkpoint), near-0, far-0; Ctrl-C again kills them at once"
@@ -70,7 +75,7 @@ def test_stopping_names_whom_it_waits_for_and_waits_for_no_sampler_that_never_st
     for name, process in processes.items():
         assert runner._busy(verdict), f"waits for {name}"
         process.code = 0
-        verdict = runner._step(heard, verdict)
+        verdict = look(runner, heard, verdict)
     assert not runner._busy(verdict)
     assert heard.said == [expected]
     assert not any(runner.samplers[Slot("near", index)].running for index in range(12))
@@ -80,7 +85,7 @@ def test_stopping_says_the_number_of_those_that_would_fill_the_screen(runner: Ru
     heard = Heard()
     running(runner, *(Slot("near", index) for index in range(12)), learner=False)
     runner.interrupts.arrived()
-    runner._step(heard, None)
+    look(runner, heard)
     named = ", ".join(f"near-{index}" for index in range(7))
     assert heard.said == [f"stopping: waiting for {named}, 5 more; Ctrl-C again kills them at once"]
 
@@ -88,7 +93,7 @@ def test_stopping_says_the_number_of_those_that_would_fill_the_screen(runner: Ru
 def test_stopping_before_anything_runs_waits_for_nobody(runner: Runner) -> None:
     heard = Heard()
     runner.interrupts.arrived()
-    verdict = runner._step(heard, None)
+    verdict = look(runner, heard)
     assert heard.said == ["stopping: nothing runs"]
     assert verdict is not None
     assert not runner._busy(verdict)

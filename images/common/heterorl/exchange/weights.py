@@ -7,6 +7,7 @@ list ─▶ cheapest path ─▶ copy each file, check it ─▶ apply the delta
 
 from __future__ import annotations
 
+import errno
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
@@ -124,14 +125,14 @@ class Weights:
                 self._make(path, held, manifest.weights, to, arrived)
                 return path
             except _LeadsNowhere as failed:
-                if isinstance(failed.reason, FileNotFoundError) and not self._files.exists(self.folder(version)):
-                    raise failed.reason from None
                 log.warning("weights %s: %s; looking for another way to them", version, failed.reason)
                 reasons.append(str(failed.reason))
                 if failed.way is None:
                     held = {}
                 else:
                     ways.discard(failed.way)
+        if not self._files.exists(self.folder(version)):  # so what leads to them may be gone as well
+            raise FileNotFoundError(errno.ENOENT, "weights were retired", str(self.folder(version)))
         raise CorruptFile(reasons[0] if reasons else f"weights {version}: no files on the volume lead to them")
 
     def _make(self, path: list[Way], held: Mapping[str, Path], target: FileEntry, to: Path, arrived: Arrived) -> None:
