@@ -218,8 +218,8 @@ def test_dropping_a_block_first_does_not_open_the_way_to_a_claim(runs):
 
 
 OF_A_POOL = (
-    "samplers[].(promptsPerBatch, swap, gpus, tensorParallel, gpuMemoryUtilization, kvCacheBytes, threads, lora,"
-    " podTemplate)"
+    "samplers[].(promptsPerBatch, swap, gpus, tensorParallel, gpuMemoryUtilization, kvCacheBytes, fetchBytesPerSecond,"
+    " threads, lora, podTemplate)"
 )
 WHEN_SUSPENDED = [
     ({"mode": "online"}, "mode"),
@@ -232,11 +232,14 @@ WHEN_SUSPENDED = [
     ({"learner": {"batch": {"groups": 16}}}, "learner"),
     ({"learner": {"podTemplate": {"nodeSelector": {"gpu": "h200"}}}}, "learner"),
     ({"exchange": {"maxPendingGroups": 128}}, "exchange"),
+    ({"exchange": {"deltas": False}}, "exchange"),
     (near(promptsPerBatch=4), OF_A_POOL),
     (near(gpus=1), OF_A_POOL),
     (near(tensorParallel=2), OF_A_POOL),
     (near(gpuMemoryUtilization=0.5), OF_A_POOL),
     (near(kvCacheBytes=2**30), OF_A_POOL),
+    (near(swap="drain"), OF_A_POOL),
+    (near(fetchBytesPerSecond=10**6), OF_A_POOL),
     (near(threads=2), OF_A_POOL),
     (near(podTemplate={"nodeSelector": {"gpu": "h200"}}), OF_A_POOL),
 ]
