@@ -14,9 +14,10 @@ import numpy as np
 
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.rollout import Provenance, Rollout, RolloutName, Version
+from heterorl.exchange.rollout import Provenance, Rollout, RolloutName
 from heterorl.exchange.slots import Lease
 from heterorl.exchange.storage import Files
+from heterorl.exchange.version import Version
 from heterorl.spec.run import API_VERSION, KIND, HeteroRLRun, RunSpec, Slot
 
 FAR = Slot("far", 0)

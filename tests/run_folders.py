@@ -10,7 +10,7 @@ from typing import Any
 from builders import exchange_at, run_of
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation, LearnerHeartbeat, RunnerState
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 
 START = 1_767_225_600.0
 

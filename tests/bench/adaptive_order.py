@@ -27,7 +27,8 @@ from builders import exchange_at, run_of
 from heterorl.data.tokenizer import load_tokenizer
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import PromptEvidence
-from heterorl.exchange.rollout import Completion, Rollout, RolloutName, Sampling, Version
+from heterorl.exchange.rollout import Completion, Rollout, RolloutName, Sampling
+from heterorl.exchange.version import Version
 from heterorl.seeds import derive_seed
 from heterorl.spec.run import HeteroRLRun, Slot
 from heterorl_learner.engines.build import build_engine as build_learner

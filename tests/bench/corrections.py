@@ -23,7 +23,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.rollout import Rollout, RolloutName, Version
+from heterorl.exchange.rollout import Rollout, RolloutName
+from heterorl.exchange.version import Version
 from heterorl.report.figures import COLOURS, INK, STYLE
 from heterorl.spec.run import CorrectionSpec, LossType, RunSpec
 from heterorl_learner.engines.build import build_engine

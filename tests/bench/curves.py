@@ -25,7 +25,8 @@ from bench.subjects.queue import GROUPS, MAX_STEPS, Folder, made_by
 from builders import CANARY, exchange_at, run_of
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import SlotStatus
-from heterorl.exchange.rollout import RolloutName, Version
+from heterorl.exchange.rollout import RolloutName
+from heterorl.exchange.version import Version
 from heterorl.report.figures import COLOURS, STYLE
 from heterorl.spec.run import Slot
 from heterorl_learner.rollout_feed import select_rollouts

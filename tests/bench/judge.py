@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from builders import exchange_at, run_of
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.records import SlotStatus
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.monitoring.metrics import Metrics
 from heterorl.spec.run import Slot
 from heterorl_sampler import sample

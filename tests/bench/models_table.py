@@ -88,7 +88,7 @@ def sampler(folder: Path, kind: str) -> str:
 
     from builders import spec_of
     from heterorl.exchange.canary import Canary
-    from heterorl.exchange.rollout import Version
+    from heterorl.exchange.version import Version
     from heterorl_learner.engines.build import build_engine as build_learner
     from heterorl_learner.engines.torch_ddp import Sequence, micro_batch
     from heterorl_sampler.engines.build import build_engine

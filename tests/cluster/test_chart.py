@@ -19,7 +19,7 @@ import yaml
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 
 from cluster.harness import Cluster
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.kubernetes.manifests import Images, desired_state, evaluation_job
 from heterorl.monitoring.run_metrics import PoolProgress, RunProgress, to_text
 from heterorl.spec.load import load_run

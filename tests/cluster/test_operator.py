@@ -33,7 +33,7 @@ from cluster.operators import (
     wait_for_reason,
     wait_for_state,
 )
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.monitoring.run_metrics import PoolProgress
 
 CLUSTER = {"level": "kwok"}

@@ -15,7 +15,7 @@ from cluster import images
 from cluster.operators import get, wait_for
 from cluster.test_images import tiny_run
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.kubernetes.manifests import Images, desired_state, evaluation_job
 from heterorl.spec.run import HeteroRLRun
 

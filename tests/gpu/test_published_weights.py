@@ -11,7 +11,8 @@ import torch
 from gpu.steps import spec_on
 from heterorl.errors import CanaryMismatch
 from heterorl.exchange.canary import CANARY_TOKENS, Canary
-from heterorl.exchange.rollout import Sampling, Version
+from heterorl.exchange.rollout import Sampling
+from heterorl.exchange.version import Version
 from heterorl_learner.engines.build import build_engine as build_learner
 from heterorl_learner.engines.torch_ddp import Sequence, micro_batch, save_tensors
 from heterorl_sampler.engines.base import InferenceEngine

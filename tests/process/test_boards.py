@@ -21,7 +21,7 @@ import pytest
 from builders import exchange_at, run_of
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.monitoring.json_lines import read_metrics
 
 # A process of its own each time: a wandb session keeps the settings it began with.

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import architectures
 from heterorl.errors import CorruptFile, ModelError, SiteError, UserError
-from heterorl.exchange.rollout import Completion, Sampling, Version
+from heterorl.exchange.rollout import Completion, Sampling
+from heterorl.exchange.version import Version
 from heterorl_sampler.engines.build import build_engine
 from heterorl_sampler.engines.model_files import end_token_ids
 from heterorl_sampler.engines.transformers import TransformersEngine

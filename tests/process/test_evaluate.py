@@ -18,7 +18,8 @@ from heterorl.data.tokenizer import load_tokenizer
 from heterorl.errors import CanaryMismatch, ExchangeError
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.rollout import Completion, Sampling, Version
+from heterorl.exchange.rollout import Completion, Sampling
+from heterorl.exchange.version import Version
 from heterorl_sampler.engines.transformers import TransformersEngine
 from heterorl_sampler.eval_command import main, set_names
 from heterorl_sampler.evaluate import Measure, evaluate, evaluate_version, pass_at_k

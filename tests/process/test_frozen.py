@@ -15,7 +15,7 @@ import pytest
 from builders import CANARY, FAR, exchange_at, publish, rollout_name, rollout_of, run_of
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import JournalEntry, LearnerHeartbeat
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 
 PREAMBLE = """
 import os, signal, sys
@@ -24,7 +24,7 @@ from builders import CANARY, FAR, publish, rollout_name, rollout_of
 from heterorl.entry import exit_code
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import JournalEntry, LearnerHeartbeat, SlotState, SlotStatus
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 exchange = Exchange(Path(sys.argv[1]))
 """
 SAMPLER = """

@@ -17,7 +17,7 @@ from heterorl.exchange.canary import Canary
 from heterorl.exchange.crash_budget import Attempts, attempts_of
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation, LearnerHeartbeat
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.monitoring.run_metrics import parse_progress
 from heterorl_learner import launch
 from heterorl_learner.launch import LearnerPod, rendezvous_of, threads_of

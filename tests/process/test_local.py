@@ -21,7 +21,7 @@ from builders import run_of
 from heterorl.errors import DataError, RunFolderError, UserError
 from heterorl.exchange.evaluations import due_versions
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.local.preflight import assign_gpus, check_gpus, check_space, differences, gpu_devices, with_absolute_paths
 from heterorl.local.processes import ManagedProcess
 from heterorl.local.run import run_local

@@ -21,7 +21,7 @@ from heterorl.errors import ModelError
 from heterorl.exchange.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_tensors, merge_into
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import ModelOrigin
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.local.push import upload_of
 from heterorl.monitoring.metrics import Metrics
 from heterorl.spec.run import RunSpec

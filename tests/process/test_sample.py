@@ -19,8 +19,9 @@ from heterorl.errors import SiteError, UserError
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import PromptEvidence, SlotStatus
-from heterorl.exchange.rollout import Rollout, RolloutName, Version
+from heterorl.exchange.rollout import Rollout, RolloutName
 from heterorl.exchange.slots import Lease
+from heterorl.exchange.version import Version
 from heterorl.monitoring.metrics import Metrics
 from heterorl.spec.run import HeteroRLRun, Slot
 from heterorl_learner.rollout_feed import waited_for

@@ -21,7 +21,8 @@ from heterorl.errors import RunFolderError, TrainingError
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation
-from heterorl.exchange.rollout import Rollout, Version
+from heterorl.exchange.rollout import Rollout
+from heterorl.exchange.version import Version
 from heterorl.monitoring.metrics import Metrics
 from heterorl.spec.run import HeteroRLRun
 from heterorl_learner.engines.build import build_engine

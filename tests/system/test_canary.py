@@ -34,7 +34,7 @@ from bench.canary_faults import (
 from builders import manifest, spec_of
 from heterorl.errors import CanaryMismatch
 from heterorl.exchange.canary import CANARY_TOKENS, Canary, canary_texts
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl_sampler.engines.base import InferenceEngine
 from heterorl_sampler.engines.build import build_engine
 

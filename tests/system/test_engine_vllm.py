@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from heterorl.errors import CorruptFile, HeteroRLError, UserError
-from heterorl.exchange.rollout import Completion, Sampling, Version
+from heterorl.exchange.rollout import Completion, Sampling
+from heterorl.exchange.version import Version
 from heterorl_sampler.engines.base import InferenceEngine
 from heterorl_sampler.engines.build import build_engine
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from heterorl.errors import CorruptFile, UnknownProtocol
 from heterorl.exchange.canary import CANARY_TOKENS, Canary, canary_texts
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.heterogeneity.delay import horizon
 from heterorl.spec.run import RunSpec
 from heterorl_learner.engines.torch_ddp import MicroBatch, Scores, Sequence, TrainingEngine, micro_batch, save_weights

@@ -18,7 +18,7 @@ from heterorl.exchange import delta
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import WEIGHTS_FILE, DeltaBase, FileEntry
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl_learner.engines.torch_ddp import DTYPES, save_tensors
 
 log = logging.getLogger(__name__)

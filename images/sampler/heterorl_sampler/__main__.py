@@ -185,7 +185,7 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluation(parser: argparse.ArgumentParser) -> None:
-    from heterorl.exchange.rollout import Version
+    from heterorl.exchange.version import Version
 
     parser.add_argument("--version", type=Version.parse, required=True, help="published version to evaluate")
 

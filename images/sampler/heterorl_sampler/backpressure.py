@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import LearnerHeartbeat, SlotHeartbeat
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.spec.run import RunSpec, Slot
 
 LONGEST_PAUSE = 10

@@ -25,8 +25,9 @@ from heterorl.errors import ExchangeError, UserError
 from heterorl.exchange.adapters import base_tensors, merge_into
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation
-from heterorl.exchange.rollout import Completion, Sampling, Version
+from heterorl.exchange.rollout import Completion, Sampling
 from heterorl.exchange.storage import persistently
+from heterorl.exchange.version import Version
 from heterorl.monitoring.metrics import Metrics
 from heterorl.seeds import derive_seed
 from heterorl_sampler.adapters import link_all_but_weights

@@ -28,16 +28,9 @@ from numpy.typing import NDArray
 from heterorl.errors import HeteroRLError, SiteError, UserError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import BARREN_GROUPS, SlotState
-from heterorl.exchange.rollout import (
-    Completion,
-    Rollout,
-    RolloutName,
-    Sampling,
-    SamplingDistribution,
-    Version,
-    joined,
-)
+from heterorl.exchange.rollout import Completion, Rollout, RolloutName, Sampling, SamplingDistribution, joined
 from heterorl.exchange.slots import Lease
+from heterorl.exchange.version import Version
 from heterorl.monitoring.metrics import Metrics
 from heterorl.seeds import derive_seed
 from heterorl.spec.run import RunSpec

@@ -18,7 +18,7 @@ from typing import Any
 
 from heterorl.errors import CanaryMismatch, CorruptFile, SiteError, UnknownProtocol
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.exchange.weights import Fetched
 from heterorl.heterogeneity.delay import Adoption
 from heterorl.spec.run import DelaySpec, Slot

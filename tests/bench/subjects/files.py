@@ -10,7 +10,8 @@ import numpy as np
 from bench import reference
 from bench.benchmark import Pair, Surroundings, at_most, benchmark, seconds
 from builders import spec_of
-from heterorl.exchange.rollout import Provenance, Rollout, Version
+from heterorl.exchange.rollout import Provenance, Rollout
+from heterorl.exchange.version import Version
 
 GROUP, PROMPT, COMPLETION = 8, 512, 1024
 FILL = 0.4

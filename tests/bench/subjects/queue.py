@@ -14,7 +14,8 @@ from bench import reference
 from bench.benchmark import Pair, Surroundings, at_most, benchmark, seconds
 from builders import FAR, exchange_at, put, rollout_name, rollout_of, run_of
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.rollout import Provenance, Rollout, RolloutName, Version
+from heterorl.exchange.rollout import Provenance, Rollout, RolloutName
+from heterorl.exchange.version import Version
 from heterorl.spec.run import Slot
 from heterorl_learner.rollout_feed import RolloutFeed, select_rollouts
 

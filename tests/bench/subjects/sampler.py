@@ -20,7 +20,8 @@ from bench.benchmark import CannotMeasure, Pair, Surroundings, at_least, at_most
 from bench.shapes import qwen3, save_qwen3
 from builders import exchange_at, run_of
 from heterorl.exchange.canary import CANARY_TOKENS, Canary
-from heterorl.exchange.rollout import Completion, Sampling, Version
+from heterorl.exchange.rollout import Completion, Sampling
+from heterorl.exchange.version import Version
 
 GROUP = 8
 AT_A_TIME = 4

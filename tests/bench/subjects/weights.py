@@ -17,7 +17,7 @@ from bench.density import train
 from builders import CANARY, exchange_at, run_of
 from heterorl.exchange import delta
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.exchange.weight_paths import Way, cheapest, cost
 
 STEPS = 64

@@ -16,7 +16,7 @@ from heterorl.errors import CorruptFile
 from heterorl.exchange.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merge_into
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import ModelOrigin
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 
 A = torch.tensor([[1.0, -2.0, 0.5]])  # [r 1, in 3]
 B = torch.tensor([[2.0], [1.0]])  # [out 2, r 1]

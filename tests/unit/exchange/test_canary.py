@@ -11,7 +11,7 @@ import pytest
 from heterorl.data.tokenizer import load_tokenizer
 from heterorl.errors import CanaryMismatch
 from heterorl.exchange.canary import CANARY_TOKENS, Canary, canary_texts
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl_learner.tiny import build_tokenizer
 
 CANARY = Canary([[1, 2, 3], [4, 5]], [[-0.5, -0.25], [-1.0]])

@@ -17,7 +17,7 @@ from heterorl.errors import CorruptFile
 from heterorl.exchange import delta
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import SlotStatus
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.exchange.weights import Fetched
 from heterorl.spec.run import Slot
 from heterorl_learner.version_writer import VersionWriter

@@ -11,8 +11,8 @@ import pytest
 from builders import exchange_at, publish, rollout_name, rollout_of
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import JournalEntry
-from heterorl.exchange.rollout import Version
 from heterorl.exchange.storage import STAGING, Files
+from heterorl.exchange.version import Version
 
 Event = tuple[str, str, int]
 """`synced` or `named`, the name without what staging adds to it, and the bytes that were there."""

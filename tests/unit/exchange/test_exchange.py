@@ -17,8 +17,9 @@ from builders import CANARY, FAR, Clock, exchange_at, publish, put, rollout_name
 from heterorl.errors import CorruptFile, ExchangeError, RunFolderError, Superseded
 from heterorl.exchange.exchange import Exchange, surviving_versions
 from heterorl.exchange.records import JournalEntry, ModelOrigin, Prepared, SlotState, SlotStatus
-from heterorl.exchange.rollout import Rollout, RolloutName, Version
+from heterorl.exchange.rollout import Rollout, RolloutName
 from heterorl.exchange.storage import Files
+from heterorl.exchange.version import Version
 from heterorl.spec.run import Slot
 
 V3 = Version(3, 1)

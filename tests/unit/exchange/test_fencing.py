@@ -15,9 +15,9 @@ from builders import CANARY, FAR, Clock, exchange_at, publish, put, rollout_name
 from heterorl.errors import CorruptFile, ExchangeError, Superseded
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import JournalEntry, LearnerHeartbeat, SlotState, SlotStatus
-from heterorl.exchange.rollout import Version
 from heterorl.exchange.slots import Lease, _started
 from heterorl.exchange.storage import Files
+from heterorl.exchange.version import Version
 
 V3 = Version(3, 1)
 

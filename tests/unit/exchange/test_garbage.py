@@ -24,7 +24,7 @@ from heterorl.exchange.records import (
     SlotState,
     SlotStatus,
 )
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.spec.run import Slot
 
 GARBAGE: dict[str, bytes] = {

@@ -7,7 +7,7 @@ import pytest
 from builders import spec_of
 from heterorl.exchange.records import SlotStatus
 from heterorl.exchange.refusals import dead_end, refused_by_all
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.spec.run import Slot
 
 V3, V4 = Version(3, 1), Version(4, 1)

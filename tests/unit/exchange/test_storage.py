@@ -22,8 +22,8 @@ from heterorl.exchange import storage
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.mount import check_mount
 from heterorl.exchange.records import Evaluation, JournalEntry, LearnerHeartbeat
-from heterorl.exchange.rollout import Version
 from heterorl.exchange.storage import TRANSIENT, Files, persistently
+from heterorl.exchange.version import Version
 from heterorl.local.processes import tail
 from heterorl.monitoring.json_lines import Tail, read_metrics
 from heterorl.monitoring.run_records import read_samplers

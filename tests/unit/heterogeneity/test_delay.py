@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from heterorl.errors import DataError
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.heterogeneity.delay import Adoption, draw, draws, fitted, horizon
 from heterorl.seeds import uniform
 from heterorl.spec.load import inline_trace

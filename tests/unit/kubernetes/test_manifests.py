@@ -9,7 +9,7 @@ import yaml
 
 import builders
 from heterorl.cli import main
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.kubernetes.manifests import Images, ReplicaCounts, desired_state, evaluation_job, spec_for_pods
 from heterorl.kubernetes.names import HASH_ANNOTATION, rendered_hash, with_hash
 from heterorl.kubernetes.render import to_yaml

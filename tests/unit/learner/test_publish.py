@@ -14,7 +14,7 @@ import torch
 from builders import exchange_at, publish, run_of
 from heterorl.errors import Superseded
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl_learner.engines.torch_ddp import MicroBatch
 from heterorl_learner.publish import Publisher
 

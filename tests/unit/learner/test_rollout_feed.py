@@ -14,7 +14,8 @@ from builders import FAR, exchange_at, rollout_name, rollout_of, run_of
 from heterorl.errors import Superseded, TrainingError, UserError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import DataCount, SlotStatus
-from heterorl.exchange.rollout import Provenance, RolloutName, Version
+from heterorl.exchange.rollout import Provenance, RolloutName
+from heterorl.exchange.version import Version
 from heterorl_learner.rollout_feed import RolloutFeed
 
 

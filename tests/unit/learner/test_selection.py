@@ -9,7 +9,8 @@ import pytest
 
 from builders import spec_of
 from heterorl.exchange.records import LearnerHeartbeat, SlotHeartbeat
-from heterorl.exchange.rollout import RolloutName, Version
+from heterorl.exchange.rollout import RolloutName
+from heterorl.exchange.version import Version
 from heterorl.spec.run import RunSpec, Slot
 from heterorl_learner.publish import versions_to_keep
 from heterorl_learner.rollout_feed import select_rollouts

@@ -14,7 +14,7 @@ from rich.console import Console
 from builders import CANARY, exchange_at, run_of
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation, LearnerHeartbeat, RunnerState, SlotStatus
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.local.attach import attach, view_of
 from heterorl.local.live_view import (
     _COLUMNS,

@@ -19,7 +19,7 @@ from builders import exchange_at, run_of
 from heterorl.errors import UserError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.logs import setup_logging
 from heterorl.monitoring.background import Background
 from heterorl.monitoring.boards import TensorBoard, check_boards, wandb_mode

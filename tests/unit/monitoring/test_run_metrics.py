@@ -13,7 +13,7 @@ from builders import Clock, exchange_at, publish, run_of
 from heterorl.exchange.crash_budget import Attempts
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation, LearnerHeartbeat, SlotStatus
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.monitoring.progress import ProgressReader
 from heterorl.monitoring.run_metrics import PoolProgress, RunProgress, parse_progress, run_progress, to_text
 from heterorl.monitoring.snapshot import SnapshotReader

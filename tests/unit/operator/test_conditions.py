@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.kubernetes.names import prepare_name
 from heterorl.monitoring.run_metrics import PoolProgress, RunProgress
 from heterorl.spec.status import RunStatus

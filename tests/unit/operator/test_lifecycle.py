@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.kubernetes.names import prepare_name
 from heterorl.monitoring.run_metrics import RunProgress
 from heterorl_operator.lifecycle import decide, preparation_problem

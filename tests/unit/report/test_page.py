@@ -13,7 +13,7 @@ from builders import exchange_at, run_of
 from heterorl.errors import RunFolderError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation, LearnerHeartbeat
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.monitoring.series import active_clock, mean_of, series, smooth
 from heterorl.report.bundle import script
 from heterorl.report.comparison import comparison, mean_and_interval

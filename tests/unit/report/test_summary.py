@@ -11,7 +11,7 @@ import pytest
 from builders import exchange_at, put, rollout_name, rollout_of, run_of
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation, JournalEntry, LearnerHeartbeat
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.monitoring.json_lines import JsonLines
 from heterorl.report.summary import in_words, summarise, write_summary
 from heterorl.spec.run import Slot

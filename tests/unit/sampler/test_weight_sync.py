@@ -16,8 +16,8 @@ from heterorl.errors import SiteError
 from heterorl.exchange import storage
 from heterorl.exchange.canary import Canary
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.rollout import Version
 from heterorl.exchange.storage import Files
+from heterorl.exchange.version import Version
 from heterorl.heterogeneity.delay import Adoption
 from heterorl.spec.run import DelaySpec, Slot
 from heterorl_sampler.weight_sync import Swap, WeightSync

@@ -16,7 +16,7 @@ from builders import exchange_at, run_of
 from heterorl.errors import RunFolderError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation, LearnerHeartbeat, RunnerState, SlotStatus
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.spec.run import Slot
 from heterorl.ui.library import Library
 from heterorl.ui.listing import print_runs

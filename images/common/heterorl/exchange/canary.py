@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 
 from heterorl.errors import CanaryMismatch, CorruptFile, ModelError
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 
 
 def due_versions(

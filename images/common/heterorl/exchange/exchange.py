@@ -103,8 +103,9 @@ from heterorl.exchange.records import (
     SlotStatus,
     WeightsManifest,
 )
-from heterorl.exchange.rollout import Rollout, RolloutName, Version
+from heterorl.exchange.rollout import Rollout, RolloutName
 from heterorl.exchange.slots import Lease, Slots
+from heterorl.exchange.version import Version
 from heterorl.exchange.weight_paths import cheapest, cost, folders_on_the_way
 from heterorl.exchange.weights import CANARY_FILE, Arrived, Fetched, Weights
 from heterorl.spec.run import Slot

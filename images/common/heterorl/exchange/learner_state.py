@@ -30,8 +30,8 @@ from heterorl.exchange.records import (
     WeightsManifest,
     parse_record,
 )
-from heterorl.exchange.rollout import Version
 from heterorl.exchange.run_folder import RunFolder
+from heterorl.exchange.version import Version
 
 log = logging.getLogger(__name__)
 

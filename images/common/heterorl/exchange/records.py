@@ -28,7 +28,8 @@ from heterorl.errors import CorruptFile, UnknownProtocol
 from heterorl.exchange import PROTOCOL
 from heterorl.exchange.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from heterorl.exchange.canary import Canary
-from heterorl.exchange.rollout import RolloutName, Version
+from heterorl.exchange.rollout import RolloutName
+from heterorl.exchange.version import Version
 
 WEIGHTS_FILE = "model.safetensors"
 """Of a version: the whole weights."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from heterorl.exchange.records import SlotStatus
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.spec.run import RunSpec, Slot
 
 

@@ -32,7 +32,7 @@ from zstandard import ZstdCompressor, ZstdDecompressor, ZstdError, frame_content
 
 from heterorl.errors import CorruptFile, UnknownProtocol
 from heterorl.exchange import PROTOCOL
-from heterorl.exchange.version import Version as Version  # part of a rollout's name
+from heterorl.exchange.version import Version
 from heterorl.spec.run import GenerationSpec, RunSpec, Slot
 
 _PACKED = "packed"

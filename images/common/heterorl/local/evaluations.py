@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from heterorl.exchange.evaluations import Pins, due_now
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.local.processes import ProcessRole, RoleOutcome
 from heterorl.logs import shown
 

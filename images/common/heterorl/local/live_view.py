@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.logs import shown
 from heterorl.monitoring.progress import LiveProgress, ProgressReader, SlotProgress
 from heterorl.spec.run import Slot

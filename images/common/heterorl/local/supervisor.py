@@ -20,7 +20,7 @@ from pathlib import Path
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.learner_state import LAUNCHER
 from heterorl.exchange.records import RunnerState
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.exit_codes import CODE_OF, INTERRUPTED, SITE_ERROR, USER_ERROR, describe_exit
 from heterorl.failure_policy import Role, run_failure
 from heterorl.heterogeneity.availability import next_change, replicas_at

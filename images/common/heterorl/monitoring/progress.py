@@ -12,7 +12,7 @@ from statistics import median
 
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.monitoring.json_lines import Record, Tail, supersede
 from heterorl.monitoring.run_records import (
     column,

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from heterorl.exchange.exchange import Exchange
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.monitoring.json_lines import Record, Tail
 from heterorl.monitoring.software import software
 

@@ -17,7 +17,7 @@ from heterorl.exchange.evaluations import due_now
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Attempt, Evaluation, LearnerHeartbeat, SlotHeartbeat
 from heterorl.exchange.refusals import refused_by_all
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.spec.run import RunSpec, Slot
 
 

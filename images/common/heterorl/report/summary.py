@@ -20,7 +20,7 @@ from typing import Any
 
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation, RunnerState
-from heterorl.exchange.rollout import Version
+from heterorl.exchange.version import Version
 from heterorl.monitoring.json_lines import Record
 from heterorl.monitoring.run_records import column, is_swap, mean, read_samplers, read_steps
 from heterorl.monitoring.snapshot import SnapshotReader

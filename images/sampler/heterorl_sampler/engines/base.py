@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from heterorl.exchange.rollout import Completion, Runs, Sampling, Version, joined
+from heterorl.exchange.rollout import Completion, Runs, Sampling, joined
+from heterorl.exchange.version import Version
 
 Finished = list[tuple[int, list[Completion]]]
 """Groups that are complete, by the number that `add` gave them."""

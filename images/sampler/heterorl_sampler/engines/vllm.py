@@ -44,7 +44,8 @@ from vllm.sampling_params import RequestOutputKind
 
 from heterorl.errors import CorruptFile, HeteroRLError, SiteError, UserError
 from heterorl.exchange.canary import CANARY_TOKENS, tensor_shapes, weight_files
-from heterorl.exchange.rollout import Completion, Sampling, Version
+from heterorl.exchange.rollout import Completion, Sampling
+from heterorl.exchange.version import Version
 from heterorl_sampler.decoding import StopTexts, stop_texts
 from heterorl_sampler.engines.base import UNNAMED, Finished, InferenceEngine, runs_of
 from heterorl_sampler.engines.model_files import Dtype, context_length, end_token_ids
