@@ -105,7 +105,7 @@ def _at_lag(lag: int, target: float) -> None:
         unit="B",
         memory_gb=3.0,
         disk_gb=7.0,
-        gross=at_most(2 * target),
+        quick=False,  # sixty-four steps of Adam on millions of values take minutes
     )
     def weights_bytes(at: Surroundings) -> Iterator[Pair]:
         versions = published(at.folder.parent, at.quick)
