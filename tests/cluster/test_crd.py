@@ -218,8 +218,8 @@ def test_dropping_a_block_first_does_not_open_the_way_to_a_claim(runs):
 
 
 OF_A_POOL = (
-    "samplers[].(promptsPerBatch, swap, gpus, tensorParallel, gpuMemoryUtilization, kvCacheBytes, fetchBytesPerSecond,"
-    " threads, lora, podTemplate)"
+    "samplers[].(promptsPerBatch, swap, gpus, tensorParallel, gpuMemoryUtilization, kvCacheBytes, threads, lora,"
+    " podTemplate)"
 )
 WHEN_SUSPENDED = [
     ({"mode": "online"}, "mode"),
@@ -239,7 +239,6 @@ WHEN_SUSPENDED = [
     (near(gpuMemoryUtilization=0.5), OF_A_POOL),
     (near(kvCacheBytes=2**30), OF_A_POOL),
     (near(swap="drain"), OF_A_POOL),
-    (near(fetchBytesPerSecond=10**6), OF_A_POOL),
     (near(threads=2), OF_A_POOL),
     (near(podTemplate={"nodeSelector": {"gpu": "h200"}}), OF_A_POOL),
 ]
@@ -263,6 +262,7 @@ def test_how_it_trains_changes_in_a_suspended_run_only(lasting, patch, what):
         near(replicas=3),
         near(availability={"type": "churn"}),
         near(delay={"distribution": "lognormal"}),
+        near(fetchBytesPerSecond=10**6),
         {"samplers": [{"name": "near"}]},
         {"samplers": [{"name": "far", "replicas": 2}, {"name": "new", "engine": "transformers"}]},
         volume(size="200Gi"),

@@ -19,6 +19,7 @@ LIVE = (
     "samplers.*.replicas",
     "samplers.*.availability",
     "samplers.*.delay",
+    "samplers.*.fetchBytesPerSecond",
     "exchange.retention",
     "exchange.volume.size",
     "evaluation",
