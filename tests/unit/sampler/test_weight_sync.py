@@ -83,6 +83,22 @@ def test_the_first_weights_are_served_and_then_the_newest(
     assert (engine.weight, follower.version) == (-3.0, newest)
 
 
+def test_a_fetch_keeps_to_the_pools_limit_and_ends_at_once_when_the_sampler_leaves(
+    engine: OneNumberEngine, tmp_path: Path
+) -> None:
+    pool = {"name": "far", "fetchBytesPerSecond": 1}
+    exchange = exchange_at(tmp_path / "run", run_of(model={"dtype": "float32"}, samplers=[pool]))
+    follower = WeightSync(exchange, engine, Slot("far", 0), tmp_path / "scratch")
+    publish(exchange, 0, -1.0)  # with its canary over 30 bytes, half a minute
+    assert settle(follower) == []
+    follower.close()
+    give_up = time.monotonic() + 10
+    while any(thread.name.startswith("fetch") for thread in threading.enumerate()):
+        assert time.monotonic() < give_up, "the fetch goes on"
+        time.sleep(0.01)
+    assert not (tmp_path / "scratch" / str(Version(0, 1)) / "model.safetensors").exists()
+
+
 def test_weights_that_a_superseded_learner_published_last_are_not_served(
     exchange: Exchange, engine: OneNumberEngine, follower: WeightSync
 ) -> None:
