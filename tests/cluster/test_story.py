@@ -123,7 +123,7 @@ def test_helm_install_kubectl_apply_kubectl_logs(site, installed, helm, api):
     manifest = run_of("story", [("near", "transformers"), ("far", "transformers")])
     manifest["spec"]["evaluation"] |= {"everySteps": 100}  # the first weights and the last
     volume = start(site, manifest)
-    wait_for(lambda: steps_in(cluster.kubectl("logs", *where, "story-learner-0", check=False)), "the first step", 120)
+    wait_for(lambda: steps_in(cluster.kubectl("logs", *where, "story-learner-0", check=False)), "the first step", 240)
     cluster.kubectl("delete", *where, "pod/story-learner-0", "--wait=false")  # it is taken away, and resumes
     seen = wait_for(lambda: status(cluster, site.namespace, "story").get("learner", {}).get("step"), "progress", 60)
     assert 0 < seen <= STEPS
