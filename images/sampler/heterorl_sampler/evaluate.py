@@ -152,14 +152,10 @@ def evaluate_version(exchange: Exchange, version: Version) -> Evaluation:
                 sets[dataset.label] = evaluate(engine, tokenizer, rows, checker, measure, verifier, given.note)
             answers += within(given.lines, bytes_a_version(spec) / len(spec.data.evals), spec.seed)
             log.info("%s on %s: mean@%d %.3f", version, dataset.label, measure.samples, sets[dataset.label]["mean"])
-    average = fmean(values["mean"] for values in sets.values())
+    result = Evaluation(average=fmean(values["mean"] for values in sets.values()), sets=sets)
     with Metrics.open(exchange.metrics_dir, "evaluate", spec.monitoring, run=exchange.run.metadata.name) as metrics:
-        metrics.write(
-            version.step,
-            {f"eval/{label}/{key}": value for label, values in sets.items() for key, value in values.items()},
-        )
+        metrics.write(version.step, result.metrics)
     _write_answers(exchange, version, answers)
-    result = Evaluation(average=average, sets=sets)
     exchange.write_eval(version, result)
     return result
 

@@ -349,6 +349,11 @@ class Evaluation(Record):
     sets: dict[str, dict[str, float]] = {}
     """Metrics by the set's label."""
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Those of all sets under the names that they are logged by, `eval/LABEL/METRIC`."""
+        return {f"eval/{label}/{key}": value for label, found in self.sets.items() for key, value in found.items()}
+
 
 class RunnerState(Record):
     """What outlives the local runner: how the run went, for how long, what was restarted."""

@@ -64,9 +64,7 @@ class RunStory:
                 "step": version.step,
                 "time": self._exchange.now(),
                 "eval/average": result.average,
-                **{
-                    f"eval/{label}/{key}": value for label, found in result.sets.items() for key, value in found.items()
-                },
+                **result.metrics,
             }
             for version, result in results.items()
         ]
@@ -89,11 +87,11 @@ class RunStory:
         return {key: value for key, value in self._summary().items() if key not in _STATE}
 
 
-def leaves(tree: Mapping[str, Any], path: str = "", *, sep: str = ".") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     """Every value of a tree under its path, such as learner.batch.groups; lists as JSON."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from leaves(value, f"{path}{key}{sep}", sep=sep)
+            yield from leaves(value, f"{path}{key}.")
         elif value is not None:
             yield f"{path}{key}", json.dumps(value) if isinstance(value, list) else value
 

@@ -6,14 +6,13 @@ A line that is damaged or lacks what it must have is left out and counted.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from heterorl.monitoring.json_lines import Record, Tail
+from heterorl.monitoring.json_lines import Record, Tail, record_at
 from heterorl.ui.columns import plain
 
 OUTCOMES = ("right", "partly", "wrong", "gained", "lost")
@@ -119,7 +118,7 @@ class AnswerIndex:
         if problem is None:
             raise IndexError(row)
         answers = [
-            {"step": step, "right": answer.right, "completions": _line(answer)["completions"]}
+            {"step": step, "right": answer.right, "completions": record_at(answer.file, answer.place)["completions"]}
             for step, answer in sorted(problem.at.items(), reverse=True)
         ]
         about = {"set": label, "row": row, "prompt": problem.prompt, "reference": problem.reference}
@@ -132,10 +131,3 @@ def _identity(path: Path) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return about.st_size, about.st_mtime_ns
-
-
-def _line(answer: _Answer) -> Record:
-    with open(answer.file, "rb") as file:
-        file.seek(answer.place)
-        record: Record = json.loads(file.readline())
-    return record

@@ -5,7 +5,6 @@ A line that is damaged or lacks what it must have is left out and counted.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heterorl.exchange.rollout import RolloutName
-from heterorl.monitoring.json_lines import Record, Tail
+from heterorl.monitoring.json_lines import Record, Tail, record_at
 from heterorl.ui.columns import plain
 
 _SNIPPET = 120
@@ -158,9 +157,7 @@ class CompletionIndex:
         if number < 0:
             raise IndexError(number)
         place, row = self._table.places[number]
-        with open(self._path, "rb") as file:
-            file.seek(place)
-            record: Record = json.loads(file.readline())
+        record = record_at(self._path, place)
         completions = [{**c, "pieces": _pieces(c)} for c in record["completions"]]
         return plain({**record, "slot": row["slot"], "lag": row["lag"], "completions": completions})  # type: ignore[no-any-return]
 
