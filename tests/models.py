@@ -7,6 +7,18 @@ import tempfile
 from pathlib import Path
 
 SMOLLM2 = Path.home() / ".cache" / "heterorl" / "SmolLM2-135M-Instruct"
+QWEN3_1_7B = {
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40_960,
+    "tie_word_embeddings": True,
+}
+"""The shape of Qwen3-1.7B, as its config.json says."""
 
 
 def convert_smollm2(folder: Path = SMOLLM2) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from heterorl_learner.engines.torch_ddp import TrainingEngine, micro_batch
 from heterorl_learner.memory import step_memory
 from heterorl_learner.rollout_feed import StepBatch
 from heterorl_learner.train_step import num_tokens, sequences, train_on
+from models import QWEN3_1_7B
 
 pytestmark = pytest.mark.filterwarnings("default")  # of what GPUs bring with them
 COSINE = {"float32": 0.9999, "bfloat16": 0.99}
@@ -120,26 +121,10 @@ def test_flash_attention_is_chosen_where_it_is_installed(device: torch.device) -
 
 # ── the size of a real model ─────────────────────────────────────────────────────────────────────────────────────────
 @pytest.fixture(scope="module")
-def shape() -> dict[str, Any]:
-    """Qwen3-1.7B, as its config.json says."""
-    return {
-        "vocab_size": 151_936,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 40_960,
-        "tie_word_embeddings": True,
-    }
-
-
-@pytest.fixture(scope="module")
-def large(shape: dict[str, Any], device: torch.device) -> Iterator[tuple[Path, int]]:
+def large(device: torch.device) -> Iterator[tuple[Path, int]]:
     """Its folder with random weights, 3.4 GB that go at the end, and how many parameters it has."""
     with tempfile.TemporaryDirectory() as made:
-        yield Path(made), save_random_model(AutoConfig.for_model("qwen3", **shape), Path(made), device)
+        yield Path(made), save_random_model(AutoConfig.for_model("qwen3", **QWEN3_1_7B), Path(made), device)
 
 
 @pytest.mark.usefixtures("own_process_group")

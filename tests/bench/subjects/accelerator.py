@@ -9,7 +9,6 @@ activations in the backward pass and hold the same number of tokens at a time.
 from __future__ import annotations
 
 import importlib
-import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -21,21 +20,14 @@ import numpy as np
 
 from bench import reference
 from bench.benchmark import CannotMeasure, Pair, Surroundings, at_least, at_most, benchmark, seconds
+from bench.publication import blocked_by_a_publication
 from builders import exchange_at, rollout_of, run_of
 from heterorl.exchange.exchange import Exchange
-from models import save_character_tokenizer
+from models import QWEN3_1_7B, save_character_tokenizer
 
 COMMAND = "make bench-gpu"
-SHAPE: dict[str, Any] = {
-    "vocab_size": 151_936,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
+SHAPE: dict[str, Any] = QWEN3_1_7B | {
     "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
     "pad_token_id": 0,
     "eos_token_id": 1,
     "bos_token_id": None,
@@ -289,26 +281,5 @@ def memory(at: Surroundings) -> Iterator[Pair]:
     apart=COMMAND,
 )
 def publication(at: Surroundings) -> Iterator[Pair]:
-    import torch
-    from safetensors.torch import load_file
-
-    from heterorl_learner.publish import Publisher
-
     both = _learners(at.folder.parent)
-    exchange, engine, steps = both.exchange, both.engine, itertools.count(1)
-    with Publisher(exchange, engine, exchange.incarnation or 0) as publisher:
-
-        def gate() -> None:
-            publisher.publish(next(steps))
-            publisher.wait()
-            fetched = exchange.fetch_weights(exchange.list_versions()[-1], at.folder / "fetched")
-            found, state = load_file(fetched.folder / "model.safetensors"), engine.full_state_dict()
-            assert all(torch.equal(tensor.cpu(), state[name].cpu()) for name, tensor in found.items())
-
-        state = engine.policy.state_dict()
-        yield Pair(
-            seconds(lambda: publisher.publish(next(steps)), before=publisher.wait),
-            seconds(lambda: reference.save_in_the_step(state, at.folder / "model.pt"), before=publisher.wait),
-            gate,
-        )
-        publisher.wait()
+    yield from blocked_by_a_publication(both.exchange, both.engine, at.folder)

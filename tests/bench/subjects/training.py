@@ -18,6 +18,7 @@ import psutil
 
 from bench import reference
 from bench.benchmark import CannotMeasure, Pair, Surroundings, at_least, at_most, benchmark, seconds
+from bench.publication import blocked_by_a_publication
 from builders import exchange_at, run_of, spec_of
 from heterorl.exchange.exchange import Exchange
 from models import save_character_tokenizer
@@ -79,28 +80,8 @@ def prepared(at: Surroundings) -> tuple[Exchange, Any]:
     gross=at_most(2.0),  # of a tiny model: the thread that writes takes one of two cores
 )
 def publication(at: Surroundings) -> Iterator[Pair]:
-    from safetensors.torch import load_file, save
-
-    from heterorl_learner.publish import Publisher
-
     exchange, engine = prepared(at)
-    steps = itertools.count(1)
-    with Publisher(exchange, engine, exchange.incarnation or 0) as publisher:
-
-        def gate() -> None:
-            publisher.publish(next(steps))
-            publisher.wait()
-            version = exchange.list_versions()[-1]
-            found = exchange.fetch_weights(version, at.folder / "fetched")
-            assert save(load_file(found.folder / "model.safetensors")) == save(engine.full_state_dict())
-
-        state = engine.policy.state_dict()
-        yield Pair(
-            seconds(lambda: publisher.publish(next(steps)), before=publisher.wait),
-            seconds(lambda: reference.save_in_the_step(state, at.folder / "model.pt"), before=publisher.wait),
-            gate,
-        )
-        publisher.wait()
+    yield from blocked_by_a_publication(exchange, engine, at.folder)
 
 
 @benchmark(
