@@ -155,7 +155,7 @@ def test_the_choice_is_the_same_in_bfloat16(name: str, how: str, scale: float) -
     ],
 )
 def test_what_a_model_makes_of_its_heads_output_is_what_its_configuration_says(
-    name: str, fields: dict[str, float], afterwards: tuple[float, float | None]
+    name: str, fields: dict[str, Any], afterwards: tuple[float, float | None]
 ) -> None:
     model = architectures.tiny_model(name, **fields)
     found = choose_reading(Policy(model), run_spec(), CPU, autocast=False).afterwards
