@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,23 +21,6 @@ expect = sync_api.expect
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
 PATIENCE_MS = 60_000
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium; where there is none the test skips, under HETERORL_REQUIRE=all it fails."""
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        reason = "there is no Chromium; apt-get install chromium"
-        (pytest.fail if os.environ.get("HETERORL_REQUIRE") == "all" else pytest.skip)(reason)
-    expect.set_options(timeout=PATIENCE_MS)
-    with sync_api.sync_playwright() as playwright:
-        # as root, in a container, its sandbox cannot be set up
-        chromium = playwright.chromium.launch(
-            executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"], timeout=PATIENCE_MS
-        )
-        yield chromium
-        chromium.close()
 
 
 @contextmanager

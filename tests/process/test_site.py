@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -48,6 +54,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_site_has_every_page_and_its_links_lead_to_what_is_in_it(site: Path) -> None:
     pages = {path.relative_to(ROOT / "docs").with_suffix(".html") for path in (ROOT / "docs").rglob("*.md")}
     assert [page for page in [*pages, Path("index.html")] if not (site / page).is_file()] == []
+    listed = {Path(link) for link in Page((site / "index.html").read_text()).linked}
+    assert pages - listed == set()  # every page's navigation has them all
     for page in site.rglob("*.html"):
         if page.name == "404.html":
             continue  # its links start at the root of the server
@@ -61,3 +69,37 @@ def test_no_page_and_no_style_loads_anything_from_elsewhere(site: Path) -> None:
         assert [address for address in Page(page.read_text()).loaded if urlsplit(address).netloc] == [], page.name
     for style in site.rglob("*.css"):
         assert re.findall(r"(?:@import|url\()\s*[\"']?(?:https?:)?//[^)\"']*", style.read_text()) == [], style.name
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None: ...
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_in_a_browser_pages_and_search_work_from_the_site_alone(site: Path, browser: Any) -> None:
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    asked: list[str] = []
+    problems: list[str] = []
+    context.on("request", lambda request: asked.append(request.url))
+    context.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    with served(site) as address:
+        for name in ("index.html", "ui.html", "losses.html", "reports/canary.html", "404.html"):
+            page.goto(f"{address}/{name}", wait_until="networkidle")
+        page.goto(f"{address}/index.html", wait_until="networkidle")
+        page.get_by_role("textbox", name="Search").fill("expectation")
+        page.get_by_role("link", name=re.compile("GEPO|losses", re.IGNORECASE)).first.wait_for()
+        # The scripts know addresses of other machines; the pages' policy forbids to ask them.
+        page.evaluate("fetch('https://example.org/').catch(() => {})")
+    context.close()
+    assert {urlsplit(url).netloc for url in asked} <= {urlsplit(address).netloc, ""}
+    assert [problem for problem in problems if "example.org" not in problem] == []
+    assert any("Content Security Policy" in problem for problem in problems)
