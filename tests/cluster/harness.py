@@ -324,6 +324,19 @@ class Cluster:
             raise RuntimeError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
         return done.stdout if check else done.stdout + done.stderr
 
+    @contextlib.contextmanager
+    def tunnel(self, namespace: str, pod: str, port: int) -> Iterator[str]:
+        """`kubectl port-forward` to a port of a pod: the address on this machine that leads there."""
+        command = [str(self.programs["kubectl"]), f"--kubeconfig={self.kubeconfig}", "port-forward", f"pod/{pod}"]
+        where = (f":{port}", "--namespace", namespace, "--address", "127.0.0.1")
+        with subprocess.Popen([*command, *where], stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout is not None
+                said = process.stdout.readline()  # Forwarding from 127.0.0.1:40961 -> 6070
+                yield said.split()[2]
+            finally:
+                process.terminate()
+
 
 # ── what the machine has ─────────────────────────────────────────────────────────────────────────────────────────────
 def find_programs(level: str) -> dict[str, Path]:

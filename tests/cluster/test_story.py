@@ -9,12 +9,15 @@ from __future__ import annotations
 import copy
 import json
 import re
+from contextlib import closing
+from http.client import HTTPConnection
 
 import pytest
 
 from cluster import images
 from cluster.operators import (
     condition,
+    get,
     listed,
     patch,
     reasons,
@@ -24,9 +27,12 @@ from cluster.operators import (
     wait_for_reason,
     wait_for_state,
 )
-from heterorl.kubernetes.pods import METRICS_PORT
+from heterorl.kubernetes.manifests import Images, desired_state
+from heterorl.kubernetes.pods import METRICS_PORT, PAGE_PORT
 from heterorl.monitoring.run_metrics import parse_progress
+from heterorl.spec.run import HeteroRLRun
 from heterorl_operator.client import Api
+from run_folders import write_run
 
 CLUSTER = {"level": "node"}
 SYSTEM = "heterorl-system"
@@ -268,3 +274,81 @@ def test_a_preparation_and_a_learner_that_are_killed_for_their_memory_are_named_
 def named_for_memory(told):
     """The preparation's condition once it says so: of a pod that will be made again, or of the last one."""
     return told if told.get("reason") == "OOMKilled" or "(OOMKilled)" in told.get("message", "") else None
+
+
+# ── the page beside a learner ────────────────────────────────────────────────────────────────────────────────────────
+OPEN_PORT = 6071
+
+
+def ask(reader, path="/api/runs", *, method="GET", **headers):
+    """Status, headers and body of an answer on a connection, which stays open as a browser's does."""
+    reader.request(method, path, headers=headers)
+    answer = reader.getresponse()
+    return answer.status, answer.headers, answer.read()
+
+
+def connected(address, port=None):
+    return closing(HTTPConnection(address, port, timeout=60))
+
+
+def pages_alone(manifest):
+    """What a run's page needs, in a pod without the learner, and beside it one that listens to everyone.
+
+    The kubelet kills what does not leave within ten seconds, and the pod is kept to tell how its containers ended.
+    """
+    used = Images(images.LEARNER, images.SAMPLER, "Never")
+    made = {found["kind"]: found for found in desired_state(HeteroRLRun.model_validate(manifest), images=used)}
+    spec = made["StatefulSet"]["spec"]["template"]["spec"]
+    (page,) = spec.pop("initContainers")
+    del page["restartPolicy"]
+    listening = ["--host", "0.0.0.0", "--port", str(OPEN_PORT)]
+    spec["containers"] = [page, {**page, "name": "open", "command": [*page["command"], *listening]}]
+    spec |= {"restartPolicy": "Never", "terminationGracePeriodSeconds": 10}
+    metadata = {"name": "page", "finalizers": ["heterorl.dev/kept"]}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+    return [made["ConfigMap"], made["PersistentVolumeClaim"], pod]
+
+
+def test_the_page_only_reads_is_reached_through_a_tunnel_or_with_a_token_and_leaves_when_told_to(site):
+    cluster, where = site.cluster, ("-n", site.namespace)
+    manifest = run_of("shown", [("near", "transformers")])
+    manifest["spec"]["monitoring"] = {"page": True}
+    write_run(site.adopt(manifest), steps=40, groups=4)
+    for made in pages_alone(manifest):
+        cluster.kubectl("apply", *where, "-f", "-", stdin=json.dumps(made))
+
+    def printed(container, pattern):
+        log = ("logs", *where, "page", "-c", container)
+        return wait_for(
+            lambda: re.search(pattern, cluster.kubectl(*log, check=False)), f"{pattern} of {container}", 120
+        )
+
+    token = printed("open", r"http://0\.0\.0\.0:\d+/\?token=(\S+)")[1]
+    printed("page", rf"http://127\.0\.0\.1:{PAGE_PORT}/\n")
+    host = get(cluster, site.namespace, "pod", "page")["status"]["podIP"]
+
+    with connected(host, PAGE_PORT) as reader, pytest.raises(ConnectionRefusedError):
+        ask(reader)
+    with connected(host, OPEN_PORT) as reader:
+        assert ask(reader)[0] == 401
+        cookie = ask(reader, f"/?token={token}")[1]["set-cookie"]
+        (shown,) = json.loads(ask(reader, cookie=cookie)[2])["runs"]
+        assert shown["title"] == "shown"
+
+    writing = ("python", "-c", "open('/volume/written', 'w')")
+    told = cluster.kubectl("exec", *where, "page", "-c", "page", "--", *writing, check=False)
+    assert "Read-only file system" in told
+
+    with cluster.tunnel(site.namespace, "page", PAGE_PORT) as address, connected(address) as reader:
+        (shown,) = json.loads(ask(reader)[2])["runs"]
+        assert (shown["title"], shown["state"], shown["step"]) == ("shown", "succeeded", 40)
+        assert ask(reader, method="POST")[0] == 405
+        cluster.kubectl("delete", *where, "pod/page", "--wait=false")
+
+        def ends():
+            containers = get(cluster, site.namespace, "pod", "page")["status"]["containerStatuses"]
+            ended = [each["state"]["terminated"]["exitCode"] for each in containers if "terminated" in each["state"]]
+            return ended if len(ended) == len(containers) else None
+
+        assert wait_for(ends, "both to end", 60) == [143, 143]  # by SIGTERM; 137 would be the kubelet's patience
+    cluster.kubectl("patch", *where, "pod/page", "--type=merge", "-p", '{"metadata": {"finalizers": null}}')
