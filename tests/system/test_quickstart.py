@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -33,8 +34,17 @@ def test_the_quickstart_doubles_its_reward_within_six_minutes(new_run: Callable[
     assert min(trained["near"], trained["far"]) > 0.1 * sum(trained.values())
     assert mean_lag(steps, "far") > mean_lag(steps, "near")
     assert (run.root / "report.png").stat().st_size > 10_000
-    assert "<img" in (run.root / "report.html").read_text()
+    steps_in_report = reported_steps(run.root / "report.html")
+    assert (steps_in_report[0], steps_in_report[-1]) == (1, 250)
     assert loads(run.root / "output")
+
+
+def reported_steps(page: Path) -> list[float]:
+    """The steps of the reward's curve in a report, which carries its data in one element."""
+    [carried] = re.findall(r'<script id="answers" type="application/json">(.*?)</script>', page.read_text(), re.DOTALL)
+    [run] = json.loads(carried)["curves"]["step"]["reward"]["runs"]
+    steps: list[float] = run["raw"][0]
+    return steps
 
 
 def mean_lag(steps: list[dict[str, Any]], pool: str) -> float:
