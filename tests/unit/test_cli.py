@@ -54,6 +54,7 @@ def test_an_unknown_option_is_one_line_and_exits_2(capsys):
     assert code == 2
     assert err.startswith("heterorl: No such option")
     assert "--resume" in err
+    assert err.endswith("; see `heterorl run --help`\n")
 
 
 def test_interrupting_a_command_exits_130(capsys, monkeypatch):

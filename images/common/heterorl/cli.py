@@ -81,7 +81,13 @@ def init(file: Path, model: str, data: str, prompt_column: str | None, answer_co
 @cli.command()
 @click.argument("file", type=_FILE)
 @_SET
-@click.option("--runs-dir", type=click.Path(file_okay=False, path_type=Path), default=Path("runs"), show_default=True)
+@click.option(
+    "--runs-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Folder that would hold the run's; its disk is what is checked.",
+)
 def check(file: Path, sets: tuple[str, ...], runs_dir: Path) -> None:
     """Check all that a run would read, without training.
 
@@ -338,7 +344,9 @@ def run_command(command: click.Command, name: str, arguments: list[str] | None =
         click.echo(error.format_message(), err=True)
         sys.exit(2)
     except click.ClickException as error:
-        _say(error.format_message())
+        context = getattr(error, "ctx", None)
+        way_out = f"; see `{context.command_path} --help`" if context else ""
+        _say(error.format_message().removesuffix(".") + way_out)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)

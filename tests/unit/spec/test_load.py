@@ -172,6 +172,16 @@ def test_a_wrong_value_from_set_is_reported_as_such(manifest):
     ]
 
 
+def test_a_problem_that_is_only_there_with_set_is_reported_as_its_own_wherever_it_shows(manifest):
+    path = manifest(("steps: 10", "steps: 0"))
+    sets = ["data.columns.prompt=question", "samplers.far.delay.upper=2"]
+    assert [problem.split(": ")[:2] for problem in problems(path, *sets)] == [
+        ["line 7", "spec.learner.steps"],
+        ["--set", "spec.data.columns"],  # which the file does not have
+        ["--set", "spec.samplers.far.delay.lower"],  # whose value is the file's
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

@@ -5,6 +5,7 @@ Traces of delays, which a manifest may leave in CSV files, are written out by `i
 
 from __future__ import annotations
 
+import copy
 import csv
 import math
 import re
@@ -42,11 +43,17 @@ def load_run(path: Path | str, sets: Sequence[str] = ()) -> HeteroRLRun:
     The path of an override is relative to `spec` (`name=` is the name of the run); its value is YAML. Raises SpecError
     with every problem: the line, the path of the field, what was found and what to write instead.
     """
-    manifest, node = _read(path)
+    written, node = _read(path)
+    manifest = copy.deepcopy(written)
     changed = [_apply(manifest, change) for change in sets]
     run, problems = check(manifest)
     if run is None:
-        raise SpecError(str(path), _described(problems, manifest, node, changed))
+        in_file = [
+            problem
+            for problem in (check(written)[1] if sets else problems)
+            if not any(problem.location[: len(location)] == location for location in changed)
+        ]
+        raise SpecError(str(path), _described(problems, manifest, node, in_file))
     return run
 
 
@@ -158,12 +165,12 @@ def _line(node: yaml.Node, location: Location) -> int:
 
 
 def _described(
-    problems: list[SpecProblem], manifest: dict[str, Any], node: yaml.Node, changed: list[Location]
+    problems: list[SpecProblem], manifest: dict[str, Any], node: yaml.Node, in_file: list[SpecProblem]
 ) -> list[str]:
     """Problems as lines of text, in the order of the file; those caused by --set come last."""
     placed = []
     for problem in problems:
-        by_set = any(problem.location[: len(location)] == location for location in changed)
+        by_set = problem not in in_file
         line = 0 if by_set else _line(node, problem.location)
         where = "--set" if by_set else f"line {line}"
         placed.append((by_set, line, f"{where}: {dotted(problem.location, manifest)}: {problem.message}"))
