@@ -1,9 +1,10 @@
 """Measure benchmarks, print their table as it grows, and record it in docs/benchmarks.md and docs/benchmarks.json.
 
     python -m bench [--quick] [--dir FOLDER] [ID ...]      (with PYTHONPATH=tests)
+    python -m bench --page                                 write the table anew from the results
 
-Without ids it measures all but those that have a command of their own, and with `--quick` those that are quick. `--quick` records nothing; it fails when a gate
-does, or when a ratio misses its target grossly.
+Without ids it measures all but those that have a command of their own, and with `--quick` those that are quick. Each row is recorded as soon as it is known.
+`--quick` records nothing; it fails when a gate does, or when a ratio misses its target grossly.
 """
 
 from __future__ import annotations
@@ -11,15 +12,21 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+import psutil
 
 from bench.benchmark import Target, registry, subjects
 from bench.measure import Outcome, bound, run_subject
 from bench.page import RESULTS, Origin, figure, record
 
+LIMIT_S = 900.0
+"""For one benchmark, unless it has a command of its own: then something hangs."""
 COLUMNS = "{:12} {:>8} {:>8} {:>8}  {:8} {:14} {:>9} {:>9} {:>6}"
 
 
@@ -31,7 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dir", type=Path, default=Path(tempfile.gettempdir()), help="folder for all files (%(default)s)"
     )
+    parser.add_argument("--page", action="store_true", help="measure nothing")
     args = parser.parse_args(arguments)
+    if args.page:
+        subjects()
+        record(registry, {})
+        return 0
     chosen = _choose(args.ids, quick=args.quick)
     if isinstance(chosen, str):
         print(chosen, file=sys.stderr)
@@ -42,13 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     origin = Origin.here("make bench" + (f' IDS="{" ".join(args.ids)}"' if args.ids else ""))
     print(f"{origin.commit}, {origin.hardware}\n")
     print(COLUMNS.format("id", "median", "min", "max", "target", "", "ours", "peer", "took"))
-    outcomes, good = {}, True
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
+    good = True
     with tempfile.TemporaryDirectory(prefix="heterorl-bench-", dir=args.dir) as folder:
         for outcome in measured(chosen, Path(folder), quick=args.quick):
-            outcomes[outcome.id] = outcome
             good &= tell(outcome, quick=args.quick)
+            if not args.quick:
+                record(registry, {outcome.id: outcome}, origin)
     if not args.quick:
-        record(registry, outcomes, origin)
         print(f"\nrecorded in {RESULTS.with_suffix('.md')} and {RESULTS.name}")
     return 0 if good else 1
 
@@ -83,6 +96,10 @@ def _in_a_process(subject: str, ids: list[str], folder: Path, *, quick: bool) ->
     there.close()
     try:
         for id in ids:
+            if not (registry[id].apart or here.poll(LIMIT_S)):
+                why = f"did not end within {LIMIT_S / 60:.0f} minutes"
+                yield Outcome(id, "failed", why, details=_tail(folder / "log.txt"), seconds=LIMIT_S)
+                return
             try:
                 yield here.recv()
             except EOFError:
@@ -91,7 +108,15 @@ def _in_a_process(subject: str, ids: list[str], folder: Path, *, quick: bool) ->
                 return
         process.join()
     finally:
-        process.kill()
+        _end(process)
+
+
+def _end(process: BaseProcess) -> None:
+    """With all that it has started."""
+    if process.is_alive():
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+    process.kill()
 
 
 def _death(exit_code: int | None) -> str:

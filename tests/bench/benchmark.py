@@ -112,6 +112,8 @@ class Benchmark:
     """In what ours and the peer have to agree."""
     limit: str
     """What the best possible ratio is, and why."""
+    missed: str
+    """Why the target is missed, where it is: what the profile says, and the limit."""
     prepare: Callable[[Surroundings], AbstractContextManager[Pair]]
     unit: str
     """Of both figures."""
@@ -140,6 +142,7 @@ def benchmark(
     target: Target,
     gate: str,
     limit: str,
+    missed: str = "",
     unit: str = "s",
     memory_gb: float = 1.0,
     disk_gb: float = 0.1,
@@ -161,6 +164,7 @@ def benchmark(
             target=target,
             gate=gate,
             limit=limit,
+            missed=missed,
             prepare=contextmanager(function),
             unit=unit,
             memory_gb=memory_gb,

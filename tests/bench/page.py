@@ -54,15 +54,15 @@ def commit() -> str:
 
 
 # ── the results ──────────────────────────────────────────────────────────────────────────────────────────────────────
-def record(benchmarks: dict[str, Benchmark], outcomes: dict[str, Outcome], origin: Origin) -> None:
-    """Merge outcomes into the results by their ids, and write the table anew."""
+def record(benchmarks: dict[str, Benchmark], outcomes: dict[str, Outcome], origin: Origin | None = None) -> None:
+    """Merge outcomes, which have an origin, into the results by their ids, and write the table anew."""
     rows = {row["id"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
     merged = [merge(benchmarks[id], rows.get(id), outcomes.get(id), origin) for id in sorted(benchmarks, key=_order)]
     RESULTS.write_text(json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
     put(PAGE, "ratios", table(merged, benchmarks))
 
 
-def merge(benchmark: Benchmark, before: Row | None, outcome: Outcome | None, origin: Origin) -> Row:
+def merge(benchmark: Benchmark, before: Row | None, outcome: Outcome | None, origin: Origin | None) -> Row:
     """The row of a benchmark: the new outcome, unless it could not be measured now and was before."""
     row: Row = {
         "id": benchmark.id,
@@ -72,7 +72,7 @@ def merge(benchmark: Benchmark, before: Row | None, outcome: Outcome | None, ori
         "bound": benchmark.target.bound,
     }
     measured: Row = {"median": None, "min": None, "max": None, "met": None, "gate": NOT_MEASURED}
-    if outcome is None or (outcome.gate == NOT_MEASURED and before):
+    if outcome is None or (outcome.gate == NOT_MEASURED and before and before["gate"] != NOT_MEASURED):
         return {**measured, **(before or {}), **row}
     measured["gate"] = f"{outcome.gate}: {outcome.why or benchmark.gate}"
     if outcome.gate == "failed":
@@ -82,7 +82,7 @@ def merge(benchmark: Benchmark, before: Row | None, outcome: Outcome | None, ori
         measured |= {"median": outcome.median, "min": min(ratios), "max": max(ratios)}
         measured |= {"met": benchmark.target.is_met(outcome.median), "rounds": len(ratios)}
         measured |= {"unit": benchmark.unit, "ours": outcome.ours_median, "theirs": outcome.peer_median}
-    return {**row, **measured, **vars(origin)}
+    return {**row, **measured, **(vars(origin) if origin else {})}
 
 
 def _order(id: str) -> list[tuple[int, str]]:
@@ -98,6 +98,9 @@ def table(rows: list[Row], benchmarks: dict[str, Benchmark]) -> str:
     """Markdown, with what each row comes from below it."""
     lines = [_cells(HEAD), _cells(["---"] * 4 + ["---:"] * 4 + ["---"] * 2)]
     lines += [_cells(_row(row, benchmarks[row["id"]])) for row in rows]
+    missed = [row["id"] for row in rows if row["met"] is False and benchmarks[row["id"]].missed]
+    lines += ["", "Why a target is missed:", ""] * bool(missed)
+    lines += [f"- {id}: {benchmarks[id].missed}" for id in missed]
     origins: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         if row["median"] is not None:

@@ -43,7 +43,7 @@ def a_benchmark(
         yield Pair(ours, peer, gate)
 
     return Benchmark(
-        *("1-test", "what", "the peer", target, "equal", "limit", prepare, "s"),
+        *("1-test", "what", "the peer", target, "equal", "limit", "matrices are slow here", prepare, "s"),
         memory_gb=memory_gb,
         disk_gb=disk_gb,
         gross=target.gross(),
@@ -172,6 +172,34 @@ def test_a_failed_gate_replaces_what_was_measured_before():
     before = merge(a_benchmark(), None, PASSED, OLD)
     row = merge(a_benchmark(), before, Outcome("1-test", "failed", "token 3 differs"), NEW)
     assert (row["median"], row["met"], row["gate"]) == (None, False, "failed: token 3 differs")
+
+
+def test_a_row_that_could_not_be_measured_the_first_time_says_why():
+    never = merge(a_benchmark(), None, None, OLD)
+    row = merge(a_benchmark(), never, Outcome("1-test", "not measured", "there is no GPU"), OLD)
+    assert row["gate"] == "not measured: there is no GPU"
+
+
+def test_the_table_says_why_a_target_is_missed_and_nothing_where_it_is_met():
+    missed, met = (merge(a_benchmark(target=at_most(bound)), None, PASSED, OLD) for bound in (0.1, 0.5))
+    assert "- 1-test: matrices are slow here" in table([missed], {"1-test": a_benchmark()}).splitlines()
+    assert "matrices" not in table([met], {"1-test": a_benchmark()})
+
+
+def test_each_row_is_recorded_before_the_next_is_measured(monkeypatch):
+    recorded: list[str] = []
+
+    def interrupted(*args: object, **options: object) -> Iterator[Outcome]:
+        yield Outcome("8-bytes", "passed", ours=(1.0,), peer=(2.0,))
+        assert recorded == ["8-bytes"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bench.__main__.measured", interrupted)
+    monkeypatch.setattr("bench.__main__.record", lambda _, outcomes, origin: recorded.extend(outcomes))
+    monkeypatch.setattr("bench.__main__.Origin.here", lambda command: OLD)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        main(["8-bytes", "8-time"])
 
 
 def test_a_row_that_was_never_measured_says_so():

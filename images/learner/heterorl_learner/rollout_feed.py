@@ -41,7 +41,10 @@ log = logging.getLogger(__name__)
 DEAD_END_S = 30.0
 """How long every sampler must have refused every version before the learner ends the run."""
 FIRST_POLL_S = 0.02
-"""The first interval between two looks for rollouts; later ones are a tenth of the wait so far, up to pollSeconds."""
+"""The first interval between two looks for rollouts; later ones are a tenth of the wait so far, up to pollSeconds, and
+a fiftieth of a long one, up to LONGEST_POLL_S."""
+LONGEST_POLL_S = 2.0
+"""Well within the time that a process has to leave."""
 VISIBILITY_S = 60.0
 """How long another rank waits for a file that rank 0 has already read (attribute caches of network file systems)."""
 MAX_SLOTS_NAMED = 8
@@ -258,8 +261,7 @@ class RolloutFeed:
                 continue
             patience = patience or _Patience(self._exchange.now(), self._spec.learner.stall_seconds)
             self._try_patience(step, patience)
-            waited_s = time.monotonic() - patience.started
-            self._exchange.sleep(min(self._spec.exchange.poll_seconds, max(FIRST_POLL_S, waited_s / 10)))
+            self._exchange.sleep(pause_s(time.monotonic() - patience.started, self._spec.exchange.poll_seconds))
         return None
 
     def _is_over(self) -> bool:
@@ -419,6 +421,12 @@ class RolloutFeed:
                         raise
                     self._exchange.sleep(0.1)
         return rollouts
+
+
+def pause_s(waited_s: float, poll_s: float) -> float:
+    """Seconds to the next look for rollouts of a learner that has waited for so long."""
+    soon = min(poll_s, max(FIRST_POLL_S, waited_s / 10))
+    return max(soon, min(LONGEST_POLL_S, waited_s / 50))
 
 
 @dataclass

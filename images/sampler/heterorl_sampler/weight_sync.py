@@ -108,9 +108,11 @@ class WeightSync:
     def advance(self, *, look: bool = True, may_swap: bool = True) -> Swap | None:
         """Do what is due without waiting: begin a fetch, or swap to what a fetch brought. Call it between two steps.
 
-        `look`: whether to look for versions on the volume; `may_swap`: whether the engine may be given other weights.
+        `look`: whether to look for versions and edits on the volume; `may_swap`: whether the engine may be given other
+        weights.
         """
-        self._follow_edits()
+        if look:
+            self._follow_edits()
         if self._fetch is not None and self._fetch[2].done():
             self._take_fetched(*self._fetch)
             self._fetch = None

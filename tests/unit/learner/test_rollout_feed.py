@@ -16,7 +16,7 @@ from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import DataCount, SlotStatus
 from heterorl.exchange.rollout import Provenance, RolloutName
 from heterorl.exchange.version import Version
-from heterorl_learner.rollout_feed import RolloutFeed
+from heterorl_learner.rollout_feed import RolloutFeed, pause_s
 
 
 class Stop(Exception):
@@ -395,6 +395,16 @@ def test_what_comes_while_a_step_trains_is_found_ahead(exchange: Exchange, put: 
         feed.look_ahead(1)
         put(3)
         assert take(feed, 1) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("waited_s", "poll_s", "expected_s"),
+    [(0.0, 0.5, 0.02), (1.0, 0.5, 0.1), (10.0, 0.5, 0.5), (50.0, 0.5, 1.0), (1000.0, 0.5, 2.0), (1000.0, 30.0, 30.0)],
+)
+def test_a_learner_looks_the_less_often_for_rollouts_the_longer_it_has_waited(
+    waited_s: float, poll_s: float, expected_s: float
+) -> None:
+    assert pause_s(waited_s, poll_s) == pytest.approx(expected_s)
 
 
 def test_online_nothing_is_looked_for_ahead(exchange: Exchange, put: Callable[..., RolloutName]) -> None:
