@@ -14,6 +14,7 @@ from torch import Tensor
 from builders import rollout_of, spec_of
 from heterorl.exchange.rollout import Rollout
 from heterorl.spec.run import RunSpec
+from heterorl_learner.engines.build import build_engine
 from heterorl_learner.engines.torch_ddp import TrainingEngine, micro_batch
 from heterorl_learner.rollout_feed import StepBatch
 from heterorl_learner.train_step import sequences, train_on
@@ -23,14 +24,25 @@ LENGTHS = ((11, 30, 5), (40, 3, 17), (8, 21, 26))
 
 
 def spec_on(
-    device: torch.device, dtype: str, *, tokens: int = 100_000, attention: str = "auto", **algorithm: Any
+    device: torch.device, dtype: str, *, tokens: int = 100_000, attention: str = "auto", lora: int = 0, **algorithm: Any
 ) -> RunSpec:
-    """A run whose learner is on `device`; its micro-batches hold `tokens`."""
+    """A run whose learner is on `device`; its micro-batches hold `tokens`, its adapters have rank `lora`."""
     return spec_of(
-        model={"dtype": dtype, "attnImplementation": attention},
+        model={"dtype": dtype, "attnImplementation": attention, "lora": {"rank": lora}},
         learner={"gpus": int(device.type == "cuda"), "batch": {"tokensPerMicroBatch": tokens}},
         algorithm={"groupSize": 3, **algorithm},
     )
+
+
+def build_with_adapters(folder: Path, spec: RunSpec) -> TrainingEngine:
+    """An engine whose adapters have learnt something: B, which starts at 0, is random and the same on any device."""
+    engine = build_engine(folder, spec)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in engine.policy.named_parameters():
+            if ".lora_B." in name:
+                p.copy_(0.1 * torch.randn(p.shape, generator=draw))
+    return engine
 
 
 def rollouts_near(engine: TrainingEngine, spec: RunSpec) -> list[Rollout]:

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 import architectures
 from builders import spec_of
-from gpu.steps import CPU, long_rollouts, rollouts_near, save_random_model, spec_on, step
+from gpu.steps import CPU, build_with_adapters, long_rollouts, rollouts_near, save_random_model, spec_on, step
 from heterorl.exchange.canary import ROUNDING
 from heterorl.exchange.rollout import Rollout
 from heterorl.spec.run import LossType
@@ -68,6 +68,29 @@ def test_a_step_is_that_of_the_cpu_in_float32_up_to_rounding(
     assert own_loss == pytest.approx(right_loss, rel=RATIO[dtype], abs=NOISE[dtype])
     assert torch.cosine_similarity(own, right, dim=0) > COSINE[dtype]
     assert own.norm().item() == pytest.approx(right.norm().item(), rel=RATIO[dtype])
+
+
+# ── LoRA ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "qwen3_5"])
+def test_a_step_of_adapters_is_that_of_the_cpu_in_float32_and_moves_nothing_else(
+    name: str, dtype: str, device: torch.device, folder: Callable[[str], Path]
+) -> None:
+    on_cpu, on_device = (
+        spec_on(*place, lora=8, loss={"type": "cispo"}) for place in ((CPU, "float32"), (device, dtype))
+    )
+    engine = build_with_adapters(folder(name), on_cpu)
+    rollouts = rollouts_near(engine, on_cpu)
+    _, right = step(engine, on_cpu, rollouts)
+    engine = build_with_adapters(folder(name), on_device)
+    _, own = step(engine, on_device, rollouts)
+    cosine = torch.cosine_similarity(own, right, dim=0).item()
+    print(f"LoRA, {name} in {dtype}: {engine.layout}, cosine {cosine:.6f}")
+    assert cosine > COSINE[dtype]
+    before = {parameter: p.detach().clone() for parameter, p in engine.policy.named_parameters()}
+    engine.step(1e-3)
+    moved = {parameter for parameter, p in engine.policy.named_parameters() if not torch.equal(p, before[parameter])}
+    assert moved == {parameter for parameter in before if ".lora_" in parameter} != set()
 
 
 # ── packing and attention ────────────────────────────────────────────────────────────────────────────────────────────
