@@ -30,11 +30,10 @@ from heterorl.monitoring.metrics import Metrics
 from heterorl.spec.run import Slot
 from heterorl_sampler import sample
 from heterorl_sampler.activity import Activity
-from heterorl_sampler.decoding import Decoder
 from heterorl_sampler.engines.base import Finished
 from heterorl_sampler.engines.transformers import TransformersEngine
 from heterorl_sampler.prompt_order import PromptOrder
-from heterorl_sampler.scoring import build_rewards
+from heterorl_sampler.scoring import Decoder, build_rewards
 from heterorl_sampler.weight_sync import WeightSync
 from models import save_character_tokenizer, save_tiny_qwen3
 

@@ -28,13 +28,12 @@ from heterorl_learner.rollout_feed import waited_for
 from heterorl_sampler.__main__ import Heartbeat, serve
 from heterorl_sampler.activity import Activity
 from heterorl_sampler.adaptive_order import build_order
-from heterorl_sampler.decoding import Decoder
 from heterorl_sampler.engines.base import Finished
 from heterorl_sampler.engines.build import build_engine
 from heterorl_sampler.engines.transformers import Reading, TransformersEngine
 from heterorl_sampler.prompt_order import PromptOrder
 from heterorl_sampler.sample import Sampler, load_rewards
-from heterorl_sampler.scoring import build_rewards
+from heterorl_sampler.scoring import Decoder, build_rewards
 from heterorl_sampler.weight_sync import WeightSync
 
 FAR = Slot("far", 0)

@@ -10,9 +10,9 @@ r"""What a step costs in memory, estimated from the model's configuration before
                                      scores, and a gated MLP. With gradientCheckpointing 4 n h a layer, and one whole
     attention mask                   4 n^2 where attention is not flash_attention_2; eager also keeps its scores,
                                      2 a n^2 w a layer
-    logits                           8 bytes for each of a tile (`engines.head`): in float32, and what is made of them.
-                                     They are made as a whole, n v (w + 16), where a model makes something unusual of
-                                     its head's output; of that the learner warns when it starts
+    logits                           8 bytes for each of a tile (`engines.policy`): in float32, and what is made of
+                                     them. They are made as a whole, n v (w + 16), where a model makes something
+                                     unusual of its head's output; of that the learner warns when it starts
 
 n: tokens of a micro-batch, all taken as completions; h, q, k, f: widths of the hidden state, queries, keys and MLP; a:
 heads; v: vocabulary; w: bytes of `model.dtype`. Allocators and libraries come on top: a fifth, or a gigabyte on a GPU.
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from heterorl.spec.run import RunSpec
-from heterorl_learner.engines.head import TILE
+from heterorl_learner.engines.policy import TILE
 
 
 @dataclass(frozen=True)

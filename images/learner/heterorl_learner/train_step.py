@@ -22,9 +22,9 @@ from heterorl.errors import UserError
 from heterorl.exchange.rollout import Rollout, SamplingDistribution
 from heterorl.spec.run import LearnerSpec, LossType, RunSpec
 from heterorl_learner import ranks
+from heterorl_learner.corrections import correct, second_moment_limit
 from heterorl_learner.engines.torch_ddp import MicroBatch, Sequence, TrainingEngine, micro_batch
-from heterorl_learner.loss_inputs import LossInputs, Totals, log_expected_q, second_moment_limit
-from heterorl_learner.losses import LossMetrics, combine, policy_loss, summarise
+from heterorl_learner.losses import LossInputs, LossMetrics, Totals, combine, log_expected_q, policy_loss, summarise
 from heterorl_learner.rollout_feed import StepBatch
 
 Scale = Literal["none", "group", "batch", "beta"]
@@ -96,9 +96,11 @@ def train_on(
     def loss_function(micro: MicroBatch, logp: Tensor) -> Tensor:
         if see is not None:
             see(micro, logp)
-        inputs = loss_inputs(micro, logp, engine.reference_logps(micro))
-        loss, metrics = policy_loss(spec.algorithm, inputs, totals, m2_limit)
-        parts.append(metrics)
+        inputs, corrected = loss_inputs(micro, logp, engine.reference_logps(micro)), LossMetrics()
+        if spec.algorithm.correction.is_on:
+            inputs, corrected = correct(inputs, spec.algorithm.correction, m2_limit)
+        loss, metrics = policy_loss(spec.algorithm, inputs, totals)
+        parts.append(metrics | corrected)
         return loss
 
     engine.forward_backward(micro_batches, loss_function)

@@ -76,10 +76,9 @@ def work_in(exchange: Exchange, lease: Lease, activity: Activity, stop: Stop) ->
     from heterorl.exchange.storage import persistently
     from heterorl.monitoring.metrics import Metrics
     from heterorl_sampler.adaptive_order import build_order
-    from heterorl_sampler.decoding import Decoder
     from heterorl_sampler.engines.build import build_engine
     from heterorl_sampler.sample import Sampler, load_rewards
-    from heterorl_sampler.scoring import build_rewards
+    from heterorl_sampler.scoring import Decoder, build_rewards
     from heterorl_sampler.weight_sync import WeightSync
 
     spec = exchange.spec

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 
 from heterorl.errors import UserError
 from heterorl.exchange.exchange import Exchange
-from heterorl_sampler.decoding import Decoder
+from heterorl.exchange.rollout import Completion
 from heterorl_sampler.rewards import Group, Row
 from heterorl_sampler.sample import load_rewards
-from heterorl_sampler.scoring import Rewards, Scored, build_rewards
+from heterorl_sampler.scoring import Decoder, Rewards, Scored, build_rewards
 
 ROWS_READ = 100
 _THOUGHT = "Let me think about it."
@@ -24,14 +24,13 @@ def check(exchange: Exchange) -> None:
     """
     rows = list(itertools.islice(exchange.rows("train"), ROWS_READ))
     row, tokenizer = rows[0], exchange.tokenizer()
-    opened = Decoder(tokenizer).opened(row)
+    decoder = Decoder(tokenizer)
     thinks = exchange.spec.data.prompt_template == "think"
     boxes = exchange.spec.data.prompt_template != "raw"
     answers = (row["answer"], another_answer(row, rows))
-    texts = [completion(answer, opened, thinks=thinks, boxes=boxes) for answer in answers]
+    texts = [completion(answer, decoder.opened(row), thinks=thinks, boxes=boxes) for answer in answers]
     token_ids = [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in texts]
-    seen = {name: value for name, value in row.items() if name != "prompt_ids"}
-    group = Group(texts, [opened + text for text in texts], [len(ids) for ids in token_ids], seen, token_ids)
+    group = decoder.group(row, [Completion(ids, [], truncated=False) for ids in token_ids])
     with build_rewards(exchange.spec) as rewards:
         load_rewards(exchange, rewards)
         scored = _score(rewards, group)

@@ -32,9 +32,9 @@ from heterorl.monitoring.metrics import Metrics
 from heterorl.seeds import derive_seed
 from heterorl_sampler.adapters import link_all_but_weights
 from heterorl_sampler.answer_log import AnswerLog, bytes_a_version, within
-from heterorl_sampler.decoding import Decoder
 from heterorl_sampler.engines.base import InferenceEngine
 from heterorl_sampler.engines.build import build_engine
+from heterorl_sampler.scoring import Decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

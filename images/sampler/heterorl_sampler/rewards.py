@@ -1,8 +1,9 @@
 r"""Rewards: plain functions from the completions of one prompt to one number each, in one dict.
 
 A new reward is one function `(group, params) -> list[float]`, one line in `REWARDS`, one name in `heterorl.spec.run`.
+`accuracy` and `task` have none: what they say is known once answers are compared (`heterorl_sampler.scoring`).
 L is a completion's length in tokens, M the reward's `maxLength`, and "correct" is what `accuracy` says.
-`docs/rewards.md` has the table. All of this runs in the workers of `heterorl_sampler.scoring`, which call `values`.
+`docs/rewards.md` has the table. All of this runs in the workers of `scoring`, which call `values`.
 """
 
 from __future__ import annotations
@@ -49,23 +50,12 @@ class Group:
 RewardFunction = Callable[[Group, RewardSpec], Sequence[float | None]]
 
 
-# ── of the answer ────────────────────────────────────────────────────────────────────────────────────────────────────
-def accuracy(group: Group, params: RewardSpec) -> list[float]:
-    """1 where the answer equals the reference, otherwise 0."""
-    return [float(correct) for correct in group.correct]
-
-
-def task(group: Group, params: RewardSpec) -> list[float | None]:
-    """What reasoning-gym's verifier of the row's task gives, 1 for a right answer; None for rows of another source."""
-    return group.marks
-
-
+# ── of the form ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def boxed(group: Group, params: RewardSpec) -> list[float]:
     r"""1 where the completion holds a `\boxed{...}` that is not empty, otherwise 0."""
     return [float(bool(extract_boxed(text))) for text in group.texts]
 
 
-# ── of the form ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def format_(group: Group, params: RewardSpec) -> list[float]:
     """1 for `<think>...</think>` and then an answer: each tag once, nothing before, something after; otherwise 0."""
 
@@ -152,7 +142,6 @@ def language(group: Group, params: RewardSpec) -> list[float]:
 
 
 REWARDS: dict[str, RewardFunction] = {
-    "accuracy": accuracy,
     "format": format_,
     "tag_count": tag_count,
     "length": length,
@@ -161,7 +150,6 @@ REWARDS: dict[str, RewardFunction] = {
     "language": language,
     "reasoning_steps": reasoning_steps,
     "boxed": boxed,
-    "task": task,
 }
 COMPARING = ("accuracy", "length", "cosine")
 """Rewards that want to know which answers are right."""

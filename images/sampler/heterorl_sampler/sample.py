@@ -36,11 +36,10 @@ from heterorl.seeds import derive_seed
 from heterorl.spec.run import RunSpec
 from heterorl_sampler.activity import Activity
 from heterorl_sampler.backpressure import Lookout, Queue, queue_of, reason_to_wait, room
-from heterorl_sampler.decoding import Decoder
 from heterorl_sampler.engines.base import InferenceEngine
 from heterorl_sampler.prompt_order import PromptOrder
-from heterorl_sampler.rewards import Group, Row
-from heterorl_sampler.scoring import RewardFailed, Rewards, Scored
+from heterorl_sampler.rewards import Row
+from heterorl_sampler.scoring import Decoder, RewardFailed, Rewards, Scored
 from heterorl_sampler.weight_sync import Swap, WeightSync
 
 log = logging.getLogger(__name__)
@@ -295,7 +294,7 @@ class Sampler:
         if self._no_more_scores.is_set():
             return Outcome(0, [])
         started = time.monotonic()
-        seen = [self._seen(group) for group in batch.groups]
+        seen = [self._decoder.group(group.row, group.completions) for group in batch.groups]
         scores = self._rewards.score(seen, self._no_more_scores)
         scored = [(group, found) for group, found in zip(batch.groups, scores.groups) if found is not None]
         for group, found in scored:
@@ -329,18 +328,6 @@ class Sampler:
                     self._status.filtered_in_a_row,
                     found.rewards.mean(),
                 )
-
-    def _seen(self, group: Generated) -> Group:
-        """A group as rewards see it."""
-        texts = [self._decoder.text(completion.token_ids) for completion in group.completions]
-        opened = self._decoder.opened(group.row)
-        return Group(
-            texts=texts,
-            turns=[opened + text for text in texts],
-            lengths=[len(completion.token_ids) for completion in group.completions],
-            row={name: value for name, value in group.row.items() if name != "prompt_ids"},
-            token_ids=[completion.token_ids for completion in group.completions],
-        )
 
     def _rollout(self, batch: Batch, group: Generated, scored: Scored) -> Rollout:
         row, tokens = group.row, [token for completion in group.completions for token in completion.token_ids]

@@ -1,8 +1,10 @@
-"""Scoring groups: every reward in a worker that can be killed, and what becomes of a group that a reward fails on.
+"""Scoring groups: from tokens to texts, from texts to rewards, and what becomes of a group that a reward fails on.
 
-A reward fails when its function raises, exceeds its time or memory, ends its process, or gives no number. The reward's
-`onError` says what then happens to the group: again and then left out (retry), 0 from this reward (zero), left out
-(skipGroup), or the end of this sampler (fail). A reward that fails on `errorBudget` groups in a row ends it too.
+`accuracy` and `task` are what the comparison of answers finds. Every other reward is a function (`rewards`), called in
+a worker that can be killed. It fails when its function raises, exceeds its time or memory, ends its process, or gives
+no number. The reward's `onError` says what then happens to the group: again and then left out (retry), 0 from this
+reward (zero), left out (skipGroup), or the end of this sampler (fail). A reward that fails on `errorBudget` groups in a
+row ends it too.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ import sysconfig
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +27,13 @@ import numpy.typing as npt
 from heterorl.data.answers import AnswerChecker
 from heterorl.data.reasoning_gym import Verifier
 from heterorl.errors import HeteroRLError
+from heterorl.exchange.rollout import Completion
 from heterorl.spec.run import DatasetSpec, RewardSpec, RunSpec
 from heterorl.worker import CallFailed, Worker
-from heterorl_sampler.rewards import COMPARING, Group
+from heterorl_sampler.rewards import COMPARING, Group, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +46,72 @@ RETRY_S = 0.5
 """Pause before a call is repeated, doubled each time."""
 TOLD_AGAIN_S = 600.0
 """How long the same failure is only counted, before its traceback is logged once more."""
+FOUND: dict[str, Callable[[Group], Sequence[float | None]]] = {
+    "accuracy": lambda group: group.correct,
+    "task": lambda group: group.marks,
+}
+"""Rewards that need no function: what each is of a group whose answers were compared."""
+_TAG = re.compile(r"<(/?)([A-Za-z_]+)>")
+_OPENED = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 _OUR_OWN = inspect.getfile(Group)
 _STDLIB = sysconfig.get_path("stdlib")
 
 
+# ── texts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+class Decoder:
+    """Decodes completions without the tokens that end, pad or steer, and with all that is written.
+
+    Tags such as `<think>` and `</think>` stay where a tokenizer has them as special tokens: a special token is a tag
+    when it has its counterpart, and is not the tokenizer's own for the beginning, the end or padding.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        tags = {content for content in special if _is_tag(content, special)} - set(
+            tokenizer.special_tokens_map.values()
+        )
+        self._dropped = {*special.values(), *tokenizer.all_special_ids} - {special[content] for content in tags}
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """What these tokens of a completion say."""
+        return self._plain([token for token in token_ids if token not in self._dropped])
+
+    def opened(self, row: Mapping[str, Any]) -> str:
+        r"""What a prepared row's prompt has written of the model's turn: `<think>\n`, a closed empty think, or nothing.
+
+        A conversation may also end in the turn itself, which the model then continues.
+        """
+        prompt = row["prompt"]
+        if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+            return str(prompt[-1]["content"])
+        found = _OPENED.search(self._plain(row["prompt_ids"]))
+        return found.group() if found else ""
+
+    def group(self, row: Row, completions: Sequence[Completion]) -> Group:
+        """Completions of a prepared row as rewards see them."""
+        texts, opened = [self.text(completion.token_ids) for completion in completions], self.opened(row)
+        return Group(
+            texts=texts,
+            turns=[opened + text for text in texts],
+            lengths=[len(completion.token_ids) for completion in completions],
+            row={name: value for name, value in row.items() if name != "prompt_ids"},
+            token_ids=[completion.token_ids for completion in completions],
+        )
+
+    def _plain(self, token_ids: Sequence[int]) -> str:
+        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+
+def _is_tag(content: str, special: dict[str, int]) -> bool:
+    """Whether a special token is half of a pair `<name>`, `</name>`."""
+    tag = _TAG.fullmatch(content)
+    return tag is not None and (f"<{tag[2]}>" if tag[1] else f"</{tag[2]}>") in special
+
+
+# ── rewards ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 class RewardFailed(HeteroRLError):
     """A reward cannot be imported, or fails so that, by its policy, this sampler cannot go on.
 
@@ -115,7 +183,7 @@ class Rewards:
 
     def load(self) -> None:
         """Start the workers and import custom rewards; RewardFailed, naming file and line, if one does not import."""
-        sources = [self._threads.submit(lane[0].load) for lane in self._lanes]
+        sources = [self._threads.submit(judge.load) for lane in self._lanes for judge in lane]
         if self._compares:
             self._threads.submit(self._checker.load)
         if self._verifier:
@@ -213,12 +281,13 @@ class Judge:
     ) -> None:
         self.name, self.params, self.worker = name, params, worker
         self._dumped, self._failures, self._told = dumped, failures, told
-        of_an_answer = params.name in ("accuracy", "task")
-        self._limit_s = CALL_LIMIT_S if of_an_answer else params.time_limit_seconds or CALL_LIMIT_S
+        self._found = FOUND.get(params.name)
         self._failed_in_a_row, self._has_worked, self._last_failure = 0, False, ""
 
     def load(self) -> str | None:
         """Start the worker and import the function; the SHA-256 of a custom one's source."""
+        if self._found:
+            return None
         try:
             source: str | None = self.worker.load()
         except CallFailed as failure:
@@ -266,21 +335,27 @@ class Judge:
 
     def _attempt(self, groups: Sequence[Group], stop: threading.Event) -> list[Floats] | None:
         """One call: [G] values of each group, or None when it failed."""
+        if self._found:
+            return [_floats(self._found(group)) for group in groups]
         seen = groups if self.params.path else [replace(group, token_ids=[]) for group in groups]
+        limit_s = self.params.time_limit_seconds or CALL_LIMIT_S
         try:
-            values = self.worker.call(self._dumped, [asdict(group) for group in seen], time_limit_s=self._limit_s)
+            values = self.worker.call(self._dumped, [asdict(group) for group in seen], time_limit_s=limit_s)
         except CallFailed as failure:
             if not stop.is_set():
                 self._note(failure, groups)
             return None
-        flat = np.array([np.nan if value is None else value for value in values], np.float32)
-        return np.split(flat, np.cumsum([len(group.texts) for group in groups])[:-1])
+        return np.split(_floats(values), np.cumsum([len(group.texts) for group in groups])[:-1])
 
     def _note(self, failure: CallFailed, groups: Sequence[Group]) -> None:
         self._failures[f"{self.name}/{failure.reason}"] += 1
         rows = ", ".join(str(group.row["id"]) for group in groups)
         self._last_failure = f"reward {self.name} failed on row {rows}: {failure}{_place(failure)}"
         self._told.tell(f"{self.name} {failure.reason} {_place(failure)}", self._last_failure, failure.trace)
+
+
+def _floats(values: Sequence[float | None]) -> Floats:
+    return np.array([np.nan if value is None else value for value in values], np.float32)
 
 
 def _place(failure: CallFailed) -> str:

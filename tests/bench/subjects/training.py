@@ -145,8 +145,8 @@ class LossPass:
         import torch
         from torch import nn
 
-        from heterorl_learner.engines.head import Head
-        from heterorl_learner.loss_inputs import LossInputs, Totals
+        from heterorl_learner.engines.policy import Head
+        from heterorl_learner.losses import LossInputs, Totals
 
         drawn = torch.Generator().manual_seed(0)
         self.head = Head(nn.Linear(WIDTH, vocabulary, bias=False))
@@ -168,7 +168,7 @@ class LossPass:
         self.totals = Totals.of(lengths, max_length=tokens, alpha=0.75)
 
     def logp(self, *, tiled: bool) -> Any:
-        from heterorl_learner.engines.head import Afterwards, values_of
+        from heterorl_learner.engines.policy import Afterwards, values_of
 
         if tiled:
             return self.head(self.hidden, self.targets, self.temperature, False, Afterwards())
@@ -209,10 +209,10 @@ def same_gradients() -> None:
     import torch
 
     from heterorl.spec.run import LossType
-    from heterorl_learner.engines import head
+    from heterorl_learner.engines import policy
 
-    small, tile = LossPass(64, 5000), head.TILE
-    head.TILE = 64 * 900
+    small, tile = LossPass(64, 5000), policy.TILE
+    policy.TILE = 64 * 900
     try:
         for loss in get_args(LossType):
             for mine, theirs in zip(small.run(loss, tiled=True), small.run(loss, tiled=False)):
@@ -220,7 +220,7 @@ def same_gradients() -> None:
                 assert theirs.abs().max() > 0, loss
                 assert torch.isfinite(mine).all(), loss
     finally:
-        head.TILE = tile
+        policy.TILE = tile
 
 
 def loss_pass(at: Surroundings) -> LossPass:
@@ -314,8 +314,7 @@ class Learners:
         import torch
 
         from heterorl_learner.engines.torch_ddp import Sequence
-        from heterorl_learner.loss_inputs import Totals
-        from heterorl_learner.losses import policy_loss
+        from heterorl_learner.losses import Totals, policy_loss
         from heterorl_learner.train_step import loss_inputs, plan
 
         rows = zip(self.prompts, self.completions, self.logps, self.advantages)

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from heterorl.spec.run import AlgorithmSpec, CorrectionSpec, KlToSamplerSpec, LossSpec
-from heterorl_learner.loss_inputs import LossInputs, Totals, log_expected_q
+from heterorl_learner.corrections import correct
+from heterorl_learner.losses import LossInputs, LossMetrics, Totals, log_expected_q, policy_loss
 
 ALPHA, MAX_LENGTH = 0.75, 8
 
@@ -67,6 +68,17 @@ def flat(
 def totals_of(batch: list[Completion]) -> Totals:
     lengths = torch.tensor([len(c.logp) * c.counts for c in batch])
     return Totals.of(lengths, max_length=MAX_LENGTH, alpha=ALPHA)
+
+
+def corrected_loss(
+    spec: AlgorithmSpec, x: LossInputs, totals: Totals, m2_limit: float | None = None
+) -> tuple[torch.Tensor, LossMetrics]:
+    """As a step makes it: the loss of the inputs under the run's correction, with what that did."""
+    done: LossMetrics = {}
+    if spec.correction.is_on:
+        x, done = correct(x, spec.correction, m2_limit)
+    loss, metrics = policy_loss(spec, x, totals)
+    return loss, metrics | done
 
 
 def algorithm(

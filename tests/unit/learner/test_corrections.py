@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from heterorl.spec.run import AlgorithmSpec, LossType, WeightSpec
-from heterorl_learner.loss_inputs import importance_weight, second_moment_limit
-from heterorl_learner.losses import combine, policy_loss, summarise
+from heterorl_learner.corrections import importance_weight, second_moment_limit
+from heterorl_learner.losses import combine, summarise
 from unit.learner.loss_batches import (
     HAND,
     Completion,
     algorithm,
     completion,
+    corrected_loss,
     flat,
     mean,
     plain_gradient,
@@ -48,7 +49,7 @@ def factors(batch: Batch, correction: dict[str, Any], m2_limit: float | None = N
     """What the gradient of log p of each token is multiplied by, found with impala, whose own factor is then 1."""
     x = flat(batch)
     spec = algorithm("impala", correction=correction, rho_bar=1000.0)
-    policy_loss(spec, x, totals_of(batch), m2_limit)[0].backward()
+    corrected_loss(spec, x, totals_of(batch), m2_limit)[0].backward()
     num_tokens = sum(len(c.logp) for c in batch)
     scale = [-c.advantage / num_tokens for c in batch for _ in c.logp]
     return [g / s for g, s in zip(x.logp.grad.tolist(), scale)]
@@ -129,14 +130,14 @@ def test_token_truncation_is_impala_with_that_cap():
     gradients = []
     for one in (spec, algorithm("impala", rho_bar=1.2)):
         x = flat(HAND)
-        policy_loss(one, x, totals_of(HAND))[0].backward()
+        corrected_loss(one, x, totals_of(HAND))[0].backward()
         gradients.append(x.logp.grad.tolist())
     assert gradients[0] == pytest.approx(gradients[1])
 
 
 def test_metrics_say_what_was_truncated_masked_and_rejected():
     def of(correction: dict[str, Any], m2_limit: float | None = None) -> dict[str, float]:
-        _, metrics = policy_loss(algorithm("gspo", correction=correction), flat(HAND), totals_of(HAND), m2_limit)
+        _, metrics = corrected_loss(algorithm("gspo", correction=correction), flat(HAND), totals_of(HAND), m2_limit)
         prefix = "correction/"
         return {k.removeprefix(prefix): v for k, v in summarise(metrics).items() if k.startswith(prefix)}
 
@@ -207,7 +208,7 @@ def test_value_and_gradient_of_every_loss_agree_with_the_plain_formula(loss: str
     assert any(f != 0 for factor in plain for f in factor)
     spec = algorithm(loss, correction=correction)
     x = flat(batch)
-    value, _ = policy_loss(spec, x, totals_of(batch), m2_limit_of(spec, batch))
+    value, _ = corrected_loss(spec, x, totals_of(batch), m2_limit_of(spec, batch))
     value.backward()
     own = "weight" in correction
     assert value.item() == pytest.approx(plain_loss(loss, batch, batch, plain, own), rel=1e-12)
@@ -220,9 +221,9 @@ def test_under_a_weight_every_loss_has_its_gradient_of_zero_lag_times_the_weight
     x = flat(batch)
     wide = {"low": 0.0, "high": 1e6}
     spec = algorithm(loss, correction={"weight": {"type": "truncate", **wide}})
-    policy_loss(spec, x, totals_of(batch))[0].backward()
+    corrected_loss(spec, x, totals_of(batch))[0].backward()
     there = flat([replace(c, sampler_logp=c.logp) for c in batch])
-    policy_loss(algorithm(loss), there, totals_of(batch))[0].backward()
+    corrected_loss(algorithm(loss), there, totals_of(batch))[0].backward()
     rho = [math.exp(p - q) for c in batch for p, q in zip(c.logp, c.sampler_logp)]
     means = [mean([math.exp(p - q) for p, q in zip(c.logp, c.sampler_logp)]) for c in batch for _ in c.logp]
     of_sequences = loss in ("gspo", "gmpo", "gepo", "gepo_plus", "eqp")
@@ -243,7 +244,7 @@ def test_split_into_micro_batches_does_not_matter(loss: str, number: int):
         metrics, gradient = [], []
         for part in parts:
             x = flat(part, batch)
-            value, measured = policy_loss(spec, x, totals_of(batch), limit)
+            value, measured = corrected_loss(spec, x, totals_of(batch), limit)
             value.backward()
             metrics.append(measured)
             gradient += x.logp.grad.tolist()
@@ -262,7 +263,7 @@ def test_split_into_micro_batches_does_not_matter(loss: str, number: int):
 def test_what_is_masked_still_counts_in_the_divisors():
     # three tokens; only the first has a factor: -(1.1 * A)/3 with A = 1, as TRL's dapo with token_mask
     spec = algorithm("dapo", correction={"weight": {"type": "mask", "low": 0.8, "high": 1.2}})
-    assert policy_loss(spec, flat(HAND), totals_of(HAND))[0].item() == pytest.approx(-1.1 / 3)
+    assert corrected_loss(spec, flat(HAND), totals_of(HAND))[0].item() == pytest.approx(-1.1 / 3)
 
 
 def test_whole_groups_are_needed_where_the_expectation_is_over_the_learner_itself():
@@ -278,6 +279,6 @@ def test_weights_have_no_gradient():
     weight, _ = importance_weight(flat(HAND), WeightSpec(type="truncate"))
     assert weight.requires_grad  # on its own it would have one
     x = flat(HAND)
-    policy_loss(algorithm("dapo", correction={"weight": {"type": "truncate"}}), x, totals_of(HAND))[0].backward()
+    corrected_loss(algorithm("dapo", correction={"weight": {"type": "truncate"}}), x, totals_of(HAND))[0].backward()
     # -A rho / 3 and nothing of the derivative of rho
     assert x.logp.grad.tolist() == pytest.approx([-1.1 / 3, -1.5 / 3, 0.5 / 3])

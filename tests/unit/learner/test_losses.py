@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from heterorl.spec.run import KlToReferenceSpec, LossType
-from heterorl_learner.loss_inputs import LossInputs, Totals, log_expected_q
-from heterorl_learner.losses import LOSSES, combine, policy_loss, summarise
+from heterorl_learner.losses import LOSSES, LossInputs, Totals, combine, log_expected_q, policy_loss, summarise
 from unit.learner.loss_batches import (
     ALPHA,
     HAND,
@@ -18,6 +17,7 @@ from unit.learner.loss_batches import (
     Completion,
     algorithm,
     completion,
+    corrected_loss,
     flat,
     mean,
     plain_gradient,
@@ -389,7 +389,7 @@ def test_extreme_probabilities_stay_finite_in_float32_under_every_correction(los
     for correction in CORRECTIONS:
         x = flat(batch, dtype=torch.float32)
         spec = algorithm(loss, kl_weight=0.005, correction=correction)
-        value, metrics = policy_loss(spec, x, totals_of(batch), m2_limit=0.1)
+        value, metrics = corrected_loss(spec, x, totals_of(batch), m2_limit=0.1)
         value.backward()
         assert math.isfinite(value.item()), correction
         assert torch.isfinite(x.logp.grad).all(), correction
@@ -401,4 +401,4 @@ def test_a_probability_that_is_not_a_number_is_not_hidden(loss: str):
     batch = [replace(c, logp=[math.nan, *c.logp[1:]]) for c in random_batch(seed=8)]
     for correction in CORRECTIONS:
         spec = algorithm(loss, correction=correction)
-        assert math.isnan(policy_loss(spec, flat(batch), totals_of(batch), m2_limit=0.1)[0].item()), correction
+        assert math.isnan(corrected_loss(spec, flat(batch), totals_of(batch), m2_limit=0.1)[0].item()), correction

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from heterorl.spec.run import AlgorithmSpec, CorrectionSpec, KlToReferenceSpec, LossSpec, SapoSpec, WeightSpec
-from heterorl_learner.loss_inputs import LossInputs, Totals
-from heterorl_learner.losses import policy_loss, summarise
+from heterorl_learner.losses import LossInputs, Totals, summarise
+from unit.learner.loss_batches import corrected_loss
 
 LENGTHS = [5, 3, 1, 4]  # completion lengths of two prompts' two completions, padded by TRL to 5
 MAX_LENGTH = 6
@@ -103,7 +103,7 @@ def ours(
         log_expected_q=torch.zeros(len(lengths), dtype=torch.float64),
         reference_logp=None if reference is None else reference[mask],
     )
-    loss, metrics = policy_loss(spec, x, Totals.of(lengths, max_length=MAX_LENGTH, alpha=0.75))
+    loss, metrics = corrected_loss(spec, x, Totals.of(lengths, max_length=MAX_LENGTH, alpha=0.75))
     return loss, summarise(metrics)
 
 

@@ -30,10 +30,6 @@ def of(reward: RewardSpec, texts: Sequence[str], lengths: Sequence[int] = (), op
     return REWARDS[reward.name](group(texts, lengths, opened), reward)
 
 
-def test_accuracy_is_one_for_a_right_answer() -> None:
-    assert of(RewardSpec(name="accuracy"), [r"\boxed{4}", r"\boxed{5}"]) == [1, 0]
-
-
 def test_boxed_wants_a_box_with_something_in_it() -> None:
     assert of(RewardSpec(name="boxed"), [r"\boxed{5}", r"\boxed{}", "5", r"\boxed{5"]) == [1, 0, 0, 0]
 

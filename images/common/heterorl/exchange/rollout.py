@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
@@ -80,6 +80,17 @@ def joined(runs: Iterable[tuple[Version, int]]) -> Runs:
     """Runs with neighbours of one version put together, and empty ones left out."""
     by_version = groupby(((version, count) for version, count in runs if count), key=itemgetter(0))
     return tuple((version, sum(count for _, count in same)) for version, same in by_version)
+
+
+def runs_of(swaps: Sequence[tuple[Version, int]], version: Version, length: int) -> Runs:
+    """Which weights made which of a completion's `length` tokens.
+
+    `swaps`: for each swap since it began, the version that was served until then and the tokens it had by then;
+    `version`: the one served now.
+    """
+    ends = [*((old, min(end, length)) for old, end in swaps), (version, length)]
+    starts = [0, *(end for _, end in ends)]
+    return joined((by, end - start) for (by, end), start in zip(ends, starts))
 
 
 # ── contents ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -30,8 +30,7 @@ from heterorl.errors import ModelError
 from heterorl.exchange.canary import ROUNDING
 from heterorl.spec.run import RunSpec
 from heterorl_learner import ranks
-from heterorl_learner.engines.head import Afterwards
-from heterorl_learner.engines.policy import Layout, Policy, Reading
+from heterorl_learner.engines.policy import Afterwards, Layout, Policy, Reading
 from heterorl_learner.engines.torch_ddp import Sequence, micro_batch, token_logps
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from heterorl.exchange.rollout import Completion, Runs, Sampling, joined
+from heterorl.exchange.rollout import Completion, Sampling
 from heterorl.exchange.version import Version
 
 Finished = list[tuple[int, list[Completion]]]
@@ -93,14 +93,3 @@ class InferenceEngine(ABC):
         finally:
             self.drop()
         return [made.get(number) for number in numbers]
-
-
-def runs_of(swaps: Sequence[tuple[Version, int]], version: Version, length: int) -> Runs:
-    """Which weights made which of a completion's `length` tokens.
-
-    `swaps`: for each swap since it began, the version that was served until then and the tokens it had by then;
-    `version`: the one served now.
-    """
-    ends = [*((old, min(end, length)) for old, end in swaps), (version, length)]
-    starts = [0, *(end for _, end in ends)]
-    return joined((by, end - start) for (by, end), start in zip(ends, starts))

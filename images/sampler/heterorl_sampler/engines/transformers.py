@@ -32,12 +32,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from heterorl.errors import ModelError, SiteError
 from heterorl.exchange.canary import ROUNDING, weight_files
-from heterorl.exchange.rollout import Completion, Sampling
+from heterorl.exchange.rollout import Completion, Sampling, runs_of
 from heterorl.exchange.version import Version
-from heterorl_sampler.decoding import stop_texts
-from heterorl_sampler.engines.base import UNNAMED, Finished, InferenceEngine, runs_of
+from heterorl_sampler.engines.base import UNNAMED, Finished, InferenceEngine
 from heterorl_sampler.engines.model_files import Dtype, end_token_ids
 from heterorl_sampler.engines.model_tensors import ModelTensors, load
+from heterorl_sampler.engines.stop_texts import stop_texts
 
 log = logging.getLogger(__name__)
 

@@ -44,12 +44,12 @@ from vllm.sampling_params import RequestOutputKind
 
 from heterorl.errors import CorruptFile, HeteroRLError, SiteError, UserError
 from heterorl.exchange.canary import CANARY_TOKENS, tensor_shapes, weight_files
-from heterorl.exchange.rollout import Completion, Sampling
+from heterorl.exchange.rollout import Completion, Sampling, runs_of
 from heterorl.exchange.version import Version
-from heterorl_sampler.decoding import StopTexts, stop_texts
-from heterorl_sampler.engines.base import UNNAMED, Finished, InferenceEngine, runs_of
+from heterorl_sampler.engines.base import UNNAMED, Finished, InferenceEngine
 from heterorl_sampler.engines.model_files import Dtype, context_length, end_token_ids
 from heterorl_sampler.engines.model_tensors import ModelTensors
+from heterorl_sampler.engines.stop_texts import StopTexts, stop_texts
 
 MAX_RUNNING = 256
 """Completions at a time: what a device of the usual size has room for, and vLLM's own bound there."""

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from heterorl_sampler.decoding import Decoder
+from heterorl_sampler.scoring import Decoder
 
 
 def tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:

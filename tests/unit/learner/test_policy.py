@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from heterorl.spec.run import LossType
-from heterorl_learner.engines import head as head_module
-from heterorl_learner.engines.head import Afterwards, Head, values_of
+from heterorl_learner.engines import policy
+from heterorl_learner.engines.policy import Afterwards, Head, values_of
 from heterorl_learner.losses import policy_loss
 from unit.learner.loss_batches import algorithm, flat, random_batch, totals_of
 
@@ -23,7 +23,7 @@ TOKENS, WIDTH, VOCABULARY = 11, 6, 37
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 5 tokens of the vocabulary for 11 tokens, so that the last one of eight has 2."""
-    monkeypatch.setattr(head_module, "TILE", 5 * TOKENS)
+    monkeypatch.setattr(policy, "TILE", 5 * TOKENS)
 
 
 class Example:
