@@ -105,3 +105,5 @@ def test_the_ways_in_the_architecture_name_functions_that_exist_in_at_most_twelv
                 found = [node for node in body if getattr(node, "name", None) == part]
                 assert found, f"{path} has no {name}"
                 body = getattr(found[0], "body", [])
+    modules = [re.findall(r"\w+\.py", place) for place in re.findall(r"^\d+\. .*", ways[0], re.MULTILINE)]
+    assert all(len(named) == 1 for named in modules), "a place of the way of a rollout is one module"

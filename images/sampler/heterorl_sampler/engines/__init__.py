@@ -2,5 +2,5 @@
 
 Owns everything that differs between vLLM and the plain transformers loop; nothing outside asks which engine it has.
 
-Read first: `build` (the interface and the factory), then `vllm`.
+Read first: `base` (the interface), `build` (the factory), then `vllm`.
 """
