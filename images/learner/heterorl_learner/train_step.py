@@ -96,7 +96,8 @@ def train_on(
     def loss_function(micro: MicroBatch, logp: Tensor) -> Tensor:
         if see is not None:
             see(micro, logp)
-        inputs, corrected = loss_inputs(micro, logp, engine.reference_logps(micro)), LossMetrics()
+        inputs = loss_inputs(micro, logp, engine.reference_logps(micro))
+        corrected: LossMetrics = {}
         if spec.algorithm.correction.is_on:
             inputs, corrected = correct(inputs, spec.algorithm.correction, m2_limit)
         loss, metrics = policy_loss(spec.algorithm, inputs, totals)
