@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import socket
@@ -187,6 +188,72 @@ def test_a_service_that_does_not_work_holds_up_neither_training_nor_its_end(tmp_
     assert steps < 1
     assert end < 20
     assert [r["step"] for r in read_metrics(exchange.metrics_dir / "learner.jsonl") if "step" in r] == [1, 2, 3]
+
+
+class Wandb(BaseHTTPRequestHandler):
+    """As much of the service as wandb's client needs; the first requests are answered with a refusal."""
+
+    protocol_version = "HTTP/1.1"
+    refusals: list[int]
+    """Statuses of the next answers."""
+    history: list[dict[str, Any]]
+    """Rows that were taken."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        if self.headers.get("content-encoding") == "gzip":
+            body = gzip.decompress(body)
+        if self.path == "/graphql":
+            self._answer(self._data(json.loads(body)), self.refusals.pop(0) if self.refusals else 200)
+            return
+        if self.path.endswith("/file_stream"):
+            lines = json.loads(body).get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+            self.history += map(json.loads, lines)
+        self._answer({})
+
+    do_PUT = do_POST
+
+    def _data(self, asked: dict[str, Any]) -> dict[str, Any]:
+        owner = {"id": "p", "name": "far", "entity": {"id": "e", "name": "us"}}
+        bucket = {"id": "r", "name": asked["variables"].get("name"), "displayName": "quick", "project": owner}
+        url = f"http://127.0.0.1:{self.server.server_address[1]}/upload"
+        files = [{"name": name, "uploadUrl": url} for name in asked["variables"].get("files", [])]
+        answers = {
+            "RunResumeStatus": {"model": {**owner, "bucket": None}},
+            "UpsertBucket": {"upsertBucket": {"bucket": bucket, "inserted": True}},
+            "CreateRunFiles": {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}},
+        }
+        return {"data": answers.get(asked["operationName"], {})}
+
+    def _answer(self, body: Any, status: int = 200) -> None:
+        text = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.mark.parametrize("refusal", [403, 500], ids=["which-the-client-gives-up", "which-the-client-retries"])
+def test_a_service_that_refused_is_told_everything_once_it_accepts(tmp_path: Path, refusal: int) -> None:
+    exchange = run_with(tmp_path, wandb={"project": "far"})
+    exchange.completions_file.unlink()
+    service = type("Recovering", (Wandb,), {"refusals": [refusal], "history": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), service) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        steps, _ = measure(exchange, until_open=True, WANDB_BASE_URL=address, WANDB_API_KEY="0" * 40)
+        server.shutdown()
+    assert steps < 1
+    assert service.refusals == []
+    assert [(row["step"], row["reward"]) for row in service.history if "reward" in row] == [
+        (1, 0.25),
+        (2, 0.5),
+        (3, 0.75),
+    ]
+    assert [row["eval/sums/mean"] for row in service.history if "eval/sums/mean" in row] == [0.5]
 
 
 # ── Trackio ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -198,24 +198,28 @@ class WandbRun:
 
         folder.mkdir(parents=True, exist_ok=True)
         self._wandb = wandb
-        self._run = wandb.init(
-            config=story.settings,
-            allow_val_change=True,  # what may change during a run may have changed since its last start
-            mode=wandb_mode(settings),
-            reinit="create_new",
-            **_unless_set(
-                WANDB_PROJECT=settings.project,
-                WANDB_ENTITY=settings.entity,
-                WANDB_NAME=settings.name or story.name,
-                WANDB_RUN_GROUP=settings.group,
-                WANDB_TAGS=settings.tags,
-                WANDB_NOTES=settings.notes,
-                WANDB_RUN_ID=settings.id or story.id,
-                WANDB_RESUME="allow",
-                WANDB_DIR=str(folder),
-                WANDB_QUIET={"console": "off", "quiet": True},
-            ),
-        )
+        try:
+            self._run = wandb.init(
+                config=story.settings,
+                allow_val_change=True,  # what may change during a run may have changed since its last start
+                mode=wandb_mode(settings),
+                reinit="create_new",
+                **_unless_set(
+                    WANDB_PROJECT=settings.project,
+                    WANDB_ENTITY=settings.entity,
+                    WANDB_NAME=settings.name or story.name,
+                    WANDB_RUN_GROUP=settings.group,
+                    WANDB_TAGS=settings.tags,
+                    WANDB_NOTES=settings.notes,
+                    WANDB_RUN_ID=settings.id or story.id,
+                    WANDB_RESUME="allow",
+                    WANDB_DIR=str(folder),
+                    WANDB_QUIET={"console": "off", "quiet": True},
+                ),
+            )
+        except Exception:
+            wandb.teardown()  # its process keeps the id of a run that it could not begin, and would refuse the next try
+            raise
         # Our own axis: W&B's counter refuses to go back, and a resumed run repeats steps.
         self._run.define_metric("*", step_metric="step")
 
@@ -241,7 +245,10 @@ class WandbRun:
 
     def close(self) -> None:
         """Upload what is left."""
-        self._run.finish()
+        try:
+            self._run.finish()
+        finally:
+            self._wandb.teardown()  # as after a run that could not begin, where this is closed because of an error
 
 
 _WANDB_ARGUMENTS = {
