@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-unit test-gpu mutants exits cluster-programs cluster test-cluster bench bench-quick bench-gpu bench-curves bench-operator canary-report adaptive-order-report corrections-report models-table page-report page-cost pictures images check crd docs site clean
+.PHONY: setup quickstart test test-unit test-gpu mutants exits cluster-programs cluster test-cluster bench bench-quick bench-gpu bench-curves bench-density bench-quickstart bench-operator canary-report adaptive-order-report corrections-report models-table page-report page-cost pictures images check crd docs site clean
 
 setup: $(VENV)/.installed
 
@@ -68,6 +68,15 @@ bench-gpu: setup
 # How costs grow, into docs/benchmarks.png: three minutes.
 bench-curves: setup
 	PYTHONPATH=tests $(BIN)/python -m bench.curves
+
+# How many weights training changes, and what deltas of them take: MODEL=folder TEXTS=file, a quarter of an hour for 135 M
+# parameters. Prints a table.
+bench-density: setup
+	PYTHONPATH=tests $(BIN)/python -m bench.density $(MODEL) $(TEXTS)
+
+# The quickstart's seconds to its last step, now and at an earlier commit (BEFORE), into docs/benchmarks.md: ten minutes.
+bench-quickstart: setup
+	PYTHONPATH=tests $(BIN)/python -m bench.quickstart $(if $(BEFORE),--before $(BEFORE))
 
 # Time, memory and writes of the operator with many runs, recorded in docs/benchmarks.md: half an hour. RUNS=1000 prints
 # only that row.
