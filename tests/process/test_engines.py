@@ -268,6 +268,25 @@ def test_exported_tensors_are_those_of_the_folder(folders: dict[str, Path], kind
         assert torch.equal(exported[name], p), name
     exported["model.norm.weight"].zero_()  # a copy: publication may go on while training does
     assert not torch.equal(engine.full_state_dict()["model.norm.weight"], exported["model.norm.weight"])
+    again = engine.full_state_dict(exported)
+    for name, p in model.named_parameters():
+        assert torch.equal(again[name], p), name
+        assert again[name] is exported[name], name  # the memory that it was given
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_a_second_checkpoint_has_what_has_changed_since_the_first(
+    folders: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    engine, other = build_engine(folders[kind], run_spec()), build_engine(folders[kind], run_spec())
+    for name in ("first", "second"):  # the second is made in the memory of the first
+        train(engine, range(1))
+        (tmp_path / name).mkdir()
+        engine.save(tmp_path / name).write()
+        other.load(tmp_path / name)
+        loaded = other.full_state_dict()
+        assert all(torch.equal(tensor, loaded[key]) for key, tensor in engine.full_state_dict().items())
+    assert train(engine, range(1, 3)) == train(other, range(1, 3))  # by the same moments of Adam
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_neox", "granitemoe", "jamba"])

@@ -3,7 +3,7 @@
 all ranks: gather tensors ──copy──▶ rank 0's thread: score the canary, write, checksum, rename, retire old versions
 
 While the thread is busy the newest copy waits for it and takes the place of one that waits already: that version is
-never published.
+never published. The memory of a copy that is published, or never will be, is that of the next one.
 """
 
 from __future__ import annotations
@@ -54,18 +54,19 @@ class Publisher:
         self._exchange, self._engine, self._incarnation = exchange, engine, incarnation
         self._texts = _canary_texts(exchange)
         self._batches = [_as_micro_batch(text) for text in self._texts]
-        self._scratch = Path(tempfile.mkdtemp(prefix="heterorl-weights-"))
-        self._writer = VersionWriter(exchange, self._scratch)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._lock = threading.Lock()
         self._waiting: Snapshot | None = None
         self._busy = False
         self._working: Future[None] | None = None
         self._times: dict[Version, float] = {}
+        self._unused: dict[str, Tensor] = {}  # a copy that nobody needs
         self.version: Version | None = None
         """The newest that was published, or is going to be."""
 
     def __enter__(self) -> Self:
+        self._scratch = Path(tempfile.mkdtemp(prefix="heterorl-weights-"))
+        self._writer = VersionWriter(self._exchange, self._scratch)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -86,7 +87,9 @@ class Publisher:
         Returns the seconds that this took of training. Raises what went wrong with an earlier version.
         """
         started = time.monotonic()
-        tensors = self._engine.full_state_dict()
+        with self._lock:
+            unused, self._unused = self._unused, {}
+        tensors = self._engine.full_state_dict(unused)
         scores = self._engine.score_copy(tensors, self._batches)
         self.version = Version(step, self._incarnation)
         if self._engine.rank == 0:
@@ -104,6 +107,8 @@ class Publisher:
         with self._lock:
             skipped, self._waiting = self._waiting, snapshot
             was_busy, self._busy = self._busy, True
+            if skipped:
+                self._unused = skipped.tensors
         if skipped:
             log.info("weights %s are not published: earlier ones are still being written", skipped.version)
         if not was_busy:
@@ -112,6 +117,8 @@ class Publisher:
     def _work(self) -> None:
         while snapshot := self._next():
             self._publish(snapshot)
+            with self._lock:
+                self._unused = snapshot.tensors
 
     def _next(self) -> Snapshot | None:
         with self._lock:

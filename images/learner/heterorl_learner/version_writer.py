@@ -43,25 +43,27 @@ class VersionWriter:
         self._count = 0
 
     def write(self, version: Version, tensors: dict[str, Tensor], canary: Canary) -> None:
-        """Publish a snapshot. It is emptied as soon as this machine has it in a file."""
+        """Publish a snapshot. Every file is hashed once, while it is copied if it is."""
         file = self._file(version)
         save_tensors(tensors, file)
-        tensors.clear()
-        staged, files = self._exchange.stage_weights(version), self._exchange.files
-        weights = FileEntry(bytes=file.stat().st_size, sha256=files.digest(file))
+        staged, files, num_bytes = self._exchange.stage_weights(version), self._exchange.files, file.stat().st_size
         deltas = self._encode(file) if self._exchange.spec.exchange.deltas else {}
-        whole = self._exchange.needs_anchor(weights.bytes, {base: out.stat().st_size for base, out in deltas.items()})
+        whole = self._exchange.needs_anchor(num_bytes, {base: out.stat().st_size for base, out in deltas.items()})
         sources = {out.name: out for out in deltas.values()} | ({WEIGHTS_FILE: file} if whole else {})
-        for name, source in sources.items():
-            files.copy(source, staged / name)
+        copied = {
+            name: FileEntry(bytes=source.stat().st_size, sha256=files.copy(source, staged / name))
+            for name, source in sources.items()
+        }
+        weights = copied[WEIGHTS_FILE] if whole else FileEntry(bytes=num_bytes, sha256=files.digest(file))
         self._exchange.commit_weights(
             version,
             canary,
             deltas={out.name: base for base, out in deltas.items()},
             rebuilt=None if whole else weights,
+            known=copied,
         )
-        num_bytes = sum(source.stat().st_size for source in sources.values())
-        log.info("weights %s: %d bytes, %.3f of the whole weights", version, num_bytes, num_bytes / weights.bytes)
+        written = sum(entry.bytes for entry in copied.values())
+        log.info("weights %s: %d bytes, %.3f of the whole weights", version, written, written / num_bytes)
         for out in deltas.values():
             out.unlink()
         self._keep_as_base(DeltaBase(version=version, sha256=weights.sha256))

@@ -17,6 +17,7 @@ from heterorl.errors import CorruptFile
 from heterorl.exchange import delta
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import SlotStatus
+from heterorl.exchange.storage import Files
 from heterorl.exchange.version import Version
 from heterorl.exchange.weights import Fetched
 from heterorl.spec.run import Slot
@@ -217,6 +218,30 @@ def test_a_reader_that_has_nothing_reads_at_most_half_more_than_whole_weights(
 def test_versions_are_whole_where_the_spec_says_so(tmp_path: Path) -> None:
     learner = Learner(tmp_path, deltas=False)
     assert {str(learner.manifest(version)["kind"]) for version in learner.run(range(4))} == {"anchor"}
+
+
+def test_each_file_of_a_version_is_hashed_once(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    digest, copy = Files.digest, Files.copy
+
+    def digesting(files: Files, path: Path) -> str:
+        hashed.append(path.name)
+        return digest(files, path)
+
+    def copying(files: Files, source: Path, target: Path) -> str:
+        hashed.append(target.name)
+        return copy(files, source, target)
+
+    monkeypatch.setattr(Files, "digest", digesting)
+    monkeypatch.setattr(Files, "copy", copying)
+    whole, changed = learner.run(range(2))
+    assert sorted(hashed) == [
+        "canary.json",
+        "canary.json",
+        "model.safetensors",
+        f"since-{whole}.delta",
+        f"{changed}.safetensors",
+    ]
 
 
 def test_a_version_whose_tensors_are_others_is_whole_and_the_next_one_is_its_delta(

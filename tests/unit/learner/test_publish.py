@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,21 @@ class OneTensorEngine:
     rank = 0
     adapter_config = None
 
+    def __init__(self) -> None:
+        self.written_over: list[int | None] = []
+        """At each copy, the number of the earlier one whose memory it was given."""
+        self.copies: list[torch.Tensor] = []
+
     def score_copy(
         self, tensors: dict[str, torch.Tensor], batches: list[MicroBatch]
     ) -> Callable[[], list[list[float]]]:
         return lambda: [[0.0] * int(batch.lengths.sum()) for batch in batches]
 
-    def full_state_dict(self) -> dict[str, torch.Tensor]:
-        return {"weight": torch.ones(2)}
+    def full_state_dict(self, into: Mapping[str, torch.Tensor] = {}) -> dict[str, torch.Tensor]:
+        earlier = [number for number, copy in enumerate(self.copies) if copy is into.get("weight")]
+        self.written_over.append(earlier[-1] if earlier else None)
+        self.copies.append(into.get("weight", torch.ones(2)))
+        return {"weight": self.copies[-1]}
 
 
 @pytest.fixture
@@ -126,3 +134,26 @@ def test_while_a_version_is_written_the_newest_waits_and_those_between_are_skipp
     assert exchange.list_versions() == [Version(1, 1), Version(4, 1)]
     skipped = [record.message for record in caplog.records if "are not published" in record.message]
     assert [message.split()[1] for message in skipped] == ["v00000002-i0001", "v00000003-i0001"]
+
+
+def test_a_copy_is_written_over_once_it_is_published_or_skipped_and_not_before(
+    exchange: Exchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_go_on, commit = threading.Event(), threading.Event(), Exchange.commit_weights
+
+    def slow(*args: Any, **kwargs: Any) -> None:
+        begun.set()
+        assert may_go_on.wait(60)
+        commit(*args, **kwargs)
+
+    monkeypatch.setattr(Exchange, "commit_weights", slow)
+    engine = OneTensorEngine()
+    with Publisher(exchange, engine, exchange.begin_incarnation()) as publisher:
+        publisher.publish(0)
+        assert begun.wait(60)
+        for step in (1, 2, 3):  # 0 is being written and 1 waits; 2 takes the place of 1, and 3 that of 2
+            publisher.publish(step)
+        may_go_on.set()
+        publisher.wait()
+        publisher.publish(4)
+    assert engine.written_over == [None, None, None, 1, 3]

@@ -135,16 +135,17 @@ class Exchange(LearnerState):
         *,
         deltas: Mapping[str, DeltaBase] = {},
         rebuilt: FileEntry | None = None,
+        known: Mapping[str, FileEntry] = {},
     ) -> None:
         """Publish what was staged for this version.
 
         `deltas`: what each staged delta changes, by file name; `rebuilt`: what the weights are where they
-        were not staged whole.
+        were not staged whole; `known`: entries of staged files that were hashed while they were written.
         """
         staged = published_folder.staged_path(self.root / "weights", str(version))
         with self._as_learner():
             self.files.write(staged / CANARY_FILE, json.dumps(asdict(canary)).encode())
-            files = published_folder.describe(self.files, staged)
+            files = published_folder.describe(self.files, staged, known)
             is_adapter = ADAPTER_WEIGHTS in files
             manifest = WeightsManifest(
                 kind="adapter" if is_adapter else "delta" if rebuilt else "anchor",

@@ -8,7 +8,7 @@ may take the place of an old one (`replaced`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -57,12 +57,15 @@ def replaced(files: Files, target: Path) -> Iterator[Path]:
     files.remove(old)
 
 
-def describe(files: Files, staged: Path) -> dict[str, FileEntry]:
-    """Wait until the disk has every file of a staged folder; its manifest's listing."""
-    paths = _sync(files, staged)
+def describe(files: Files, staged: Path, known: Mapping[str, FileEntry] = {}) -> dict[str, FileEntry]:
+    """Wait until the disk has every file of a staged folder; its manifest's listing.
+
+    `known`: entries of files that were hashed while they were written; the others are read.
+    """
+    found = {path.relative_to(staged).as_posix(): path for path in _sync(files, staged)}
     return {
-        path.relative_to(staged).as_posix(): FileEntry(bytes=files.size(path), sha256=files.digest(path))
-        for path in paths
+        name: known.get(name) or FileEntry(bytes=files.size(path), sha256=files.digest(path))
+        for name, path in found.items()
     }
 
 

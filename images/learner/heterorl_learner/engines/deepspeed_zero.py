@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -77,13 +78,13 @@ class DeepSpeedEngine(TrainingEngine):
     def _backward(self, loss: Tensor) -> None:
         self._zero.backward(loss * self.world_size)  # DeepSpeed averages over ranks; the shares are to be summed
 
-    def _gather_tensors(self) -> dict[str, Tensor]:
+    def _gather_tensors(self, into: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors = {}
         for name, tensor in unique_tensors(self._bare).items():
             # One gather at a time, never nested: leaving an inner one would take the outer one's weights away.
             with deepspeed.zero.GatheredParameters([tensor], enabled=self._partitioned):
                 if self.rank == 0:
-                    tensors[name] = tensor.detach().to("cpu", self.dtype, copy=True)
+                    tensors[name] = self._copied(tensor, into.get(name))
         return tensors
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -285,14 +285,17 @@ class TrainingEngine(ABC):
         return norm
 
     # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    def full_state_dict(self) -> dict[str, Tensor]:
+    def full_state_dict(self, into: Mapping[str, Tensor] = {}) -> dict[str, Tensor]:
         """The model's tensors as in its checkpoint, on the CPU in the spec's dtype; tied ones once.
+
+        `into`: what an earlier call gave and nobody needs any more. It is written over: memory that is fresh costs
+        more than the copy into it.
 
         Modules of transformers need not be as checkpoints are: the experts of a layer, for one, are a tensor there and
         many here. With LoRA they are those of the adapters alone, by peft's names. Every rank calls it, rank 0 gets the
         tensors (copies), the others an empty dict.
         """
-        return self._as_in_files(self._gather_tensors())
+        return self._as_in_files(self._gather_tensors(into))
 
     def _as_in_files(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The model's own tensors by the names and shapes of its files; adapters as they are."""
@@ -305,7 +308,8 @@ class TrainingEngine(ABC):
     def save(self, folder: Path) -> Saving:
         """Copy into memory what a checkpoint holds, to be written into a staged folder that all ranks see.
 
-        Every rank calls it; what is left to write is rank 0's, what others have to write is written when it returns.
+        Every rank calls it, when what it saved before is written; what is left to write is rank 0's, what others have
+        to write is written when it returns.
         """
 
     @abstractmethod
@@ -322,8 +326,11 @@ class TrainingEngine(ABC):
     @abstractmethod
     def _backward(self, loss: Tensor) -> None: ...
 
+    def _copied(self, tensor: Tensor, into: Tensor | None) -> Tensor:
+        return copied(tensor.detach(), into, self.dtype)
+
     @abstractmethod
-    def _gather_tensors(self) -> dict[str, Tensor]:
+    def _gather_tensors(self, into: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As `full_state_dict`, by the names of transformers' modules."""
 
     @abstractmethod
@@ -394,6 +401,7 @@ class TorchEngine(TrainingEngine):
         super().__init__(policy, spec, device)
         self._optimizer = build_optimizer(self._bare, spec.learner)
         self._max_grad_norm = spec.learner.optimizer.max_grad_norm
+        self._saved: dict[str, Any] = {}  # what was saved last, to be written over
         self._twin = _without_weights(policy)
         self.policy = self._bare
         if self.world_size > 1:
@@ -437,8 +445,9 @@ class TorchEngine(TrainingEngine):
     def save(self, folder: Path) -> Saving:
         if self.rank != 0:
             return Saving(lambda: None, dict)
-        weights = _copied(unique_tensors(self._bare))
-        state = {"policy": weights, "optimizer": _copied(self._optimizer.state_dict())}
+        state = {"policy": unique_tensors(self._bare), "optimizer": self._optimizer.state_dict()}
+        self._saved = state = _all_copied(state, self._saved)
+        weights = state["policy"]
         return Saving(
             lambda: persistently(lambda: write_state(state, folder / STATE_FILE), what=STATE_FILE),
             lambda: self._as_in_files({name: tensor.to(self.dtype) for name, tensor in weights.items()}),
@@ -463,13 +472,10 @@ class TorchEngine(TrainingEngine):
     def _backward(self, loss: Tensor) -> None:
         (loss * self.world_size).backward()  # DDP averages over ranks; the shares are to be summed
 
-    def _gather_tensors(self) -> dict[str, Tensor]:
+    def _gather_tensors(self, into: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.rank != 0:
             return {}
-        return {
-            name: tensor.detach().to("cpu", self.dtype, copy=True)
-            for name, tensor in unique_tensors(self._bare).items()
-        }
+        return {name: self._copied(tensor, into.get(name)) for name, tensor in unique_tensors(self._bare).items()}
 
 
 def _without_weights(policy: Policy) -> Policy:
@@ -480,13 +486,27 @@ def _without_weights(policy: Policy) -> Policy:
     return deepcopy(policy, kept)
 
 
-def _copied(state: Any) -> Any:
-    """The same with every tensor copied into this machine's memory."""
+def copied(tensor: Tensor, into: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A copy in this machine's memory: in place of `into`, if that is of the same shape and number format.
+
+    Nor is one written over that is part of another, of which something else may be a part.
+    """
+    is_alike = into is not None and into.shape == tensor.shape and into.dtype == dtype
+    if into is None or not is_alike or into.untyped_storage().nbytes() != into.nbytes:
+        return tensor.to("cpu", dtype, copy=True)
+    return into.copy_(tensor)
+
+
+def _all_copied(state: Any, into: Any) -> Any:
+    """The same with every tensor copied into this machine's memory: in place of its like in `into`, if there is one."""
     if isinstance(state, dict):
-        return {key: _copied(value) for key, value in state.items()}
+        likes = into if isinstance(into, dict) else {}
+        return {key: _all_copied(value, likes.get(key)) for key, value in state.items()}
     if isinstance(state, list | tuple):
-        return type(state)(map(_copied, state))
-    return state.detach().to("cpu", copy=True) if isinstance(state, Tensor) else state
+        return type(state)(_all_copied(value, None) for value in state)
+    if isinstance(state, Tensor):
+        return copied(state.detach(), into if isinstance(into, Tensor) else None, state.dtype)
+    return state
 
 
 def write_state(state: dict[str, Any], path: Path) -> None:
