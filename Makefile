@@ -110,9 +110,10 @@ page-report: setup
 page-cost: setup
 	PYTHONPATH=tests $(BIN)/python -m bench.ui_speed --cost $(or $(PAIRS),3)
 
-# The pictures of README and docs/ in docs/pictures: of three quickstart runs, ten minutes, or of RUNS=FOLDER with such.
-pictures: setup
-	PYTHONPATH=tests $(BIN)/python -m bench.pictures $(if $(RUNS),--runs $(RUNS)) $(if $(KUBECTL),--kubectl $(KUBECTL))
+# The pictures of README and docs/ in docs/pictures: of three quickstart runs and one on the test cluster, a quarter of an
+# hour. RUNS=FOLDER has such runs already; ONLY=page or ONLY=cluster makes only these.
+pictures: setup $(if $(filter page,$(ONLY)),,cluster-programs)
+	PYTHONPATH=tests $(BIN)/python -m bench.pictures $(if $(RUNS),--runs $(RUNS)) $(if $(ONLY),--only $(ONLY))
 
 # The container images, with buildah or docker: make images REGISTRY=registry.example.com/heterorl EXTRA=sampler-cpu
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)

@@ -1,25 +1,27 @@
-"""The pictures of README and docs/: the page, the report and the live view of a real run.
+"""The pictures of README and docs/: the page, the report and the live view of real runs, and one on a cluster.
 
-    python -m bench.pictures [--runs FOLDER] [--kubectl FILE]      (with PYTHONPATH=tests)
+    python -m bench.pictures [--runs FOLDER] [--only page|cluster]      (with PYTHONPATH=tests)
 
 Without a folder of runs it trains the quickstart three times, twice with GEPO and once with GSPO, and takes the live
-view from the first while it goes on. FILE holds what `kubectl get hrl` printed.
+view from the first while it goes on. Then it applies the quickstart to the test cluster, and shows what kubectl tells.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import yaml
 from PIL import Image
 from playwright.sync_api import sync_playwright
 from rich.console import Console, RenderableType
@@ -28,6 +30,9 @@ from rich.text import Text
 
 from bench.page import ROOT
 from bench.ui_speed import serving
+from cluster import build, images
+from cluster.harness import Cluster, Unavailable
+from cluster.operators import status, wait_for
 from heterorl.exchange.exchange import Exchange
 from heterorl.local.attach import view_of
 from heterorl.local.live_view import render
@@ -58,29 +63,36 @@ def main() -> None:
     """Make them all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, help="folder with the runs, trained before")
-    parser.add_argument("--kubectl", type=Path, help="what `kubectl get hrl` printed")
+    parser.add_argument(
+        "--only", choices=("page", "cluster"), help="page: without a cluster; cluster: its picture alone"
+    )
     given = parser.parse_args()
     PICTURES.mkdir(exist_ok=True)
-    with ExitStack() as stack:
-        folder = given.runs or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "runs"
-        views = {} if given.runs else train(folder)
-        views |= {"kubectl": terminal(given.kubectl.read_text(), 100)} if given.kubectl else {}
-        page = stack.enter_context(sync_playwright()).chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-        )
-        for name, svg in views.items():
-            shoot_svg(page, name, svg)
-        address = stack.enter_context(serving(folder.resolve()))
-        names = sorted(path.parent.name for path in folder.glob("*/run.json"))
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        if given.only != "cluster":
+            shoot_pages(browser, given.runs, Path(folder))
+        if given.only != "page":
+            try:
+                shoot_svg(browser, "kubectl", terminal(on_cluster(), 100))
+            except Unavailable as error:
+                print(f"no picture of kubectl: {error}")
+        browser.close()
+    print(f"{sum(path.stat().st_size for path in PICTURES.iterdir()):,} bytes in {PICTURES}")
+
+
+def shoot_pages(browser: Any, runs: Path | None, scratch: Path) -> None:
+    """Live view, page and report of runs, which are trained if there are none yet."""
+    folder = runs or scratch / "runs"
+    for name, svg in ({} if runs else train(folder)).items():
+        shoot_svg(browser, name, svg)
+    names = sorted(path.parent.name for path in folder.glob("*/run.json"))
+    with serving(folder.resolve()) as address:
         for name, (place, width, height, theme) in SHOTS.items():
             shown = place.format(first=names[0], all=",".join(names))
-            shoot(page, name, f"{address}{shown}", width, height, theme)
-        report = write_report(
-            [folder / name for name in names], Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        )
-        shoot(page, "report", report.as_uri(), 1280, 1000, "light")
-        page.close()
-    print(f"{sum(path.stat().st_size for path in PICTURES.iterdir()):,} bytes in {PICTURES}")
+            shoot(browser, name, f"{address}{shown}", width, height, theme)
+    report = write_report([folder / name for name in names], scratch)
+    shoot(browser, "report", report.as_uri(), 1280, 1000, "light")
 
 
 # ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -117,6 +129,43 @@ def live_views(root: Path, run: subprocess.Popen[bytes]) -> dict[str, str]:
         )
         for width in COLUMNS
     }
+
+
+def on_cluster() -> str:
+    """What kubectl tells of the quickstart at a step, on the test cluster with the chart installed."""
+    archive = images.build_archive()
+    with Cluster("node") as cluster:
+        assert cluster.node is not None
+        cluster.node.load_image(archive)
+        install_chart(cluster)
+        cluster.kubectl("create", "namespace", "training")
+        with images.site(cluster, "training") as site:
+            manifest = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
+            manifest["spec"]["exchange"]["volume"]["accessModes"] = ["ReadWriteMany"]  # what the volumes here offer
+            site.adopt(manifest)
+            cluster.kubectl("apply", "-f", "-", stdin=json.dumps(manifest))
+            wait_for(lambda: trained(cluster) >= SHOWN_AT, f"step {SHOWN_AT}", 600)
+            commands = ("get hrl", "get pods -l heterorl.dev/run=quickstart")
+            told = [f"$ kubectl {line}\n{cluster.kubectl(*line.split(), '-n', 'training')}" for line in commands]
+    return "\n".join(told)
+
+
+def trained(cluster: Cluster) -> int:
+    return int(status(cluster, "training", "quickstart").get("learner", {}).get("step") or 0)
+
+
+def install_chart(cluster: Cluster) -> None:
+    values = {
+        "registry": "localhost", "progress.seconds": 1, "images.pullPolicy": "Never", "image.pullPolicy": "Never",
+        **{f"{name}.tag": images.TAG for name in ("image", "images.learner", "images.sampler")},
+    }  # fmt: skip
+    sets = ["--set", ",".join(f"{path}={value}" for path, value in values.items())]
+    place = ["--namespace", "heterorl-system", "--create-namespace", "--wait", "--timeout", "180s"]
+    homes = {f"HELM_{kind}_HOME": str(cluster.folder / f"helm-{kind.lower()}") for kind in ("CACHE", "CONFIG", "DATA")}
+    subprocess.run(
+        [str(build.find("helm")), "install", "heterorl", str(ROOT / "charts" / "heterorl"), *place, *sets],
+        env={**os.environ, **homes, "KUBECONFIG": str(cluster.kubeconfig)}, stdout=subprocess.DEVNULL, check=True,
+    )  # fmt: skip
 
 
 # ── pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────

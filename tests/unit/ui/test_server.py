@@ -62,6 +62,11 @@ def test_an_empty_folder_has_no_runs_and_one_that_comes_later_is_found(tmp_path,
     assert [run["id"] for run in get(client, "runs")["runs"]] == ["a"]
 
 
+def test_the_folder_in_which_the_page_was_started_is_shown_by_its_whole_name(tmp_path, client, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert get(client, "runs")["folders"] == [str(tmp_path)]
+
+
 def test_runs_are_found_by_themselves_below_a_folder_and_below_that(tmp_path):
     make_run(tmp_path / "x" / "deep" / "a")
     make_run(tmp_path / "b")

@@ -53,9 +53,10 @@ class LiveSpec:
             run = HeteroRLRun.model_validate_json(content)
         except ValidationError as error:
             first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
             raise RunFolderError(
                 f"{self._file} is not a manifest that this version of HeteroRL can read"
-                f" ({'.'.join(map(str, first['loc']))}: {first['msg']}); correct it, or continue with the version that"
+                f" ({where}{': ' if where else ''}{first['msg']}); correct it, or continue with the version that"
                 " wrote it"
             ) from error
         return inline_traces(run, self._root)

@@ -28,7 +28,7 @@ class Library:
     @property
     def places(self) -> list[str]:
         """The folders that are looked into."""
-        return [shown(folder) for folder in self._folders]
+        return [str(folder) if folder == Path.cwd() else shown(folder) for folder in self._folders]
 
     def runs(self) -> list[RunView]:
         """Every run there is now, by its id."""

@@ -109,7 +109,7 @@ export function tiles(run) {
   const found = [
     ["Reward", last === undefined ? "–" : `${number(first)} → ${number(last)}`, "first and last tenth of the steps"],
     ["Lag", number(run.lag_mean), run.lag_max ? `steps; at most ${number(run.lag_max)}` : "steps"],
-    ["Learner", `${number(Math.round(run.tokens_per_s))} tok/s`, `waits for rollouts ${percent(run.waiting)} of the time`],
+    ["Learner", run.step ? `${number(Math.round(run.tokens_per_s))} tok/s` : "–", run.step ? `waits for rollouts ${percent(run.waiting)} of the time` : "no step yet"],
   ];
   for (const label of Object.keys(run.evaluations.at(-1)?.sets ?? {})) {
     const values = run.evaluations.map((one) => one.sets[label]?.mean).filter((value) => value !== undefined);
