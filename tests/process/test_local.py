@@ -25,7 +25,7 @@ from heterorl.exchange.version import Version
 from heterorl.local.preflight import assign_gpus, check_gpus, check_space, differences, gpu_devices, with_absolute_paths
 from heterorl.local.processes import ManagedProcess
 from heterorl.local.run import run_local
-from heterorl.local.supervisor import Programs, process_env
+from heterorl.local.supervisor import Programs, Runner, process_env
 from heterorl.spec.load import load_run
 from heterorl.spec.run import HeteroRLRun, RunSpec
 
@@ -79,6 +79,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("heterorl.local.processes.SITE_BACKOFF_S", (0.05,))
     monkeypatch.setattr("heterorl.local.supervisor.TICK_S", 0.02)
     monkeypatch.setattr("heterorl.local.supervisor.GRACE_S", 1.0)
+    monkeypatch.setattr("heterorl.local.outages._PAUSE_S", 0.1)
 
 
 def manifest(**spec: Any) -> HeteroRLRun:
@@ -261,6 +262,18 @@ def test_ranks_of_which_one_was_told_to_go_are_not_charged_for_the_others_that_b
     assert process.poll() == 143
 
 
+def test_a_preparation_that_fails_by_its_node_is_started_again(tmp_path, programs, capsys):
+    assert start(tmp_path, programs(prepare="attempts('prepare') < 3 and sys.exit(3); " + PREPARED)) == 0
+    assert capsys.readouterr().out.count("the node of prepare is to blame; starting it again") == 2
+
+
+@pytest.mark.parametrize(("code", "ends"), [(1, 1), (2, 2)])
+def test_a_preparation_that_fails_by_itself_or_its_user_is_not_started_again(tmp_path, programs, code, ends):
+    body = f"(root.parent / 'starts').open('a').write('x'); sys.exit({code})"
+    assert start(tmp_path, programs(prepare=body)) == ends
+    assert (tmp_path / "runs/starts").read_text() == "x"
+
+
 # ── the folder out of reach ──────────────────────────────────────────────────────────────────────────────────────────
 class Away:
     """Stands for a module in whose place every call on a path below `root` fails while the folder is away."""
@@ -270,7 +283,7 @@ class Away:
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(self._module, name)
-        return self.guarded(real) if name in ("stat", "listdir", "open", "replace") else real
+        return self.guarded(real) if name in ("stat", "listdir", "open", "replace", "mkdir") else real
 
     def guarded(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(path: Any, *rest: Any, **options: Any) -> Any:
@@ -282,30 +295,81 @@ class Away:
 
 
 @pytest.fixture
-def outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """For so many seconds after the file `up.json` was first seen, this process cannot reach the run's folder."""
+def outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[], bool]]:
+    """For so many seconds after a file was first seen, this process cannot reach the folder; tells when that began."""
     root, ends = str(tmp_path / "runs/demo"), list[float]()
 
-    def begin(seconds: float) -> None:
+    def begin(seconds: float, after: str = "up.json", containing: str = "") -> Callable[[], bool]:
+        def has_begun() -> bool:
+            file = f"{root}/{after}"
+            return os.path.exists(file) and (not containing or containing in Path(file).read_text())
+
         def is_away(path: Any) -> bool:
-            if not ends and os.path.exists(f"{root}/up.json"):
+            if not ends and str(path).startswith(root) and has_begun():
                 ends.append(time.monotonic() + seconds)
             return bool(ends) and time.monotonic() < ends[0] and str(path).startswith(root)
 
         away = Away(os, is_away)
-        monkeypatch.setattr("heterorl.exchange.storage.os", away)
+        for module in ("exchange.storage", "local.preflight"):
+            monkeypatch.setattr(f"heterorl.{module}.os", away)
+        monkeypatch.setattr("pathlib.os", away)
         for module in ("heterorl.exchange.storage", "heterorl.local.processes"):
             monkeypatch.setattr(f"{module}.open", away.guarded(open), raising=False)
+        return lambda: bool(ends)
 
     return begin
+
+
+@pytest.mark.parametrize(
+    ("after", "containing"),
+    [("..", ""), ("run.lock", ""), ("run.json", ""), ("runner.json", '"succeeded"')],
+    ids=["before it is claimed", "while it is claimed", "before the preparation", "when all is done"],
+)
+def test_a_run_whose_folder_is_out_of_reach_waits_for_it(tmp_path, programs, outage, capsys, after, containing):
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    outage(1.0, after, containing)
+    assert start(tmp_path, programs()) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("runs/demo is out of reach (Input/output error); waiting for it") == 1
+    assert printed.count("runs/demo is back after") == 1
+    assert summary(tmp_path)["status"] == "succeeded"
+
+
+@pytest.mark.parametrize("after", ["..", "run.lock", "run.json"])
+def test_ctrl_c_ends_the_wait_for_a_folder_that_does_not_come_back(tmp_path, programs, outage, after):
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    interrupt_when(outage(3600.0, after))
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, programs())
+
+
+def test_ctrl_c_ends_a_run_whose_folder_does_not_come_back(tmp_path, programs, outage, monkeypatch):
+    has_begun, saving, save = outage(3600.0), threading.Event(), Runner._save
+    monkeypatch.setattr(Runner, "_save", lambda runner: (has_begun() and saving.set(), save(runner)))
+    interrupt_when(has_begun, times=2)  # the processes are told to stop, and then killed
+    interrupt_when(saving.is_set)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, programs(learner="put('up.json', {}); " + WAITS))
 
 
 def test_a_run_outlives_an_outage_of_its_folder_and_reacts_afterwards_to_what_ended_meanwhile(
     tmp_path, programs, outage, capsys
 ):
-    # Operations on the folder are tried again for 7.6 s. Meanwhile the learner crashes, and a sampler for good.
-    learner = "attempts('learner') < 2 and (put('up.json', {}), time.sleep(1), sys.exit(1)); " + TRAINED
-    sampler = "options['--index'] == '0' and (until((root / 'up.json').exists), time.sleep(1), sys.exit(2)); " + WAITS
+    # Meanwhile the learner crashes, and a sampler for good.
+    learner = (
+        """
+if attempts('learner') < 2:
+    until((root / 'near-0').exists), put('up.json', {}), time.sleep(1), sys.exit(1)
+"""
+        + TRAINED
+    )
+    sampler = (
+        """
+if options['--index'] == '0':
+    put('near-0', 1), until((root / 'up.json').exists), time.sleep(1), sys.exit(2)
+"""
+        + WAITS
+    )
     outage(9.0)
     run = manifest(samplers=[{"name": "near", "engine": "transformers", "replicas": 2}])
     assert start(tmp_path, programs(learner=learner, sampler=sampler), run) == 0
@@ -323,8 +387,7 @@ signal.signal(signal.SIGTERM, lambda *_: (put("left.json", time.time()), sys.exi
 put("up.json", time.time())
 until(lambda: False)
 """
-    outage(6.0)
-    interrupt_when(tmp_path / "runs/demo/up.json")
+    interrupt_when(outage(6.0))
     assert start(tmp_path, programs(learner=learner)) == 130
     came, left = (json.loads((tmp_path / f"runs/demo/{name}.json").read_text()) for name in ("up", "left"))
     assert left - came < 5
@@ -338,9 +401,9 @@ def test_a_folder_whose_marker_was_damaged_during_the_run_is_kept(tmp_path, prog
 
 
 # ── interrupts and resume ────────────────────────────────────────────────────────────────────────────────────────────
-def interrupt_when(path: Path, times: int = 1) -> None:
+def interrupt_when(condition: Callable[[], bool], times: int = 1) -> None:
     def wait_and_signal() -> None:
-        while not path.exists():
+        while not condition():
             time.sleep(0.02)
         for _ in range(times):
             os.kill(os.getpid(), signal.SIGINT)
@@ -355,7 +418,7 @@ signal.signal(signal.SIGTERM, lambda *_: (put("learner.json", {"step": 2}), sys.
 put("up.json", {})
 until(lambda: False)
 """
-    interrupt_when(tmp_path / "runs/demo/up.json")
+    interrupt_when((tmp_path / "runs/demo/up.json").exists)
     assert start(tmp_path, programs(learner=learner)) == 130
     assert summary(tmp_path)["status"] == "stopped"
     assert summary(tmp_path)["steps"] == 2
@@ -368,12 +431,12 @@ until(lambda: False)
 def test_a_second_ctrl_c_kills_at_once(tmp_path, programs, monkeypatch):
     monkeypatch.setattr("heterorl.local.supervisor.GRACE_S", 600.0)
     deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); put('up.json', {}); until(lambda: False)"
-    interrupt_when(tmp_path / "runs/demo/up.json", times=2)
+    interrupt_when((tmp_path / "runs/demo/up.json").exists, times=2)
     assert start(tmp_path, programs(learner=deaf)) == 130
 
 
 def test_a_resumed_run_goes_on_with_its_clock_and_is_not_prepared_again(tmp_path, programs):
-    interrupt_when(tmp_path / "runs/demo/up.json")
+    interrupt_when((tmp_path / "runs/demo/up.json").exists)
     assert start(tmp_path, programs(learner="put('up.json', {}); " + WAITS)) == 130
     first = summary(tmp_path)["wall_s"]
     assert start(tmp_path, programs(prepare="sys.exit(9)", learner="time.sleep(0.3); " + TRAINED), resume=True) == 0

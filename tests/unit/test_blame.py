@@ -64,6 +64,14 @@ def test_our_own_errors_are_what_their_class_says(tmp_path, error, code):
     assert error.exit_code == code
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError(), os_error(errno.ESTALE), RuntimeError("shapes do not match")])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT])
+def test_a_volume_that_is_out_of_reach_is_the_nodes(tmp_path, number):
+    named, unnamed = (explain(os_error(number, file), tmp_path) for file in (tmp_path / "weights", None))
+    assert isinstance(named, SiteError)
+    assert str(named) == f"{tmp_path / 'weights'} is out of reach of this node ({os.strerror(number)})"
+    assert str(unnamed) == f"{tmp_path} is out of reach of this node ({os.strerror(number)})"
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), os_error(errno.EISDIR), RuntimeError("shapes do not match")])
 def test_all_others_are_crashes(tmp_path, error):
     assert explain(error, tmp_path) is None

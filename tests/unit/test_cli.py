@@ -1,3 +1,4 @@
+import errno
 import re
 from pathlib import Path
 
@@ -63,6 +64,19 @@ def test_interrupting_a_command_exits_130(capsys, monkeypatch):
 
     monkeypatch.setattr(cli.commands["validate"], "callback", interrupted)
     assert run(capsys, "validate", "x.yaml")[0] == 130
+
+
+def test_a_folder_that_is_out_of_reach_is_one_line_and_exits_3(capsys, monkeypatch):
+    def away(**_):
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected", "/volume/run.json")
+
+    monkeypatch.setattr(cli.commands["list"], "callback", away)
+    code, _, err = run(capsys, "list")
+    assert code == 3
+    assert err == (
+        "heterorl: /volume/run.json is out of reach of this node (Transport endpoint is not connected); try again when"
+        " it is back\n"
+    )
 
 
 @pytest.mark.parametrize("command", ["crd", "docs"])

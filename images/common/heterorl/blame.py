@@ -1,6 +1,7 @@
 """Whose failure an exception is: the one place that maps what libraries and the system raise to our errors.
 
 no space, quota     on the shared volume the user's, for every node meets it; on another disk the node's
+out of reach        the node's: what passes by itself (TRANSIENT) and did not while it was tried again
 no memory           the node's: MemoryError, ENOMEM
 CUDA                the node's: no device, out of memory, a device that is lost
 ours                what its class says
@@ -19,6 +20,12 @@ from pathlib import Path
 
 from heterorl.errors import HeteroRLError, RunFolderError, SiteError
 
+TRANSIENT = frozenset(
+    {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.EREMOTEIO, errno.ECOMM, errno.ENOLINK}
+    | {errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED}
+    | {errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN}
+)
+"""What passes by itself, or may: whoever works on the volume tries it again."""
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _A_MEBIBYTE = 1 << 20
 _NO_RESOURCES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
@@ -36,11 +43,18 @@ def explain(error: BaseException, root: Path) -> HeteroRLError | None:
             return each
         if isinstance(each, OSError) and each.errno in _NO_SPACE:
             return _no_space(each, root)
+        if isinstance(each, OSError) and each.errno in TRANSIENT:
+            return out_of_reach(each, root)
         if isinstance(each, MemoryError) or (isinstance(each, OSError) and each.errno in _NO_RESOURCES):
             return SiteError(f"this node is out of memory or of open files: {each or type(each).__name__}")
         if isinstance(each, RuntimeError | ValueError) and _DEVICE.search(str(each)):
             return SiteError(f"this node's GPU cannot be used: {str(each).strip().splitlines()[0]}")
     return None
+
+
+def out_of_reach(error: OSError, root: Path) -> SiteError:
+    """What a TRANSIENT error means once it was tried again for long enough."""
+    return SiteError(f"{_place(error, root)} is out of reach of this node ({error.strerror})")
 
 
 @contextmanager
@@ -71,6 +85,11 @@ def _no_space(error: OSError, root: Path) -> HeteroRLError:
         )
     where = f" for {error.filename}" if error.filename else ""
     return SiteError(f"no space left on a disk of this node{where}: {error.strerror}")
+
+
+def _place(error: OSError, root: Path) -> Path:
+    """The file that the error names, else the run folder."""
+    return Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else root
 
 
 def _is_on_volume(error: OSError, root: Path) -> bool:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import click
 
+from heterorl.blame import TRANSIENT, out_of_reach
 from heterorl.errors import HeteroRLError, SpecError, UserError
+from heterorl.exit_codes import SITE_ERROR
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _SET = click.option(
@@ -340,6 +342,11 @@ def run_command(command: click.Command, name: str, arguments: list[str] | None =
     except HeteroRLError as error:
         _say(str(error))
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in TRANSIENT:
+            raise
+        _say(f"{out_of_reach(error, Path.cwd())}; try again when it is back")
+        sys.exit(SITE_ERROR)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(2)

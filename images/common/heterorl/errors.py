@@ -10,7 +10,7 @@ HeteroRLError
 │   ├── CorruptFile      sizes, checksums or contents do not fit the manifest
 │   ├── UnknownProtocol  written by another version of HeteroRL; never taken for damage: exit code 2
 │   └── CanaryMismatch   an engine computes other log-probabilities than the learner
-├── SiteError            something is wrong with this node (GPU, disk, memory, clock): exit code 3
+├── SiteError            something is wrong with this node (GPU, disk, mount, memory, clock): exit code 3
 ├── Superseded           another process has taken this one's place; it leaves without writing: exit code 143
 └── TrainingError        the learner cannot go on: the policy has diverged
     └── NotFinite        a step's loss or gradient; nothing was changed, another batch may do

@@ -8,7 +8,7 @@ from typing import Literal
 USER_ERROR = 2
 """Exit code of what is the same on every node: wrong input. It wants its user, no restart helps."""
 SITE_ERROR = 3
-"""Exit code of what is wrong with this node: its GPU, disk, memory or clock. Another node may do."""
+"""Exit code of what is wrong with this node: its GPU, disk, mount, memory or clock. Another node may do."""
 INTERRUPTED = 130
 """Exit code of a run that was ended by Ctrl-C."""
 TOLD_TO_GO = 128 + signal.SIGTERM

@@ -1,7 +1,7 @@
 """Whose failure ends what: when a process is started no more, and when a run cannot go on without it.
 
     user    exit code 2   the same on every node: given up at once
-    site    exit code 3   this node's GPU, disk, memory or clock: on a budget of its own, with long pauses
+    site    exit code 3   this node's GPU, disk, mount, memory or clock: on a budget of its own, with long pauses
     crash   all others    on the budget of its role
 
 A budget refills with good steps: every `refillSteps` that the learner gets further give one restart back. A run ends

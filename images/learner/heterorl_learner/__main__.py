@@ -33,7 +33,8 @@ def train(process: Process) -> None:
     exchange, rank = process.exchange, _rank()
     exchange.launcher = os.environ.get(LAUNCHER, "")
     spec = exchange.spec
-    engine = persistently(lambda: build_engine(exchange.model_dir, spec), what="the model")
+    folder = exchange.model_dir
+    engine = persistently(lambda: build_engine(folder, spec), what="the model", folder=folder)
     metrics = Metrics()
     if rank == 0:
         metrics = Metrics.open(

@@ -88,7 +88,10 @@ def write_tables(exchange: Exchange, tables: dict[str, PreparedData]) -> dict[st
 
 
 def _fill(exchange: Exchange) -> Prepared:
-    inputs = read_inputs(exchange.spec, exchange.root)
+    spec, told = exchange.spec, exchange.spec.model.path
+    inputs = persistently(
+        lambda: read_inputs(spec, exchange.root), what="model and data", folder=Path(told) if told else None
+    )
     for name, table in inputs.tables.items():
         logger.info("%s: %d problems, %d skipped for their length", name, len(table.rows), table.skipped)
         for reason, count in table.bad.items():

@@ -106,7 +106,7 @@ def work_in(exchange: Exchange, lease: Lease, activity: Activity, stop: Stop) ->
         build_rewards(spec) as rewards,
     ):
         load_rewards(exchange, rewards)  # before the engine, which takes long to start
-        engine = persistently(build, what="the model")
+        engine = persistently(build, what="the model", folder=exchange.model_dir)
         weights = WeightSync(exchange, engine, lease.slot, Path(scratch))
         saved = exchange.load_slot(lease.slot)
         evidence = saved.prompts if saved else PromptEvidence()

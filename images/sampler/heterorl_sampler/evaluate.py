@@ -195,7 +195,7 @@ def _served(exchange: Exchange, version: Version, max_model_len: int) -> Iterato
             gpus=gpus,
             tensor_parallel=max(1, gpus),
         )
-        engine = persistently(build, what="the model")
+        engine = persistently(build, what="the model", folder=exchange.model_dir)
         with closing(engine):
             canary.check(version, engine.score, spec.canary_tolerance)
             yield engine

@@ -16,13 +16,13 @@ import pytest
 from safetensors import SafetensorError
 
 from builders import FAR, exchange_at, publish, put, rollout_name, rollout_of
-from heterorl.blame import explain
-from heterorl.errors import ModelError, RunFolderError
+from heterorl.blame import TRANSIENT, explain
+from heterorl.errors import ModelError, RunFolderError, SiteError
 from heterorl.exchange import storage
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.mount import check_mount
 from heterorl.exchange.records import Evaluation, JournalEntry, LearnerHeartbeat
-from heterorl.exchange.storage import TRANSIENT, Files, persistently
+from heterorl.exchange.storage import Files, persistently
 from heterorl.exchange.version import Version
 from heterorl.local.processes import tail
 from heterorl.monitoring.json_lines import Tail, read_metrics
@@ -436,8 +436,29 @@ def test_what_does_not_pass_after_all_is_no_users_error(error: Exception, slept:
     with pytest.raises(OSError, match=r"error|Stale") as raised:
         persistently(operation, sleep=slept.append)
     assert raised.value.errno in TRANSIENT
-    assert explain(raised.value, tmp_path) is None
+    assert isinstance(explain(raised.value, tmp_path), SiteError)
     assert slept == [0.1, 0.5, 2.0, 5.0]
+
+
+def test_a_folder_out_of_reach_that_a_library_takes_for_none_is_waited_for(
+    slept: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_away(path: Path) -> os.stat_result:
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected", str(path))
+
+    monkeypatch.setattr("heterorl.exchange.storage.os.stat", is_away)
+    # As transformers 5 says it, which asks os.path.isdir and then takes the path for a name on the Hub.
+    wrong = ModelError("the tokenizer cannot be read: Repo id must be in the form 'repo_name'")
+    assert persistently(raising_once(wrong), sleep=slept.append, folder=tmp_path) == "done"
+    assert slept == [0.1]
+
+
+def test_a_folder_within_reach_that_a_library_cannot_read_is_not_waited_for(slept: list[float], tmp_path: Path) -> None:
+    wrong = ModelError("the tokenizer cannot be read")
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ModelError):
+            persistently(raising_once(wrong), sleep=slept.append, folder=folder)
+    assert slept == []
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 from dataclasses import replace
@@ -14,6 +15,7 @@ from rich.console import Console
 from builders import CANARY, exchange_at, run_of
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation, LearnerHeartbeat, RunnerState, SlotStatus
+from heterorl.exchange.storage import Files
 from heterorl.exchange.version import Version
 from heterorl.local.attach import attach, view_of
 from heterorl.local.live_view import (
@@ -297,6 +299,24 @@ def test_an_attached_view_ends_with_the_run(exchange, capsys):
     exchange.save_runner(RunnerState(status="succeeded"))
     attach(exchange.root)
     assert "step 100/100" in capsys.readouterr().out
+
+
+def test_attaching_to_a_run_whose_folder_is_out_of_reach_waits_for_it(exchange, capsys, monkeypatch):
+    exchange.write_learner(LearnerHeartbeat(step=100, finished=True))
+    exchange.save_runner(RunnerState(status="succeeded"))
+    errors, read = [OSError(errno.EIO, "Input/output error")] * 2, Files._read
+
+    def away_twice(files, path):
+        if errors:
+            raise errors.pop()
+        return read(files, path)
+
+    monkeypatch.setattr(Files, "_read", away_twice)
+    monkeypatch.setattr("heterorl.local.outages._PAUSE_S", 0.0)
+    attach(exchange.root)
+    printed = capsys.readouterr().out
+    assert printed.count(f"{exchange.root} is out of reach (Input/output error); waiting for it") == 1
+    assert "step 100/100" in printed
 
 
 def test_a_sparkline_goes_from_lowest_to_highest_block_and_averages_what_does_not_fit():

@@ -7,8 +7,9 @@ import shutil
 import uuid
 from pathlib import Path
 
+from heterorl.blame import TRANSIENT
 from heterorl.errors import RunFolderError
-from heterorl.exchange.storage import STAGING, TRANSIENT, Files
+from heterorl.exchange.storage import STAGING, Files
 
 
 def check_mount(files: Files, folder: Path, *others: Path) -> None:

@@ -127,7 +127,7 @@ class RunFolder:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The starting model's tokenizer; ModelError when there is none that can be read."""
-        return persistently(lambda: load_tokenizer(self.model_dir), what="the tokenizer")
+        return persistently(lambda: load_tokenizer(self.model_dir), what="the tokenizer", folder=self.model_dir)
 
     # ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def create(self, run: HeteroRLRun) -> None:

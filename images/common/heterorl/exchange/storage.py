@@ -5,9 +5,9 @@ operations. Nothing here relies on locks, modification times or atomic appends b
 keep none of these promises. What it relies on: rename within a mount is atomic, exclusive creation is exclusive, and
 what was fsynced stays; `heterorl.exchange.mount` tries the first two before anything is entrusted to a mount.
 
-An error that passes by itself (`TRANSIENT`: a server that is away for a moment) is met here and nowhere else: every
-operation is tried again for some seconds, from its beginning, so that no half of it is left. What a library reads or
-writes on the volume goes through `persistently`.
+An error that passes by itself (`blame.TRANSIENT`: a server that is away for a moment) is met here and nowhere else:
+every operation is tried again for some seconds, from its beginning, so that no half of it is left. What a library reads
+or writes on the volume goes through `persistently`.
 """
 
 from __future__ import annotations
@@ -27,15 +27,11 @@ from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar, cast
 
+from heterorl.blame import TRANSIENT
+
 log = logging.getLogger(__name__)
 
 STAGING = ".tmp-"
-TRANSIENT = frozenset(
-    {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.EREMOTEIO, errno.ECOMM, errno.ENOLINK}
-    | {errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED}
-    | {errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN}
-)
-"""What passes by itself, or may: it is tried again."""
 _NOT_OFFERED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR})
 """What a mount says that does not have the operation."""
 RETRY_AFTER_S = (0.1, 0.5, 2.0, 5.0)
@@ -52,18 +48,20 @@ def persistently(
     operation: Callable[[], _T],
     *,
     what: str = "",
+    folder: Path | None = None,
     retry_after_s: Sequence[float] = RETRY_AFTER_S,
     sleep: Callable[[float], None] = time.sleep,
 ) -> _T:
     """Do what reads or writes the volume, and do it again from its beginning where it failed for a reason that passes.
 
     At last it raises that reason as an OSError, whatever a library or we made of it: it is nobody's wrong input.
+    `folder`: what a library reads that takes a folder out of reach for one that is not there, as transformers does.
     """
     for delay in (*retry_after_s, None):
         try:
             return operation()
         except Exception as error:
-            if (reason := _transient_reason(error)) is None:
+            if (reason := _transient_reason(error) or _out_of_reach(folder)) is None:
                 raise
             if delay is None:
                 raise reason from None
@@ -81,6 +79,15 @@ def _transient_reason(error: BaseException | None) -> OSError | None:
             if number in TRANSIENT:
                 return OSError(number, str(error).strip())
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+def _out_of_reach(folder: Path | None) -> OSError | None:
+    try:
+        if folder is not None:
+            os.stat(folder)
+    except OSError as error:
+        return error if error.errno in TRANSIENT else None
     return None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import RunnerState
 from heterorl.local.live_view import ProcessState, RunView, open_view
-from heterorl.local.outages import Outages
+from heterorl.local.outages import Outages, single_tries
 from heterorl.monitoring.snapshot import ObservedSlot, Snapshot, SnapshotReader
 
 _ENDED = ("succeeded", "failed", "stopped")
@@ -21,17 +21,19 @@ def attach(root: Path) -> None:
 
     Raises RunFolderError for a folder that holds no run.
     """
-    exchange = Exchange(root)
+    exchange = Exchange(root, files=single_tries())
     reader = SnapshotReader(exchange)
-    with open_view(exchange, on_interrupt="Ctrl-C leaves it running") as view, suppress(KeyboardInterrupt):
-        outages = Outages(root, view.say)
-        while True:
-            with outages.lived_through():
-                snapshot, runner = reader.read(), exchange.runner
-                view.show(view_of(snapshot, runner))
-                if has_ended(snapshot, runner):
-                    break
-            time.sleep(_TICK_S)
+    with suppress(KeyboardInterrupt):
+        Outages(root, print).until_over(lambda: exchange.run)
+        with open_view(exchange, on_interrupt="Ctrl-C leaves it running") as view:
+            outages = Outages(root, view.say)
+            while True:
+                with outages.lived_through():
+                    snapshot, runner = reader.read(), exchange.runner
+                    view.show(view_of(snapshot, runner))
+                    if has_ended(snapshot, runner):
+                        break
+                time.sleep(_TICK_S)
 
 
 def has_ended(snapshot: Snapshot, runner: RunnerState | None) -> bool:

@@ -8,11 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from heterorl.exchange.storage import TRANSIENT
+from heterorl.blame import TRANSIENT
+from heterorl.exchange.storage import Files
 from heterorl.logs import shown
 
 _PAUSE_S = 1.0
 _T = TypeVar("_T")
+
+
+def single_tries() -> Files:
+    """Operations that are tried once: `Outages` tries again, and Ctrl-C is heard in between."""
+    return Files(retry_after_s=())
 
 
 class Outages:

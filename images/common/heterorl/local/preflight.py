@@ -14,12 +14,13 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from heterorl.blame import explained
 from heterorl.errors import DataError, RunFolderError, UserError
 from heterorl.exchange.exchange import Exchange
+from heterorl.local.outages import Outages, single_tries
 from heterorl.monitoring.boards import check_boards
 from heterorl.spec.load import inline_traces
 from heterorl.spec.mutability import LIVE, changes, is_refused_live, within
@@ -34,20 +35,21 @@ _CHECKPOINT_BYTES_PER_PARAMETER = 16  # fp32 weights and two moments, and the we
 def claim(manifest: Path, run: HeteroRLRun, runs_dir: Path, *, resume: bool) -> Iterator[tuple[Exchange, int]]:
     """The run's folder, ready for its processes, and the descriptor of its lock, to be handed on to them.
 
-    Raises RunFolderError, DataError or UserError before anything is written. A fresh run that ends before its
-    preparation is complete leaves no folder behind.
+    Raises RunFolderError, DataError or UserError before anything is written; waits for what is out of reach. A fresh
+    run that ends before its preparation is complete leaves no folder behind.
     """
-    run, root = look(manifest, run, runs_dir, resume=resume)
+    outages = Outages(runs_dir.resolve() / run.metadata.name, print)
+    run, root = outages.until_over(lambda: look(manifest, run, runs_dir, resume=resume))
     with explained(root):
-        root.mkdir(parents=True, exist_ok=True)
-        exchange = Exchange(root)
-        lock = _lock(exchange.lock_file)
+        exchange = Exchange(root, files=single_tries())
+        lock = outages.until_over(lambda: _lock(exchange.lock_file))
         try:
-            exchange.create(run)
+            outages.until_over(lambda: exchange.create(run))
             yield exchange, lock
         finally:
-            if not resume and exchange.is_empty:
-                shutil.rmtree(root)
+            with suppress(OSError):  # what is out of reach stays, and can be resumed
+                if not resume and exchange.is_empty:
+                    shutil.rmtree(root)
             os.close(lock)
 
 
@@ -106,18 +108,22 @@ def differences(old: HeteroRLRun, new: HeteroRLRun) -> list[str]:
 
 def _lock(path: Path) -> int:
     """Take the lock, or say who has it. Held by the descriptor and its copies, so never left behind by a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     except BlockingIOError:
-        holder = os.pread(descriptor, 32, 0).decode().strip() or "unknown"
-        os.close(descriptor)
+        with os.fdopen(descriptor, "rb") as file:
+            holder = file.read(32).decode().strip() or "unknown"
         raise RunFolderError(
             f"{path.parent} is in use by another run (pid {holder}); wait for it, stop it with `kill {holder}`,"
             " or choose another name by --set name=..."
         ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    except OSError:
+        os.close(descriptor)  # or it would be locked to whoever tries again
+        raise
     return descriptor
 
 

@@ -20,7 +20,6 @@ from enum import Enum
 from pathlib import Path
 from typing import IO
 
-from heterorl.exchange.storage import persistently
 from heterorl.exit_codes import SITE_ERROR, TOLD_TO_GO, USER_ERROR, describe_exit, failure_kind
 from heterorl.failure_policy import Failure, GivenUp, Role, given_up
 from heterorl.local.tee import Tee
@@ -50,7 +49,8 @@ class Rendezvous:
 class ManagedProcess:
     """A running program: `ranks` equal processes with one fate, stdout and stderr appended to a log.
 
-    With `echo` they are shown on this process's stdout as well. Without a rendezvous all ranks are here.
+    With `echo` they are shown on this process's stdout as well. Without a rendezvous all ranks are here. Raises OSError
+    before anything is started where the log cannot be opened; with `echo` it goes on without.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class ManagedProcess:
     ) -> None:
         meeting = rendezvous or Rendezvous("127.0.0.1", _free_port(), 0, 1)
         logs = [log, *(log.with_name(f"{log.stem}-rank{rank}{log.suffix}") for rank in range(1, ranks))]
-        persistently(lambda: log.parent.mkdir(parents=True, exist_ok=True), what=log.parent.name)
+        if not echo:
+            log.parent.mkdir(parents=True, exist_ok=True)
         self._tees = [Tee(path) for path in logs] if echo else []
         self._ranks: list[subprocess.Popen[bytes]] = []
         with ExitStack() as opened:  # all logs before the first rank is started, which would be left alone
-            outputs = [
-                opened.enter_context(self._tees[rank].pipe if echo else _opened(logs[rank])) for rank in range(ranks)
-            ]
+            sources = [tee.pipe for tee in self._tees] or (open(path, "ab") for path in logs)  # noqa: SIM115
+            outputs = [opened.enter_context(source) for source in sources]
             for rank, output in enumerate(outputs):
                 distributed = _torchrun_env(rank, ranks, meeting) if ranks * meeting.nodes > 1 else {}
                 self._ranks.append(_spawn(command, {**env, **distributed}, output, keep_open))
@@ -214,10 +214,6 @@ def tail(log: Path, lines: int = 15) -> str:
     except OSError:
         return ""
     return "\n".join(text.rstrip().splitlines()[-lines:])
-
-
-def _opened(log: Path) -> IO[bytes]:
-    return persistently(lambda: open(log, "ab"), what=log.name)
 
 
 def _torchrun_env(rank: int, ranks: int, meeting: Rendezvous) -> dict[str, str]:

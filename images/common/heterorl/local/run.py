@@ -10,7 +10,9 @@ from __future__ import annotations
 import shlex
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from heterorl.blame import explained
 from heterorl.exchange.exchange import Exchange
@@ -19,12 +21,13 @@ from heterorl.local.live_view import open_view
 from heterorl.local.outages import Outages
 from heterorl.local.preflight import claim
 from heterorl.local.processes import ManagedProcess
-from heterorl.local.supervisor import TAKEN_OVER, Programs, Runner, Verdict, count_interrupts, process_env
+from heterorl.local.supervisor import TAKEN_OVER, Interrupts, Programs, Runner, Verdict, count_interrupts, process_env
 from heterorl.logs import shown
 from heterorl.report import summary
 from heterorl.spec.run import HeteroRLRun
 
 _TELLING_S = 120.0
+_T = TypeVar("_T")
 
 
 def run_local(manifest: Path, run: HeteroRLRun, runs_dir: Path, resume: bool, programs: Programs | None = None) -> int:
@@ -37,7 +40,9 @@ def run_local(manifest: Path, run: HeteroRLRun, runs_dir: Path, resume: bool, pr
         claim(manifest, run, runs_dir, resume=resume) as (exchange, lock),
         count_interrupts() as interrupts,
     ):
-        runner = Runner(exchange, programs or Programs(), interrupts, lock)
+        runner = Outages(exchange.root, print).until_over(
+            lambda: Runner(exchange, programs or Programs(), interrupts, lock), wait=interrupts.patience()
+        )
         verdict = runner.prepare()
         if verdict is None:
             with open_view(exchange) as view:
@@ -45,28 +50,32 @@ def run_local(manifest: Path, run: HeteroRLRun, runs_dir: Path, resume: bool, pr
                     verdict = runner.supervise(view)
                 finally:
                     runner.kill_all()
-        _conclude(exchange, verdict, runner.programs, resumable=exchange.prepared is not None)
+        _conclude(exchange, verdict, runner.programs, interrupts)
         return verdict.exit_code
 
 
-def _conclude(exchange: Exchange, verdict: Verdict, programs: Programs, *, resumable: bool) -> None:
+def _conclude(exchange: Exchange, verdict: Verdict, programs: Programs, interrupts: Interrupts) -> None:
     """Write summary and report, say where things are and what to do next."""
+    outages = Outages(exchange.root, print)
+
+    def reached(operation: Callable[[], _T]) -> _T:
+        return outages.until_over(operation, wait=interrupts.patience(interrupts.count))
+
     if verdict.status == TAKEN_OVER:
         print(f"{verdict.status}: {verdict.reason}")
         return
-    if not resumable:
+    if reached(lambda: exchange.prepared) is None:
         if verdict.exit_code != USER_ERROR:  # then its message is the last line already
             print(f"{verdict.status}: {verdict.reason}")
         return
-    outages = Outages(exchange.root, print)
-    result = outages.until_over(lambda: summary.write_summary(exchange.root))
-    telling = _tell_dashboards(exchange, programs)
+    result = reached(lambda: summary.write_summary(exchange.root))
+    telling = reached(lambda: _tell_dashboards(exchange, programs))
     report = _draw_report(exchange) if result["reward_last_tenth"] is not None else None
     if telling is not None:
         _wait_for(telling)
     print(summary.in_words(result))
     for label, path in (("model", exchange.output_dir), ("summary", exchange.summary_file), ("report", report)):
-        if path is not None and path.exists():
+        if path is not None and reached(path.exists):
             print(f"  {label:<8} {shown(path)}")
     print(f"  {'logs':<8} {shown(exchange.logs_dir)}")
     if verdict.status != "succeeded":

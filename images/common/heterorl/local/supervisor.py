@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,16 @@ class Interrupts:
         self._arrived.wait(seconds)
         self._arrived.clear()
 
+    def patience(self, heard: int = 0) -> Callable[[float], None]:
+        """Sleeps for what waits until a folder is back; KeyboardInterrupt after a signal beyond those heard before."""
+
+        def sleep(seconds: float) -> None:
+            self.wait(seconds)
+            if self.count > heard:
+                raise KeyboardInterrupt
+
+        return sleep
+
 
 @contextmanager
 def count_interrupts() -> Iterator[Interrupts]:
@@ -114,42 +124,51 @@ class Runner:
 
     def prepare(self) -> Verdict | None:
         """Put model and data onto the volume, its output shown; a verdict if the run ends here."""
-        outages = Outages(self.exchange.root, print)
-        if outages.until_over(lambda: self.exchange.prepared) is not None:
+        outages, patience = Outages(self.exchange.root, print), self.interrupts.patience()
+        if outages.until_over(lambda: self.exchange.prepared, wait=patience) is not None:
             return None
         role = self._role("prepare", "learner", self.programs.prepare, cores())
-        role.wanted, started, outcome = True, time.monotonic(), None
+        # It is short, and what it crashes by once it crashes by again; its node may get well.
+        role.policy = role.policy.model_copy(update={"learner_restarts": 0})
+        started = time.monotonic()
         # The process itself says nothing for the seconds that its libraries take to load.
         print(f"{time.strftime('%H:%M:%S')} preparing model and data, see {shown(role.log)}", flush=True)
-        printed = _size(role.log)
-        while outcome is None:
-            with outages.lived_through():
-                outcome = role.tick()
-            printed = _print_from(role.log, printed)
-            role.wanted = not self.interrupts.count
-            if self.interrupts.count > 1:
-                role.kill()
-                break
-            if outcome is None:
-                self.interrupts.wait(TICK_S)
+        self._see_through(role, outages)
         self.state.prepare_s += time.monotonic() - started
         if self.interrupts.count:
             return Verdict("stopped", INTERRUPTED, "interrupted during the preparation")
-        if role.exit_code == 0 and outages.until_over(lambda: self.exchange.prepared) is not None:
+        if role.exit_code == 0 and outages.until_over(lambda: self.exchange.prepared, wait=patience) is not None:
             return None
         code = role.exit_code if role.exit_code in (USER_ERROR, SITE_ERROR) else 1
         return Verdict("failed", code, "the preparation failed")
+
+    def _see_through(self, role: ProcessRole, outages: Outages) -> None:
+        """Run a process until it ends for good, or is interrupted; its log is shown."""
+        role.wanted, printed = True, _size(role.log)
+        while True:
+            outcome = None
+            with outages.lived_through():
+                outcome = role.tick()
+            printed = _print_from(role.log, printed)
+            if outcome is RoleOutcome.RESTARTED:
+                print(f"the node of {role.name} is to blame; starting it again", flush=True)
+            elif outcome is not None:
+                return
+            role.wanted = not self.interrupts.count
+            if self.interrupts.count > 1 or not (role.wanted or role.running):
+                role.kill()
+                return
+            self.interrupts.wait(TICK_S)
 
     def supervise(self, view: RunDisplay) -> Verdict:
         """Keep the run going until it is done, fails, or is interrupted; then stop all processes.
 
         While the folder is out of reach nothing is decided but what Ctrl-C asks for, and what ended meanwhile is
-        reacted to afterwards. So that the loop hears Ctrl-C, it is what tries again, not each operation.
+        reacted to afterwards.
         """
         verdict: Verdict | None = None
         self.state.status, self.state.reason = "running", ""
-        outages, files = Outages(self.exchange.root, view.say), self.exchange.files
-        patience, files.retry_after_s = files.retry_after_s, ()
+        outages = Outages(self.exchange.root, view.say)
         last = time.monotonic()
         while True:
             now = time.monotonic()
@@ -164,9 +183,8 @@ class Runner:
             if verdict and verdict.status == "stopped" and not any(role.running for role in self._roles()):
                 break
             self.interrupts.wait(TICK_S)
-        files.retry_after_s = patience
         self.state.status, self.state.reason = verdict.status, verdict.reason
-        outages.until_over(self._save)
+        outages.until_over(self._save, wait=self.interrupts.patience(self.interrupts.count))
         return verdict
 
     def kill_all(self) -> None:

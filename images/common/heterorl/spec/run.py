@@ -1098,7 +1098,7 @@ class FailurePolicySpec(Block):
     sampler_restarts: int = Field(10, ge=0, le=100_000)
     """Number of crashes after which a sampler is still restarted; the run fails once all samplers exceed it."""
     site_restarts: int = Field(20, ge=0, le=100_000)
-    """Number of node failures (GPU, disk, memory, clock: exit code 3) after which a process is still restarted."""
+    """Number of node failures (GPU, disk, mount, memory, clock: exit code 3) after which a process is restarted."""
     refill_steps: int = Field(50, ge=0, le=10_000_000)
     """Give a process one restart back every N training steps; 0 disables."""
     resumes: int = Field(0, ge=0, le=1_000_000)

@@ -28,7 +28,7 @@ class StopTexts:
         self._texts = texts
         self.window = max((len(text.encode()) for text in texts), default=0) + 4
         """How many of the last tokens are looked at."""
-        self._tokenizer = persistently(lambda: load_tokenizer(model_dir)) if texts else None
+        self._tokenizer = persistently(lambda: load_tokenizer(model_dir), folder=model_dir) if texts else None
 
     def said(self, completions: Sequence[Sequence[int]]) -> list[bool]:
         """Whether each completion, asked after every token of it, has said one."""
