@@ -1,10 +1,11 @@
 """What the canary sees: statistics of its differences under honest rounding and under planted faults.
 
-    python -m bench.canary --gsm8k GSM8K_TRAIN.jsonl [--measurements FILE]      (with PYTHONPATH=tests)
+    python -m bench.canary --gsm8k GSM8K_TRAIN.jsonl [--models .. --dtypes .. --engines .. --rates .. --steps ..]
 
 A learner trains a real model (SmolLM2-135M) and a tiny one; after 1, 8 and 64 optimizer steps, at two learning rates,
 an engine loads its weights, right or with a fault planted in them, and scores the canary's texts. Every measurement is
-appended to a file as a JSON line, and the tables of all in the file go to docs/reports/canary.md.
+appended to a file as a JSON line and not repeated if it is there already, so that one may stop and go on; the tables of
+all in the file go to docs/reports/canary.md.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,9 @@ from bench.canary_faults import (
     OF_TWO_VERSIONS,
     Learner,
     Weights,
+    cached_halves,
     save,
+    score_after,
     serving_folder,
     through_bfloat16,
 )
@@ -34,11 +38,17 @@ from heterorl.exchange.canary import CANARY_TOKENS, canary_texts
 from heterorl_sampler.engines.base import InferenceEngine
 from heterorl_sampler.engines.build import EngineName, build_engine
 from heterorl_sampler.engines.model_files import Dtype
+from heterorl_sampler.engines.transformers import TransformersEngine
 from models import convert_smollm2, save_tiny_qwen3
 
-REPORT = Path(__file__).parents[2] / "docs" / "reports" / "canary.md"
-STEPS = (1, 8, 64)
+MEASUREMENTS = Path(__file__).parents[2] / "docs" / "reports" / "canary.jsonl"
+STEPS = (0, 1, 8, 64)
+"""Optimizer steps between the versions; 0 is the starting weights alone."""
 RATES = (1e-6, 1e-4)
+
+FAULTS = {fault.__name__: fault for fault in [*OF_ONE_VERSION, *OF_TWO_VERSIONS]}
+STALE_CACHE = "stale_cache"
+"""The tokens of the second half, read by the new weights after keys and values that the old ones made of the first."""
 
 Texts = dict[str, list[list[int]]]
 """Two texts of CANARY_TOKENS tokens by what they are made of; with the first kind faults are measured."""
@@ -63,7 +73,7 @@ class Case:
 
     model: str
     dtype: str
-    engine: str
+    engine: EngineName
     text: str
     fault: str
     """Empty: none, the difference is honest rounding."""
@@ -78,37 +88,60 @@ class Bench:
 
     def __init__(self, name: str, model: Path, dtype: Dtype, texts: Texts, lessons: list[list[int]]) -> None:
         self._name, self._model, self._dtype, self._texts, self._lessons = name, model, dtype, texts, lessons
-        self._engines: dict[str, InferenceEngine] = {}
+        self._engines: dict[EngineName, InferenceEngine] = {}
 
-    def measure(self, engines: list[EngineName]) -> Iterator[tuple[Case, NDArray[np.float64]]]:
-        """Every case with its differences [T]."""
-        for rate in RATES:
+    def measure(
+        self, engines: list[EngineName], rates: list[float], steps: list[int], measured: Container[Case]
+    ) -> Iterator[tuple[Case, NDArray[np.float64]]]:
+        """Every case that is not among the measured ones, with its differences [T]."""
+        for rate in rates:
+            plan = {step: [case for case in self._cases(engines, rate, step) if case not in measured] for step in steps}
+            if not any(plan.values()):
+                continue
             learner = Learner(self._model, self._dtype, rate, self._lessons)
             first = learner.weights()
-            if rate == RATES[0]:
-                faults = [f for f in OF_ONE_VERSION if f is not through_bfloat16 or self._dtype != "bfloat16"]
-                versions = {"": first, **{fault.__name__: fault(first, first) for fault in faults}}
-                yield from self._compare(engines, learner, versions, 0.0, 0)
-            for step in STEPS:
+            for step in sorted(step for step, cases in plan.items() if cases):
                 learner.train_to(step)
-                now = learner.weights()
-                versions = {"": now, **{fault.__name__: fault(now, first) for fault in OF_TWO_VERSIONS}}
-                yield from self._compare(engines, learner, versions, rate, step)
+                yield from self._compare(plan[step], learner, first)
+
+    def _cases(self, engines: list[EngineName], rate: float, step: int) -> Iterator[Case]:
+        faults = [fault.__name__ for fault in (OF_TWO_VERSIONS if step else OF_ONE_VERSION)]
+        if self._dtype == "bfloat16":
+            faults = [fault for fault in faults if fault != through_bfloat16.__name__]
+        for engine in engines:
+            of_it = partial(Case, self._name, self._dtype, engine, rate=rate if step else 0.0, step=step)
+            yield from (of_it(kind, "") for kind in self._texts)
+            cached = [STALE_CACHE] if step and engine == "transformers" else []
+            yield from (of_it(next(iter(self._texts)), fault) for fault in [*faults, *cached])
 
     def _compare(
-        self, engines: list[EngineName], learner: Learner, versions: dict[str, Weights], rate: float, step: int
+        self, cases: list[Case], learner: Learner, first: Weights
     ) -> Iterator[tuple[Case, NDArray[np.float64]]]:
-        expected = {kind: learner.score(texts) for kind, texts in self._texts.items()}
-        for name in engines:
-            engine = self._engine(name, versions[""])
-            for fault, weights in versions.items():
-                with tempfile.TemporaryDirectory() as folder:
-                    engine.load_weights(save(weights, Path(folder)))
-                for kind in list(self._texts)[:1] if fault else self._texts:
-                    found = engine.score(self._texts[kind])
-                    differences = [np.subtract(a, b) for a, b in zip(found, expected[kind])]
-                    case = Case(self._name, self._dtype, name, kind, fault, rate, step)
-                    yield case, np.concatenate(differences)
+        now = learner.weights()
+        expected = {kind: learner.score(self._texts[kind]) for kind in dict.fromkeys(case.text for case in cases)}
+        for case in cases:
+            engine = self._engine(case.engine, now)
+            if case.fault == STALE_CACHE:
+                found = self._on_stale_cache(engine, now, first, self._texts[case.text])
+            else:
+                fault = FAULTS.get(case.fault)
+                self._load(engine, fault(now, first) if fault else now)
+                found = engine.score(self._texts[case.text])
+            pairs = zip(found, expected[case.text], strict=True)
+            yield case, np.concatenate([np.subtract(ours, theirs[-len(ours) :]) for ours, theirs in pairs])
+
+    def _on_stale_cache(
+        self, engine: InferenceEngine, now: Weights, first: Weights, texts: list[list[int]]
+    ) -> list[list[float]]:
+        assert isinstance(engine, TransformersEngine)
+        self._load(engine, first)
+        caches = cached_halves(engine, texts)
+        self._load(engine, now)
+        return score_after(engine, texts, caches)
+
+    def _load(self, engine: InferenceEngine, weights: Weights) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            engine.load_weights(save(weights, Path(folder)))
 
     def _engine(self, name: EngineName, weights: Weights) -> InferenceEngine:
         if name not in self._engines:
@@ -213,27 +246,37 @@ two learning rates. Faults are planted in the tensors that the engine loads (`te
 
 
 def main() -> None:
-    """Measure what is missing, then write the report."""
+    """Measure what is asked for and not in the file yet, then write the report of all in it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gsm8k", type=Path, help="train.jsonl of GSM8K; without it the report is written anew")
-    parser.add_argument("--measurements", type=Path, required=True, metavar="FILE", help="JSON lines; appended to")
+    parser.add_argument(
+        "--measurements", type=Path, default=MEASUREMENTS, metavar="FILE", help="appended to; report beside"
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--engines", nargs="+", default=["transformers", "vllm"])
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES)
+    parser.add_argument("--steps", nargs="+", type=int, default=STEPS)
     args = parser.parse_args()
     torch.manual_seed(0)
-    if args.gsm8k:
-        rows = [json.loads(line) for line in args.gsm8k.read_text().splitlines()[:200]]
-        for model in args.models:
-            folder, texts, lessons = MODELS[model](rows)
-            for dtype in args.dtypes:
-                for case, d in Bench(model, folder, dtype, texts, lessons).measure(args.engines):
-                    values = {name: statistic(d) for name, statistic in STATISTICS.items()}
-                    with args.measurements.open("a") as file:
-                        file.write(json.dumps({**asdict(case), "values": values}) + "\n")
-                    print(*asdict(case).values(), f"{values['mean abs']:.2e}", flush=True)
-    lines = [json.loads(line) for line in args.measurements.read_text().splitlines()]
-    REPORT.write_text(report({Case(**line): values for line in lines if (values := line.pop("values"))}))
+    measured = read(args.measurements)
+    rows = [json.loads(line) for line in args.gsm8k.read_text().splitlines()[:200]] if args.gsm8k else []
+    for model in args.models if args.gsm8k else []:
+        folder, texts, lessons = MODELS[model](rows)
+        for dtype in args.dtypes:
+            bench = Bench(model, folder, dtype, texts, lessons)
+            for case, d in bench.measure(args.engines, args.rates, args.steps, measured):
+                measured[case] = {name: float(f"{statistic(d):.4g}") for name, statistic in STATISTICS.items()}
+                with args.measurements.open("a") as file:
+                    file.write(json.dumps({**asdict(case), "values": measured[case]}) + "\n")
+                print(*asdict(case).values(), f"{measured[case]['mean abs']:.2e}", flush=True)
+    args.measurements.with_suffix(".md").write_text(report(measured))
+
+
+def read(measurements: Path) -> Measured:
+    """What was measured before; nothing where there is no file."""
+    lines = [json.loads(line) for line in measurements.read_text().splitlines()] if measurements.exists() else []
+    return {Case(**line): values for line in lines if (values := line.pop("values"))}
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import Cache
 
 from builders import spec_of
 from heterorl_learner.engines.build import build_engine
 from heterorl_learner.engines.torch_ddp import MicroBatch, Sequence, micro_batch
+from heterorl_sampler.engines.transformers import TransformersEngine
 
 Weights = dict[str, Tensor]
 Fault = Callable[[Weights, Weights], Weights]
@@ -93,6 +95,26 @@ def half_applied(new: Weights, old: Weights) -> Weights:
 def stale_version(new: Weights, old: Weights) -> Weights:
     """Nothing is loaded."""
     return old
+
+
+# ── a cache of the version before ────────────────────────────────────────────────────────────────────────────────────
+@torch.inference_mode()
+def cached_halves(engine: TransformersEngine, texts: list[list[int]]) -> list[Cache]:
+    """Keys and values that the engine's weights make of the first half of each text."""
+    halves = [torch.tensor([text[: len(text) // 2]]) for text in texts]
+    return [engine._model(input_ids=half, use_cache=True).past_key_values for half in halves]
+
+
+@torch.inference_mode()
+def score_after(engine: TransformersEngine, texts: list[list[int]], caches: list[Cache]) -> list[list[float]]:
+    """Log-probabilities of the tokens that the engine's weights read after these caches, the first of them apart."""
+    return [_score_rest(engine, torch.tensor([text[len(text) // 2 :]]), cache) for text, cache in zip(texts, caches)]
+
+
+def _score_rest(engine: TransformersEngine, rest: Tensor, cache: Cache) -> list[float]:
+    logp = engine._model(input_ids=rest, past_key_values=cache).logits[0, :-1].float().log_softmax(-1)
+    scores: list[float] = logp.gather(1, rest[0, 1:, None])[:, 0].tolist()
+    return scores
 
 
 # ── one version, wrong ───────────────────────────────────────────────────────────────────────────────────────────────
