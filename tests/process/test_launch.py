@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -99,6 +100,33 @@ def test_a_trained_learner_idles_until_its_pod_is_stopped(exchange):
     thread.join()
     assert codes == [0]
     assert ends(run) == [("clean", 0)]
+
+
+@pytest.mark.parametrize("call", ["begin_attempt", "end_attempt"])
+def test_how_the_ranks_ended_is_noted_once_the_volume_is_within_reach(exchange, monkeypatch, call):
+    run, errors, real = exchange(), [OSError(errno.EIO, "Input/output error")] * 2, getattr(Exchange, call)
+
+    def away_twice(*arguments):
+        if errors:
+            raise errors.pop()
+        return real(*arguments)
+
+    monkeypatch.setattr(Exchange, call, away_twice)
+    monkeypatch.setattr("heterorl.local.outages._PAUSE_S", 0.0)
+    assert serve(run, "raise SystemExit(3)") == 3
+    assert ends(run) == [("crashed", 3)]
+
+
+def test_a_pod_that_is_told_to_go_does_not_wait_for_the_volume(exchange, monkeypatch):
+    def away(*_):
+        stop.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    stop = threading.Event()
+    monkeypatch.setattr(Exchange, "begin_attempt", away)
+    with pytest.raises(SystemExit) as left:
+        serve(exchange(), "raise SystemExit(9)", stop)
+    assert left.value.code == 143
 
 
 def test_a_pod_that_comes_after_the_last_step_starts_nothing(exchange):

@@ -24,7 +24,7 @@ import threading
 import time
 import urllib.request
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -35,7 +35,8 @@ from heterorl.exchange.crash_budget import Attempts, attempts_of, gave_up, outco
 from heterorl.exchange.evaluations import Pins, due_now
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.learner_state import LAUNCHER
-from heterorl.exit_codes import describe_exit
+from heterorl.exit_codes import TOLD_TO_GO, describe_exit
+from heterorl.local.outages import Outages
 from heterorl.local.processes import ManagedProcess, Rendezvous
 from heterorl.monitoring.http import Endpoint, text_page
 from heterorl.monitoring.run_metrics import run_progress, to_text
@@ -68,6 +69,7 @@ class LearnerPod:
         pod = self._env.get("POD_UID", "")
         exchange.launcher = self._env[LAUNCHER] = pod or uuid.uuid4().hex
         self._attempts = Attempts(exchange, self._node, pod)
+        self._outages = Outages(exchange.root, log.warning)
         self._reader = SnapshotReader(exchange)
         self._ranks: ManagedProcess | None = None
         self._started: float | None = None
@@ -76,7 +78,7 @@ class LearnerPod:
 
     def serve(self) -> int:
         """Run the ranks once; return their exit code, or idle until told to stop where another start would not help."""
-        self._attempts.settle()
+        self._reached(self._attempts.settle)
         said = None
         while not self._stop.is_set():
             if (reason := self._reason_to_idle()) is None:
@@ -122,10 +124,10 @@ class LearnerPod:
             "HETERORL_METRICS_HOST": "127.0.0.1",
             "HETERORL_METRICS_PORT": "0",  # any free one, which the rank notes in the file
         }
-        self.exchange.files.remove(self._port_file)
+        self._reached(lambda: self.exchange.files.remove(self._port_file))
         file = self.exchange.logs_dir / (f"learner-node{self._node}.log" if self._node else "learner.log")
         meeting = rendezvous_of(learner, self._env)
-        self._attempts.begin()
+        self._reached(self._attempts.begin)
         self._started = self.exchange.now()
         ranks = ManagedProcess(
             self._command, env, file, ranks=learner.processes_per_replica, rendezvous=meeting, echo=True
@@ -134,7 +136,7 @@ class LearnerPod:
         code = self._wait_for(ranks)
         self._ranks = self._started = None
         if not self._is_taken_over():
-            self._attempts.end(outcome_of(code), code, ranks.last_line)
+            self._reached(lambda: self._attempts.end(outcome_of(code), code, ranks.last_line))
         log.log(logging.ERROR if code else logging.INFO, "the learner ended: %s", describe_exit(code))
         return code
 
@@ -146,7 +148,8 @@ class LearnerPod:
                 # Told to leave they would save, on a volume that is the other run's by now.
                 ranks.signal(signal.SIGKILL)
             elif kill_at is None and (self._stop.is_set() or self._pods_gone() - gone_before):
-                self._attempts.end("signalled")
+                with self._outages.lived_through():
+                    self._attempts.end("signalled")
                 ranks.signal(signal.SIGTERM)
                 # By then another pod that was told to go is gone, and those that train with it would wait for ever.
                 kill_at = time.monotonic() + self.exchange.spec.learner.pod_template.termination_grace_period_seconds
@@ -155,6 +158,15 @@ class LearnerPod:
             self._keep_versions()
             time.sleep(_POLL_S)
         return code
+
+    def _reached(self, operation: Callable[[], object]) -> None:
+        """Do it once the volume is within reach; a pod that is told to go meanwhile goes."""
+
+        def wait(seconds: float) -> None:
+            if self._stop.wait(seconds):
+                raise SystemExit(TOLD_TO_GO)
+
+        self._outages.until_over(operation, wait=wait)
 
     def _is_taken_over(self) -> bool:
         """Whether another run goes on from our volume: two learners would train each other's rollouts."""
