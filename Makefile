@@ -97,10 +97,10 @@ adaptive-order-report: setup
 corrections-report: setup
 	PYTHONPATH=tests $(BIN)/python -m bench.corrections
 
-# What the learner, the transformers engine and vLLM make of every small causal architecture, into docs/models.md: half an
-# hour on two cores.
+# What the learner, the transformers engine and vLLM make of every small causal architecture, and of heads, files and data
+# types of some, into docs/models.md: half an hour on two cores for the first table. Each row is recorded at once.
 models-table: setup
-	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m bench.models_table --vllm
+	for part in table vllm forms; do OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m bench.models_table $$part || exit 1; done
 
 # Milliseconds of every interaction with the page of `heterorl ui` in Chromium, and seconds of the quickstart with and
 # without the page open, in turn; both into docs/ui.md.

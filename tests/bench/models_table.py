@@ -1,9 +1,10 @@
-"""The table of docs/models.md: what the learner and the engines make of every small causal architecture.
+"""The tables of docs/models.md: what the learner and the engines make of every small causal architecture.
 
-    python -m bench.models_table [--vllm] [NAME ...]
+    python -m bench.models_table table|vllm|forms [NAME ...]
 
-Without names it takes all of transformers' mapping and rewrites the table, keeping what it says of vLLM unless that is
-tried, too; with names it prints their rows. vLLM starts one engine a process.
+`table`: the learner and the transformers engine on all of transformers' mapping. `vllm`: the last column, of those that
+vLLM is tried on. `forms`: the second table, of heads, files and data types. Each row is recorded as soon as it is
+known, so that a run that was interrupted goes on with the names that are left.
 """
 
 from __future__ import annotations
@@ -16,11 +17,30 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
-BEGIN, END = "<!-- made by make models-table -->\n", "<!-- end of the table -->\n"
-HEADER = "| architecture | learner | gradients at budgets 1, 40, 100,000 | transformers sampler | vLLM |\n|---|---|---|---|---|\n"
-VLLM_SECONDS = 240
+TABLE = (
+    "<!-- made by make models-table -->\n",
+    "| architecture | learner | gradients at budgets 1, 40, 100,000 | transformers sampler | vLLM |\n|---|---|---|---|---|\n",
+    "<!-- end of the table -->\n",
+)
+FORMS_TABLE = (
+    "<!-- heads, files and data types, made by make models-table -->\n",
+    "| architecture | engine | tied head | untied head | sharded files | bfloat16 |\n|---|---|---|---|---|---|\n",
+    "<!-- end of heads, files and data types -->\n",
+)
+"""Marks before and after a table in the page, and its first lines between them."""
+VLLM_SECONDS, CELL = 240, "cell: "
+FORMS: dict[str, dict[str, Any]] = {
+    "tied head": {"tie_word_embeddings": True},
+    "untied head": {"tie_word_embeddings": False},
+    "sharded files": {"shards": "100KB"},
+    "bfloat16": {},
+}
+"""Of a model's folder, or of its data type; the second table tries them on `OF_FORMS`, with vLLM on `OF_VLLM_FORMS`."""
+OF_FORMS = ("llama", "qwen3", "gemma2", "gpt2", "opt", "falcon", "qwen3_moe", "qwen3_5", "jamba", "mamba")
+OF_VLLM_FORMS = ("llama", "qwen3", "gemma2", "gpt2", "opt")
 VLLM = (
     *(
         "llama",
@@ -42,20 +62,34 @@ VLLM = (
 """Those that vLLM is tried on; the others' cells are empty."""
 
 
-def row(name: str, *, vllm: bool) -> str:
-    """A line of the table."""
+def row(name: str, vllm: str) -> list[str]:
+    """A line of the first table, with the last cell given."""
     import architectures
 
     if name in architectures.CANNOT:
-        return f"| {name} | not tried: {architectures.CANNOT[name]} | | | |"
+        return [name, f"not tried: {architectures.CANNOT[name]}", "", "", ""]
     with tempfile.TemporaryDirectory() as scratch:
         try:
             folder = architectures.save(name, Path(scratch) / "model")
         except Exception as error:
-            return f"| {name} | cannot be built small: {_first_line(error)} | | | |"
-        cells = [*learner(folder), sampler(folder, "transformers")]
-        cells.append(sampler(folder, "vllm") if vllm and "refused" not in cells[0] else "")
-    return f"| {name} | " + " | ".join(cells) + " |"
+            return [name, f"cannot be built small: {_first_line(error)}", "", "", ""]
+        return [name, *learner(folder), sampler(folder, "transformers"), vllm]
+
+
+def form(name: str, kind: str, which: str) -> str:
+    """A cell of the second table: the learner's layout, and how the engine serves what it publishes."""
+    import architectures
+    from builders import spec_of
+    from heterorl_learner.engines.build import build_engine as build_learner
+
+    dtype = "bfloat16" if which == "bfloat16" else "float32"
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            folder = architectures.save(name, Path(scratch) / "model", **FORMS[which])
+            layout = build_learner(folder, spec_of(model={"dtype": dtype})).layout
+        except Exception as error:
+            return f"refused: {_first_line(error)}"
+        return f"{layout}; {sampler(folder, kind, dtype)}"
 
 
 def learner(folder: Path) -> tuple[str, str]:
@@ -80,7 +114,7 @@ def learner(folder: Path) -> tuple[str, str]:
     return engine.layout, f"{worst:.6f}"
 
 
-def sampler(folder: Path, kind: str) -> str:
+def sampler(folder: Path, kind: str, dtype: str = "float32") -> str:
     """How the engine generates, or why it does not: canary as after a publication by the learner."""
     import numpy as np
     import torch
@@ -94,9 +128,10 @@ def sampler(folder: Path, kind: str) -> str:
     from heterorl_sampler.engines.build import build_engine
 
     try:
-        engine = build_engine(kind, folder, dtype="float32", max_model_len=300)  # type: ignore[arg-type]
+        engine = build_engine(kind, folder, dtype=dtype, max_model_len=300)  # type: ignore[arg-type]
         texts = [torch.randint(3, 128, (272,), generator=torch.Generator().manual_seed(i)).tolist() for i in (0, 1)]
-        publisher = build_learner(folder, spec_of(model={"dtype": "float32"}))
+        spec = spec_of(model={"dtype": dtype})
+        publisher = build_learner(folder, spec)
         with torch.no_grad():
             for p in publisher._bare.parameters():
                 p.mul_(1.01)  # other weights than the engine started with
@@ -106,7 +141,7 @@ def sampler(folder: Path, kind: str) -> str:
         with tempfile.TemporaryDirectory() as published:
             save_file(publisher.full_state_dict(), Path(published) / "model.safetensors", metadata={"format": "pt"})
             engine.load_weights(Path(published))
-        difference = canary.check(Version(1, 1), engine.score, 1e-4)
+        difference = canary.check(Version(1, 1), engine.score, spec.canary_tolerance)
     except Exception as error:
         return f"refused: {_first_line(error)}"
     return f"{getattr(engine, 'reading', 'serves')}, canary {difference:.1g}"
@@ -118,16 +153,26 @@ def _first_line(error: Exception) -> str:
     return text if len(text) < 200 else text[:200] + "…"
 
 
-def vllm_cell(name: str) -> str:
-    """The last cell, found by a process of its own."""
-    command = [sys.executable, "-m", "bench.models_table", "--vllm", name]
+def in_a_process(name: str, kind: str, which: str = "") -> str:
+    """A cell found by a process of its own, since vLLM's engines want one each."""
+    command = [sys.executable, "-m", "bench.models_table", "cell", name, kind, which]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=VLLM_SECONDS, env=environment)
     except subprocess.TimeoutExpired:
         return f"not in {VLLM_SECONDS} s"
-    rows = [line for line in result.stdout.splitlines() if line.startswith(f"| {name} |")]
-    return cells(rows[-1])[-1] if rows else f"its process ended with {result.returncode}"
+    found = [line for line in result.stdout.splitlines() if line.startswith(CELL)]
+    return found[-1].removeprefix(CELL) if found else f"its process ended with {result.returncode}"
+
+
+def cell(name: str, kind: str, which: str) -> str:
+    """A cell of vLLM's column, or with `which` of the second table."""
+    import architectures
+
+    if which:
+        return form(name, kind, which)
+    with tempfile.TemporaryDirectory() as scratch:
+        return sampler(architectures.save(name, Path(scratch) / "model"), kind)
 
 
 def cells(line: str) -> list[str]:
@@ -135,39 +180,45 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
 
 
-def committed() -> dict[str, list[str]]:
-    """The rows in docs/models.md by architecture."""
-    table = DOCS.read_text().partition(BEGIN)[2].partition(END)[0].splitlines()[2:]
-    return {found[0]: found for found in map(cells, table)}
+def committed(table: tuple[str, str, str] = TABLE, key: int = 1) -> dict[str, list[str]]:
+    """The rows of a table in docs/models.md by their first cells, as many as `key`, put together."""
+    begin, _, end = table
+    lines = DOCS.read_text().partition(begin)[2].partition(end)[0].splitlines()[2:]
+    return {" ".join(found[:key]): found for found in map(cells, lines)}
 
 
-def write(rows: list[str]) -> None:
-    """Put the table into the page."""
-    before, _, rest = DOCS.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    DOCS.write_text(before + BEGIN + HEADER + "\n".join(rows) + "\n" + END + after)
+def record(table: tuple[str, str, str], row: list[str], key: int = 1) -> None:
+    """Put a row into the page, in place of the one with the same first cells or at the end."""
+    begin, header, end = table
+    rows = committed(table, key) | {" ".join(row[:key]): row}
+    before, _, rest = DOCS.read_text().partition(begin)
+    after = rest.partition(end)[2]
+    lines = "".join(f"| {' | '.join(found)} |\n" for found in rows.values())
+    DOCS.write_text(before + begin + header + lines + end + after)
+    print(*row, sep=" | ", flush=True)
 
 
 def main() -> int:
     logging.disable(logging.WARNING)
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vllm", action="store_true", help="with an engine of vLLM, which takes half a minute a row")
+    parser.add_argument("part", choices=("table", "vllm", "forms", "cell"))
     parser.add_argument("names", nargs="*")
     args = parser.parse_args()
-    if args.names:
-        for name in args.names:
-            print(row(name, vllm=args.vllm), flush=True)
-        return 0
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as MAPPING
+    if args.part == "cell":
+        print("\n" + CELL + cell(*args.names))
+    elif args.part == "table":
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as MAPPING
 
-    old, rows = committed(), []
-    for name in MAPPING:
-        found = cells(row(name, vllm=False))
-        print(*found, sep=" | ", flush=True)
-        if found[1] in ("packed", "padded", "alone") and name in VLLM:
-            found[-1] = vllm_cell(name) if args.vllm else old.get(name, [""])[-1]
-        rows.append("| " + " | ".join(found) + " |")
-    write(rows)
+        for name in args.names or MAPPING:
+            record(TABLE, row(name, committed().get(name, [""])[-1]))
+    elif args.part == "vllm":
+        for name in args.names or VLLM:
+            record(TABLE, [*committed()[name][:-1], in_a_process(name, "vllm")])
+    else:
+        for name in args.names or OF_FORMS:
+            record(FORMS_TABLE, [name, "transformers", *(form(name, "transformers", which) for which in FORMS)], key=2)
+            if name in OF_VLLM_FORMS:
+                record(FORMS_TABLE, [name, "vllm", *(in_a_process(name, "vllm", which) for which in FORMS)], key=2)
     return 0
 
 
