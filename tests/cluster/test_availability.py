@@ -76,7 +76,8 @@ def test_replicas_follow_windows_and_churn_to_a_second_and_the_same_seed_gives_t
             give_volume(cluster, namespace, name)
             apply(cluster, namespace, run)
             wait_for(lambda name=name: recorder.at(f"{name}-sampler-churn", time.time()) is not None, "the Deployments")
-            starts[name] = seconds(status(cluster, namespace, name)["startTime"])
+            started = wait_for(lambda name=name: status(cluster, namespace, name).get("startTime"), "the start")
+            starts[name] = seconds(started)
         time.sleep(6)
         away_from = time.time() - TOLERANCE_S
         process.kill()  # a successor goes on with the same trace
