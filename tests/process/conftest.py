@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from heterorl_learner.publish import Publisher
+
 PATIENCE_MS = 60_000
 
 
@@ -28,3 +30,16 @@ def browser() -> Iterator[Any]:
         )
         yield chromium
         chromium.close()
+
+
+@pytest.fixture
+def every_version_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests whose steps are faster than a slow disk: no version is left out because an earlier one is still written."""
+    publish = Publisher.publish
+
+    def publish_and_wait(publisher: Publisher, step: int) -> float:
+        blocked_s = publish(publisher, step)
+        publisher.wait()
+        return blocked_s
+
+    monkeypatch.setattr(Publisher, "publish", publish_and_wait)

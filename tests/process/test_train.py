@@ -27,10 +27,11 @@ from heterorl.monitoring.metrics import Metrics
 from heterorl.spec.run import HeteroRLRun
 from heterorl_learner.engines.build import build_engine
 from heterorl_learner.engines.torch_ddp import LossFunction, Sequence, TrainingEngine, micro_batch
-from heterorl_learner.publish import Publisher
 from heterorl_learner.rollout_feed import StepBatch
 from heterorl_learner.train import Trainer
 from heterorl_learner.train_step import train_on
+
+pytestmark = pytest.mark.usefixtures("every_version_is_published")
 
 
 def run_with(steps: int, learner: Mapping[str, Any] | None = None, **spec: Any) -> HeteroRLRun:
@@ -58,19 +59,6 @@ def exchange(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Exchange:
     for seq in range(5):
         put(exchange, {rollout_name(seq): rollout_of()})
     return exchange
-
-
-@pytest.fixture(autouse=True)
-def no_version_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These steps are faster than a slow disk: each publication is waited for, so that none stands in for another."""
-    publish = Publisher.publish
-
-    def published(publisher: Publisher, step: int) -> float:
-        took = publish(publisher, step)
-        publisher.wait()
-        return took
-
-    monkeypatch.setattr(Publisher, "publish", published)
 
 
 @pytest.fixture
