@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 from playwright.sync_api import sync_playwright
 from rich.console import Console, RenderableType
@@ -140,7 +139,8 @@ def on_cluster() -> str:
         install_chart(cluster)
         cluster.kubectl("create", "namespace", "training")
         with images.site(cluster, "training") as site:
-            manifest = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
+            quickstart = str(ROOT / "examples" / "quickstart.yaml")
+            manifest = json.loads(cluster.kubectl("create", "--dry-run=client", "-o", "json", "-f", quickstart))
             manifest["spec"]["exchange"]["volume"]["accessModes"] = ["ReadWriteMany"]  # what the volumes here offer
             site.adopt(manifest)
             cluster.kubectl("apply", "-f", "-", stdin=json.dumps(manifest))
