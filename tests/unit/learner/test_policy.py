@@ -61,9 +61,13 @@ MODELS: dict[str, tuple[Callable[[Tensor], Tensor], Afterwards]] = {
 }
 
 
+@pytest.mark.parametrize("tile", [5 * TOKENS, VOCABULARY * TOKENS])  # eight tiles, or one, which is kept
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_values_and_gradients_are_those_of_all_logits(name: str, bias: bool) -> None:
+def test_values_and_gradients_are_those_of_all_logits(
+    name: str, bias: bool, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "TILE", tile)
     model, afterwards = MODELS[name]
     example = Example(bias=bias)
     weights = torch.linspace(-1, 1, TOKENS)

@@ -19,7 +19,7 @@ logits of all:
 The tokens x vocabulary matrix is never made: a tile of it is made, reduced and dropped. All that the backward pass
 needs of the forward one is each token's logsumexp, so the result is exact for every loss, also for one that must have
 seen a whole sequence or group before it has any gradient. It costs a fourth product of matrices besides three, and
-memory for a few tiles and the gradient of the head.
+memory for a few tiles and the gradient of the head. Logits that are no more than one tile are kept instead.
 
 What a model makes of its head's output, a factor or a soft cap, is found by asking the model for it (`Head.ask`).
 Which layouts are right for a model is tried by `packing`, as is whether its logits are what its head can be asked for;
@@ -277,6 +277,7 @@ class _Tiled(torch.autograd.Function):
         ctx.dtype, ctx.afterwards = _dtype(weight), afterwards
         log_total = temperature.new_full(temperature.shape, -torch.inf)
         value = torch.zeros_like(log_total)  # the target's logit, or the mean logit
+        ctx.keeps = afterwards.cap is None and len(hidden) * len(weight) <= TILE  # all that is made is one tile
         for rows in _tiles(hidden, weight):
             logits = _logits(ctx, hidden, weight, bias, rows).div_(temperature[:, None])
             before, log_total = log_total, log_total.logaddexp(logits.logsumexp(1))
@@ -289,13 +290,14 @@ class _Tiled(torch.autograd.Function):
         if entropy:
             ctx.mark_non_differentiable(entropies := log_total - value)
             return entropies
-        ctx.save_for_backward(hidden, weight, bias, target_ids, temperature, log_total)
+        kept = logits if ctx.keeps else None
+        ctx.save_for_backward(hidden, weight, bias, target_ids, temperature, log_total, kept)
         return value - log_total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target_ids, temperature, log_total = ctx.saved_tensors
+        hidden, weight, bias, target_ids, temperature, log_total, kept = ctx.saved_tensors
         temperature, inputs = temperature[:, None], hidden.to(ctx.dtype)
         gradient = gradient[:, None] / temperature
         of_hidden = torch.zeros_like(hidden, dtype=torch.float32)
@@ -304,7 +306,7 @@ class _Tiled(torch.autograd.Function):
             for tensor, needed in zip((weight, bias), ctx.needs_input_grad[1:3])
         )
         for rows in _tiles(hidden, weight):
-            logits = _logits(ctx, hidden, weight, bias, rows)
+            logits = _logits(ctx, hidden, weight, bias, rows) if kept is None else kept * temperature
             slope = ctx.afterwards.slope(logits)
             inside, place = _places(target_ids, rows)
             # of the head's outputs: (one-hot - softmax) · gradient / temperature · slope
