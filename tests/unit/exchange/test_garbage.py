@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,48 @@ def test_an_unreadable_record_is_put_aside_before_its_writer_replaces_it(exchang
     assert aside.read_bytes() == b"\0\0\0"
     reason = json.loads((exchange.root / "quarantine" / "learner.json.reason.json").read_text())
     assert (reason["came_from"], "not JSON" in reason["reason"]) == ("learner.json", True)
+
+
+@pytest.mark.parametrize(("make", "read", "absent"), RECORDS)
+def test_a_folder_in_the_place_of_a_record_is_absent_told_once_and_put_aside_by_its_writer(
+    exchange: Exchange,
+    caplog: pytest.LogCaptureFixture,
+    make: Callable[[Exchange], Path],
+    read: Callable[[Exchange], Any],
+    absent: Any,
+) -> None:
+    path = make(exchange)
+    path.unlink()
+    (path / "kept").mkdir(parents=True)
+    assert [read(exchange) for _ in range(3)] == [absent] * 3
+    assert [record.message.count("treated as absent") for record in caplog.records] == [1]
+    exchange._records.write(path, Prepared(run="mine"))
+    assert path.is_file()
+    assert (exchange.root / "quarantine" / path.relative_to(exchange.root) / "kept").is_dir()
+
+
+@pytest.mark.parametrize(("make", "read", "absent"), RECORDS)
+def test_a_link_to_itself_and_a_file_for_a_folder_are_absent_records(
+    exchange: Exchange, make: Callable[[Exchange], Path], read: Callable[[Exchange], Any], absent: Any
+) -> None:
+    path = make(exchange)
+    path.unlink()
+    path.symlink_to(path.name)
+    assert read(exchange) == absent
+    if path.parent != exchange.root:
+        shutil.rmtree(path.parent)
+        path.parent.write_bytes(b"a file")
+        assert read(exchange) == absent
+
+
+@pytest.mark.parametrize("entry", ["folder", "link to itself"])
+def test_what_has_the_name_of_a_rollout_and_is_no_file_is_damage(exchange: Exchange, entry: str) -> None:
+    name = rollout_name(0)
+    path = exchange.root / "rollouts" / f"{name}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    path.mkdir() if entry == "folder" else path.symlink_to(path.name)
+    with pytest.raises(CorruptFile, match="is not a file"):
+        exchange.read_rollout(name)
 
 
 @pytest.mark.parametrize(("make", "read", "absent"), RECORDS)

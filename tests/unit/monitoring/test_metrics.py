@@ -25,8 +25,9 @@ from heterorl.monitoring.background import Background
 from heterorl.monitoring.boards import TensorBoard, check_boards, wandb_mode
 from heterorl.monitoring.json_lines import JsonLines, read_metrics
 from heterorl.monitoring.metrics import Metrics, conclude
+from heterorl.monitoring.run_records import read_samplers
 from heterorl.monitoring.run_story import RunStory
-from heterorl.spec.run import MonitoringSpec
+from heterorl.spec.run import MonitoringSpec, Slot
 
 QUIET = MonitoringSpec(tensorboard=False)
 
@@ -101,6 +102,13 @@ def test_reader_ignores_a_half_written_line_and_a_missing_file(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"step": 1}\n\n[1]\n\xff\xfe\n{"step": 2}\n{"st')
     assert [r["step"] for r in read_metrics(tmp_path / "a.jsonl")] == [1, 2]
     assert read_metrics(tmp_path / "b.jsonl") == []
+
+
+def test_a_copy_beside_a_slots_lines_and_a_folder_in_their_place_are_ignored(tmp_path):
+    (tmp_path / "sampler-far-0.jsonl").write_text('{"names": []}\n')
+    (tmp_path / "sampler-far-0 (copy).jsonl").write_text('{"names": ["twice"]}\n')
+    (tmp_path / "sampler-near-0.jsonl").mkdir()
+    assert read_samplers(tmp_path) == {Slot("far", 0): [{"names": []}], Slot("near", 0): []}
 
 
 def test_resumed_learner_supersedes_the_steps_it_repeats(tmp_path):

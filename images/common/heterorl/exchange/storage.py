@@ -28,12 +28,15 @@ from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar, cast
 
 from heterorl.blame import TRANSIENT
+from heterorl.errors import CorruptFile
 
 log = logging.getLogger(__name__)
 
 STAGING = ".tmp-"
 _NOT_OFFERED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR})
 """What a mount says that does not have the operation."""
+_NO_FILE = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ELOOP})
+"""What is said of a folder that is read, of a path through a file, and of a link to itself."""
 RETRY_AFTER_S = (0.1, 0.5, 2.0, 5.0)
 _ERROR_NUMBER = re.compile(r"(?:\[Errno |\(os error )([0-9]+)[\])]")
 _CHUNK = 1 << 20
@@ -118,10 +121,10 @@ class Files:
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────
     @_persistent
     def list(self, path: Path) -> list[str]:
-        """Names of finished entries, sorted; an absent folder is empty."""
+        """Names of finished entries, sorted; an absent folder is empty, as is a file in its place."""
         try:
             return sorted(name for name in os.listdir(path) if not name.startswith(STAGING))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     @_persistent
@@ -138,8 +141,13 @@ class Files:
         return sorted(path for path in folder.rglob("*") if path.is_file())
 
     def read(self, path: Path) -> bytes:
-        """The whole file; FileNotFoundError if it is gone."""
-        return self._unless_stale(path, self._read)
+        """The whole file; FileNotFoundError if it is gone, CorruptFile if what has its name is none."""
+        try:
+            return self._unless_stale(path, self._read)
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
+            raise CorruptFile(f"{path} is not a file ({error.strerror})") from error
 
     def size(self, path: Path) -> int:
         """Bytes of a file; FileNotFoundError if it is gone."""

@@ -97,13 +97,13 @@ def record_at(path: Path, place: int) -> Record:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """All records that stand, in the order written; an absent file has none.
+    """All records that stand, in the order written; an absent file, or a folder in its place, has none.
 
     Lines with a step supersede every earlier line of their own or a later step. Lines that are torn are left out.
     """
     try:
         content = persistently(path.read_bytes, what=path.name)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return []
     records: list[Record] = []
     supersede(records, [record for _, record in _records(content)])

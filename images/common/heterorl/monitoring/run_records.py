@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 
@@ -27,9 +28,12 @@ def read_steps(folder: Path) -> list[Record]:
 
 
 def read_samplers(folder: Path) -> dict[Slot, list[Record]]:
-    """Every line of each slot that has any, events included."""
-    files = persistently(lambda: sorted(folder.glob("sampler-*.jsonl")), what=folder.name)
-    return {Slot.parse(path.stem.removeprefix("sampler-")): read_metrics(path) for path in files}
+    """Every line of each slot that has any, events included; a copy beside a slot's file is none."""
+    found = {}
+    for path in persistently(lambda: sorted(folder.glob("sampler-*.jsonl")), what=folder.name):
+        with suppress(ValueError):
+            found[Slot.parse(path.stem.removeprefix("sampler-"))] = path
+    return {slot: read_metrics(path) for slot, path in found.items()}
 
 
 def is_step(record: Record) -> bool:
