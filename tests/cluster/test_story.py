@@ -187,6 +187,7 @@ def test_vllm_samples_in_a_pod_for_a_learner_of_two_pods(site, installed):
 def test_edits_reach_pods_at_work_and_a_suspended_run_goes_on_from_its_checkpoint(site, installed):
     cluster = site.cluster
     manifest = run_of("edited", [("near", "transformers")], steps=100_000)
+    manifest["spec"]["monitoring"] = {"page": True}
     start(site, manifest)
 
     def wait_for_log(pod, pattern):
@@ -194,6 +195,11 @@ def test_edits_reach_pods_at_work_and_a_suspended_run_goes_on_from_its_checkpoin
         return wait_for(lambda: re.search(pattern, cluster.kubectl(*log, check=False)), f"{pattern} from {pod}", 120)
 
     wait_for_log("edited-learner-0", r"step 4/100000 ")
+    with cluster.tunnel(site.namespace, "edited-learner-0", PAGE_PORT) as address, connected(address) as reader:
+        (shown,) = json.loads(ask(reader)[2])["runs"]
+    assert (shown["title"], shown["state"]) == ("edited", "running")
+    assert shown["step"] >= 4
+
     slow = {**manifest["spec"]["samplers"][0], "delay": {"distribution": "constant", "lower": 3600}}
     patch(cluster, site.namespace, "edited", {"learner": {"steps": 200_000}, "samplers": [slow]})
     wait_for_log("edited-learner-0", r"follows an edit of learner\.steps")
