@@ -86,6 +86,19 @@ def test_no_rollout_is_given_twice(exchange: Exchange, put: Callable[..., Rollou
         feed.take(2)
 
 
+def test_a_rollout_that_a_late_listing_still_shows_is_not_given_twice(
+    exchange: Exchange, put: Callable[..., RolloutName]
+) -> None:
+    first = [put(0), put(1)]
+    feed = RolloutFeed(exchange, 0, 1, never)
+    assert take(feed, 0) == [0, 1]
+    put(2), put(3)
+    for name in first:  # as where a cached folder is looked at: moved away, and still there
+        taken = exchange.root / "taken" / f"{name}.safetensors"
+        (exchange.root / "rollouts" / taken.name).write_bytes(taken.read_bytes())
+    assert take(feed, 1) == [2, 3]
+
+
 def test_a_file_that_shows_up_late_is_not_forgotten(exchange: Exchange, put: Callable[..., RolloutName]) -> None:
     put(0), put(2)
     feed = RolloutFeed(exchange, 0, 1, never)
