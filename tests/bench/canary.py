@@ -196,8 +196,15 @@ def report(measured: Measured) -> str:
     parts = [REPORT_HEAD]
     for model, dtype in sorted({(case.model, case.dtype) for case in measured}):
         own = {case: values for case, values in measured.items() if (case.model, case.dtype) == (model, dtype)}
-        parts += [f"\n## {model}, {dtype}\n", _honest(own), _faults(own)]
+        parts += [f"\n## {model}, {dtype}\n", _versions(own), _honest(own), _faults(own)]
     return "\n".join(parts)
+
+
+def _versions(measured: Measured) -> str:
+    """Which were measured."""
+    steps = {rate: sorted({case.step for case in measured if case.rate == rate and case.step}) for rate in RATES}
+    parts = [f"{rate:g}: {', '.join(map(str, found))}" for rate, found in steps.items() if found]
+    return f"Measured after steps, by rate: {'; '.join(parts) or 'the starting weights only'}.\n"
 
 
 def _honest(measured: Measured) -> str:
@@ -241,7 +248,9 @@ REPORT_HEAD = """# What the canary sees
 Made by `make canary-report`. The learner scores two texts of 272 tokens, an engine that loaded its weights does too; d
 is the difference of a token's log-probability. Texts: the canary's prose, prompts put end to end, worked problems of
 GSM8K; for the tiny model random tokens. Versions: the starting weights and those after 1, 8 and 64 steps of AdamW at
-two learning rates. Faults are planted in the tensors that the engine loads (`tests/bench/canary_faults.py`).
+two learning rates. Faults are planted in the tensors that the engine loads (`tests/bench/canary_faults.py`). Stale
+cache: tokens of the second half, read after keys and values that the starting weights made of the first; no engine
+reads a cache to score the canary, so this is what completions would be off by, and the canary does not see it.
 """
 
 
