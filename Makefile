@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-unit test-gpu mutants exits cluster-programs cluster test-cluster bench bench-quick bench-gpu bench-curves bench-density bench-quickstart bench-operator canary-report adaptive-order-report corrections-report models-table page-report page-cost pictures images check crd docs site clean
+.PHONY: setup quickstart test test-unit test-gpu test-real mutants exits cluster-programs cluster test-cluster bench bench-quick bench-gpu bench-curves bench-density bench-quickstart bench-operator canary-report adaptive-order-report corrections-report models-table real-model-report page-report page-cost pictures images check crd docs site clean
 
 setup: $(VENV)/.installed
 
@@ -19,7 +19,7 @@ quickstart: setup
 	$(BIN)/heterorl run examples/quickstart.yaml
 
 test: setup test-unit cluster-programs
-	$(BIN)/python -m pytest tests/process tests/contract tests/system tests/cluster
+	$(BIN)/python -m pytest tests/process tests/contract tests/system tests/cluster --ignore tests/system/real
 
 # No process and no engine is started in these: under a minute.
 test-unit: setup
@@ -29,6 +29,11 @@ test-unit: setup
 # the size of Qwen3-1.7B. Meant for under 10 minutes on one card. Without a GPU every test is skipped.
 test-gpu: setup
 	$(BIN)/python -m pytest -rA tests/gpu
+
+# A real model of 135 M parameters, from PyPI, in whole runs of three steps: both data types, both engines, recorded in
+# docs/reports/real-model-tests.md. Meant for under 15 minutes on two cores.
+test-real: setup
+	HETERORL_REPORT=docs/reports/real-model-tests.md $(BIN)/python -m pytest -rA tests/system/real
 
 # Would the tests notice? One line broken at a time, recorded in docs/reports/mutants.md: under 10 minutes.
 mutants: setup
@@ -101,6 +106,11 @@ corrections-report: setup
 # types of some, into docs/models.md: half an hour on two cores for the first table. Each row is recorded at once.
 models-table: setup
 	for part in table vllm forms; do OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m bench.models_table $$part || exit 1; done
+
+# The run of examples/smollm2.yaml, with its time and memory, into docs/reports/real-model.md: a quarter of an hour on two
+# idle cores. A run that is in runs/ already is only reported.
+real-model-report: setup
+	PYTHONPATH=tests $(BIN)/python -m bench.real_model
 
 # Milliseconds of every interaction with the page of `heterorl ui` in Chromium, and seconds of the quickstart with and
 # without the page open, in turn; both into docs/ui.md.
