@@ -23,7 +23,7 @@ from heterorl.exchange.version import Version
 from heterorl.logs import setup_logging
 from heterorl.monitoring.background import Background
 from heterorl.monitoring.boards import TensorBoard, check_boards, wandb_mode
-from heterorl.monitoring.json_lines import JsonLines, read_metrics
+from heterorl.monitoring.json_lines import JsonLines, MetricsTail, read_metrics
 from heterorl.monitoring.metrics import Metrics, conclude
 from heterorl.monitoring.run_records import read_samplers
 from heterorl.monitoring.run_story import RunStory
@@ -102,6 +102,32 @@ def test_reader_ignores_a_half_written_line_and_a_missing_file(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"step": 1}\n\n[1]\n\xff\xfe\n{"step": 2}\n{"st')
     assert [r["step"] for r in read_metrics(tmp_path / "a.jsonl")] == [1, 2]
     assert read_metrics(tmp_path / "b.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    ("line", "read"),
+    [
+        ({"step": "x", "reward": 0.5}, {"reward": 0.5}),
+        ({"step": 2, "reward": "abc", "loss": None}, {"step": 2, "loss": None}),
+        ({"step": True, "time": [1], "kl": {}}, {}),
+        ({"step": -3, "version_step": 2.5, "groups": "8"}, {}),
+        ({"step": 10**400, "reward": 10**400}, {"step": 10**400}),
+        ({"names": 5, "event": 1}, {}),
+        ({"names": ["a", 1]}, {}),
+        ({"names": ["a"], "event": "swap", "version": "v1"}, {"names": ["a"], "event": "swap", "version": "v1"}),
+        ({"event": "start", "software": "none"}, {"event": "start"}),
+        ({"of a later version": "words", "count": 3}, {"count": 3}),
+    ],
+)
+def test_of_a_line_of_metrics_only_what_its_writer_writes_is_read(tmp_path, line, read):
+    (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n")
+    assert read_metrics(tmp_path / "a.jsonl") == [read]
+    assert MetricsTail(tmp_path / "a.jsonl").read() == [read]
+
+
+def test_numbers_of_a_line_that_are_none_are_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"step": 1, "reward": NaN, "loss": Infinity, "kl": 0.5}\n')
+    assert read_metrics(tmp_path / "a.jsonl") == [{"step": 1, "kl": 0.5}]
 
 
 def test_a_copy_beside_a_slots_lines_and_a_folder_in_their_place_are_ignored(tmp_path):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -96,29 +97,71 @@ def record_at(path: Path, place: int) -> Record:
     return record
 
 
+class MetricsTail(Tail):
+    """The same of a metrics file: of each line what it can say (`metrics_line`)."""
+
+    def read_places(self) -> list[tuple[int, Record]]:
+        """As `Tail.read_places`."""
+        return [(place, metrics_line(record)) for place, record in super().read_places()]
+
+
+def metrics_line(record: Record) -> Record:
+    """What a line of a metrics file can say: a number or nothing under every name but a few; the rest is left out."""
+    return {name: value for name, value in record.items() if _SAYS.get(name, _is_number)(value)}
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and abs(value) <= sys.float_info.max)
+
+
+def _is_whole(value: Any) -> bool:
+    return value is None or (type(value) is int and value >= 0)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_SAYS: dict[str, Callable[[Any], bool]] = {
+    "event": _is_text,
+    "version": _is_text,
+    "names": lambda value: isinstance(value, list) and all(map(_is_text, value)),
+    "software": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
+    "step": _is_whole,
+    "version_step": _is_whole,
+    "groups": _is_whole,
+}
+
+
 def read_metrics(path: Path) -> list[Record]:
     """All records that stand, in the order written; an absent file, or a folder in its place, has none.
 
-    Lines with a step supersede every earlier line of their own or a later step. Lines that are torn are left out.
+    Lines with a step supersede every earlier line of their own or a later step. Lines that are torn are left out, and
+    of the others what is not as their writer writes it (`metrics_line`).
     """
     try:
         content = persistently(path.read_bytes, what=path.name)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return []
     records: list[Record] = []
-    supersede(records, [record for _, record in _records(content)])
+    supersede(records, [metrics_line(record) for _, record in _records(content)])
     return records
 
 
 def supersede(records: list[Record], added: Iterable[Record]) -> None:
     """Append records; one with a step takes the place of every earlier one of its own or a later step."""
-    last_step = next((record["step"] for record in reversed(records) if record.get("step") is not None), -1)
+    last_step = next((step for record in reversed(records) if (step := _step_of(record)) >= 0), -1)
     for record in added:
-        if (step := record.get("step")) is not None:
+        if (step := _step_of(record)) >= 0:
             if step <= last_step:
-                records[:] = [earlier for earlier in records if earlier.get("step", -1) < step]
+                records[:] = [earlier for earlier in records if _step_of(earlier) < step]
             last_step = step
         records.append(record)
+
+
+def _step_of(record: Record) -> int:
+    step: int | None = record.get("step")
+    return -1 if step is None else step
 
 
 def _records(content: bytes) -> list[tuple[int, Record]]:

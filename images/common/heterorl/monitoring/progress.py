@@ -13,7 +13,7 @@ from statistics import median
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import Evaluation
 from heterorl.exchange.version import Version
-from heterorl.monitoring.json_lines import Record, Tail, supersede
+from heterorl.monitoring.json_lines import MetricsTail, Record, supersede
 from heterorl.monitoring.run_records import (
     column,
     is_batch,
@@ -113,8 +113,8 @@ class ProgressReader:
         self._run, self._opened_at = SnapshotReader(exchange), exchange.now()
         self._completions = exchange.completions_file
         self._begun_at = 0.0  # when the learner started last, by its clock
-        self._learner = Tail(learner_file(exchange.metrics_dir))
-        self._samplers = {slot: Tail(sampler_file(exchange.metrics_dir, slot)) for slot in exchange.spec.slots}
+        self._learner = MetricsTail(learner_file(exchange.metrics_dir))
+        self._samplers = {slot: MetricsTail(sampler_file(exchange.metrics_dir, slot)) for slot in exchange.spec.slots}
         self._steps: list[Record] = []
         self._slots = dict.fromkeys(self._samplers, SlotProgress())
 
@@ -168,14 +168,14 @@ def live_progress(
         step=snapshot.step,
         steps=snapshot.steps,
         newest=snapshot.newest,
-        rewards={record["step"]: record["reward"] for record in steps if record["reward"] is not None},
+        rewards={record["step"]: record["reward"] for record in steps if record.get("reward") is not None},
         waiting_for=_waiting_for(snapshot, recent, opened_at),
         weights_refused=snapshot.weights_refused,
         lag_mean=mean(recent, "lag/mean"),
         lag_max=max(column(steps, "lag/max"), default=0.0),
         learner_tokens_per_s=mean(recent, "perf/tokens_per_s") or 0.0,
         waiting=learner_wait_share(recent) or 0.0,
-        dropped=(recent[-1]["lag/dropped"] or 0) if recent else 0,
+        dropped=(recent[-1].get("lag/dropped") or 0) if recent else 0,
         eta_s=eta_s,
         evals=snapshot.evaluations,
         slots={slot: _with_heartbeat(row, slot, snapshot) for slot, row in slots.items()},
@@ -209,7 +209,7 @@ def _add_line(row: SlotProgress, record: Record) -> SlotProgress:
         return row
     return replace(
         row,
-        rollouts=row.rollouts + record.get("groups", 0),
+        rollouts=row.rollouts + (record.get("groups") or 0),
         tokens_per_s=record.get("tokens_per_s") or 0.0,
         waited_s=row.waited_s + sampler_wait_s(record),
     )

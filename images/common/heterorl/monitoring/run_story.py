@@ -104,7 +104,7 @@ def _without(value: Any, keys: tuple[str, ...]) -> Any:
 
 def _rows(group: Record) -> Iterator[Record]:
     """A group of `completions.jsonl`, one row a completion; none of what is damaged."""
-    with suppress(LookupError, TypeError, AttributeError):
+    with suppress(LookupError, TypeError, ValueError, AttributeError):
         for completion in group["completions"]:
             yield {
                 "step": int(group["step"]),

@@ -16,7 +16,7 @@ from heterorl.errors import HeteroRLError
 from heterorl.exchange.exchange import Exchange
 from heterorl.exchange.records import RunnerState
 from heterorl.logs import shown
-from heterorl.monitoring.json_lines import Tail
+from heterorl.monitoring.json_lines import MetricsTail
 from heterorl.monitoring.progress import LiveProgress, ProgressReader
 from heterorl.monitoring.run_records import is_step, learner_file, sampler_file
 from heterorl.monitoring.series import Series, active_clock, family_of, mean_of, smooth, smoothed
@@ -41,8 +41,8 @@ class RunView:
         self.name, self.root = name, root
         self.steps = StepTable()
         self._exchange = Exchange(root)
-        self._learner = Tail(learner_file(self._exchange.metrics_dir))
-        self._samplers: dict[Slot, tuple[Tail, Lane]] = {}
+        self._learner = MetricsTail(learner_file(self._exchange.metrics_dir))
+        self._samplers: dict[Slot, tuple[MetricsTail, Lane]] = {}
         self._completions = CompletionIndex(self._exchange.completions_file)
         self._answers = AnswerIndex(self._exchange.answers_dir)
         self._progress: ProgressReader | None = None
@@ -63,7 +63,7 @@ class RunView:
             except ValueError:
                 continue
             if slot not in self._samplers:
-                self._samplers[slot] = (Tail(sampler_file(self._exchange.metrics_dir, slot)), Lane())
+                self._samplers[slot] = (MetricsTail(sampler_file(self._exchange.metrics_dir, slot)), Lane())
         for tail, lane in self._samplers.values():
             lane.add(tail.read())
         return {slot: lane for slot, (_, lane) in self._samplers.items()}
