@@ -516,13 +516,21 @@ def test_nothing_is_kept_for_evaluations_that_are_not_made(exchange):
     assert run.list_pinned() == []
 
 
-def test_a_volume_that_cannot_be_read_for_a_moment_does_not_end_the_pod(exchange, caplog):
-    run, stop = exchange(uid="0f3c", spec=EVALUATING), threading.Event()
+def test_a_volume_that_cannot_be_read_for_a_moment_does_not_end_the_pod(exchange, caplog, monkeypatch):
+    run, stop, away, listed = exchange(uid="0f3c", spec=EVALUATING), threading.Event(), threading.Event(), os.listdir
+
+    def listdir(folder):
+        if away.is_set() and folder == run.root / "weights":
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    run.files.retry_after_s = ()
     _, thread, codes = served(run, SAVES, stop)
     wait_until((run.root / "0").exists)
-    (run.root / "weights").write_text("a file where a folder should be")
-    wait_until(lambda: "Not a directory" in caplog.text)
-    (run.root / "weights").unlink()
+    away.set()
+    wait_until(lambda: "Transport endpoint is not connected" in caplog.text)
+    away.clear()
     assert thread.is_alive()
     stop.set()
     thread.join()
