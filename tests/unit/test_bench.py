@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,14 @@ from bench.page import Origin, _order, figure, merge, put, table
 HALF = at_most(0.5)
 
 subjects()  # now, since torch, which some import, asks a process for its libraries
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_old_to_collect() -> Iterator[None]:
+    """Each round collects garbage first: here it passes over what the other tests of the process have made."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def a_benchmark(
