@@ -91,7 +91,7 @@ bench-operator: setup cluster-programs
 # What the canary sees, measured on a real model and a tiny one, into docs/reports/canary.md: about an hour on two cores.
 # DATA is the folder of the datasets that the tests use (HETERORL_TEST_DATA).
 canary-report: setup
-	PYTHONPATH=tests $(BIN)/python -m bench.canary --gsm8k $(DATA)/gsm8k/train.jsonl --measurements canary-measurements.jsonl
+	PYTHONPATH=tests $(BIN)/python -m bench.canary --gsm8k $(DATA)/gsm8k/train.jsonl
 
 # Reward against generated tokens with the adaptive and the shuffled order, into docs/reports/adaptive-order.md: about ten
 # minutes on one core.

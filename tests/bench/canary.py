@@ -34,6 +34,7 @@ from bench.canary_faults import (
     serving_folder,
     through_bfloat16,
 )
+from bench.page import ROOT
 from heterorl.exchange.canary import CANARY_TOKENS, canary_texts
 from heterorl_sampler.engines.base import InferenceEngine
 from heterorl_sampler.engines.build import EngineName, build_engine
@@ -41,7 +42,7 @@ from heterorl_sampler.engines.model_files import Dtype
 from heterorl_sampler.engines.transformers import TransformersEngine
 from models import convert_smollm2, save_tiny_qwen3
 
-MEASUREMENTS = Path(__file__).parents[2] / "docs" / "reports" / "canary.jsonl"
+MEASUREMENTS = ROOT / "docs" / "reports" / "canary.jsonl"
 STEPS = (0, 1, 8, 64)
 """Optimizer steps between the versions; 0 is the starting weights alone."""
 RATES = (1e-6, 1e-4)

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.benchmark import seconds
-from bench.page import PAGE
+from bench.page import PAGE, rows_in
 from bench.subjects.queue import GROUPS, MAX_STEPS, Folder, made_by
 from builders import CANARY, exchange_at, run_of
 from heterorl.exchange.exchange import Exchange
@@ -124,9 +124,7 @@ def lag() -> dict[str, Curve]:
 
 def operator() -> tuple[dict[str, Curve], dict[str, Curve]]:
     """Seconds to all children, and MB, as recorded."""
-    page = PAGE.read_text().partition("<!-- operator scale: begin -->")[2].partition("<!--")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
-    head, numbers = rows[0], rows[2:]
+    head, *numbers = rows_in(PAGE, "operator scale")
 
     def column(name: str) -> Curve:
         at = head.index(name)

@@ -19,18 +19,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parents[2] / "docs" / "models.md"
-TABLE = (
-    "<!-- made by make models-table -->\n",
-    "| architecture | learner | gradients at budgets 1, 40, 100,000 | transformers sampler | vLLM |\n|---|---|---|---|---|\n",
-    "<!-- end of the table -->\n",
-)
-FORMS_TABLE = (
-    "<!-- heads, files and data types, made by make models-table -->\n",
-    "| architecture | engine | tied head | untied head | sharded files | bfloat16 |\n|---|---|---|---|---|---|\n",
-    "<!-- end of heads, files and data types -->\n",
-)
-"""Marks before and after a table in the page, and its first lines between them."""
+from bench.page import ROOT, put, rows_in, table_line
+
+DOCS = ROOT / "docs" / "models.md"
+TABLE, FORMS_TABLE = "architectures", "forms"
+"""Sections of the page, each with a table."""
 VLLM_SECONDS, CELL = 240, "cell: "
 FORMS: dict[str, dict[str, Any]] = {
     "tied head": {"tie_word_embeddings": True},
@@ -161,7 +154,7 @@ def in_a_process(name: str, kind: str, which: str = "") -> str:
         result = subprocess.run(command, capture_output=True, text=True, timeout=VLLM_SECONDS, env=environment)
     except subprocess.TimeoutExpired:
         return f"not in {VLLM_SECONDS} s"
-    found = [line for line in result.stdout.splitlines() if line.startswith(CELL)]
+    found = [said for said in result.stdout.splitlines() if said.startswith(CELL)]
     return found[-1].removeprefix(CELL) if found else f"its process ended with {result.returncode}"
 
 
@@ -175,26 +168,16 @@ def cell(name: str, kind: str, which: str) -> str:
         return sampler(architectures.save(name, Path(scratch) / "model"), kind)
 
 
-def cells(line: str) -> list[str]:
-    """A row of the table, taken apart."""
-    return [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
-
-
-def committed(table: tuple[str, str, str] = TABLE, key: int = 1) -> dict[str, list[str]]:
+def committed(section: str = TABLE, key: int = 1) -> dict[str, list[str]]:
     """The rows of a table in docs/models.md by their first cells, as many as `key`, put together."""
-    begin, _, end = table
-    lines = DOCS.read_text().partition(begin)[2].partition(end)[0].splitlines()[2:]
-    return {" ".join(found[:key]): found for found in map(cells, lines)}
+    return {" ".join(found[:key]): found for found in rows_in(DOCS, section)[1:]}
 
 
-def record(table: tuple[str, str, str], row: list[str], key: int = 1) -> None:
+def record(section: str, row: list[str], key: int = 1) -> None:
     """Put a row into the page, in place of the one with the same first cells or at the end."""
-    begin, header, end = table
-    rows = committed(table, key) | {" ".join(row[:key]): row}
-    before, _, rest = DOCS.read_text().partition(begin)
-    after = rest.partition(end)[2]
-    lines = "".join(f"| {' | '.join(found)} |\n" for found in rows.values())
-    DOCS.write_text(before + begin + header + lines + end + after)
+    head = rows_in(DOCS, section)[0]
+    rows = committed(section, key) | {" ".join(row[:key]): row}
+    put(DOCS, section, "\n".join(map(table_line, [head, ["---"] * len(head), *rows.values()])))
     print(*row, sep=" | ", flush=True)
 
 

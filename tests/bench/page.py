@@ -96,8 +96,8 @@ HEAD = ("id", "what", "against", "target", "median", "min – max", "ours", "the
 
 def table(rows: list[Row], benchmarks: dict[str, Benchmark]) -> str:
     """Markdown, with what each row comes from below it."""
-    lines = [_cells(HEAD), _cells(["---"] * 4 + ["---:"] * 4 + ["---"] * 2)]
-    lines += [_cells(_row(row, benchmarks[row["id"]])) for row in rows]
+    lines = [table_line(HEAD), table_line(["---"] * 4 + ["---:"] * 4 + ["---"] * 2)]
+    lines += [table_line(_row(row, benchmarks[row["id"]])) for row in rows]
     missed = [row["id"] for row in rows if row["met"] is False and benchmarks[row["id"]].missed]
     lines += ["", "Why a target is missed:", ""] * bool(missed)
     lines += [f"- {id}: {benchmarks[id].missed}" for id in missed]
@@ -127,15 +127,29 @@ def figure(value: float, unit: str) -> str:
     return f"{value:,.0f} {unit}" if abs(value) >= 1000 else f"{value:.3g} {unit}"
 
 
-def _cells(cells: Any) -> str:
+def table_line(cells: Any) -> str:
+    """A line of a table."""
     return f"| {' | '.join(cells)} |"
 
 
 def put(page: Path, section: str, text: str) -> None:
     """Put text where a page has room for it: between the marks of the section."""
+    before, _, after = _around(page, section)
+    page.write_text(f"{before}\n{text}\n{after}")
+
+
+def rows_in(page: Path, section: str) -> list[list[str]]:
+    """The cells of the table in a section, its head first, without the line below that."""
+    lines = [line for line in _around(page, section)[1].splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|")] for line in lines]
+    return [*rows[:1], *rows[2:]]
+
+
+def _around(page: Path, section: str) -> tuple[str, str, str]:
+    """A page up to a section's first mark, what is between the marks, and the page from the last one on."""
     begin, end = f"<!-- {section}: begin -->", f"<!-- {section}: end -->"
     before, found, rest = page.read_text().partition(begin)
-    _, closed, after = rest.partition(end)
+    inside, closed, after = rest.partition(end)
     if not found or not closed:
         raise ValueError(f"{page} has no section {section!r}: it needs the lines {begin} and {end}")
-    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+    return before + begin, inside, end + after

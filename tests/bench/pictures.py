@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -29,8 +28,9 @@ from rich.text import Text
 
 from bench.page import ROOT
 from bench.ui_speed import serving
-from cluster import build, images
+from cluster import images
 from cluster.harness import Cluster, Unavailable
+from cluster.helm import CHART, VALUES, helm_in
 from cluster.operators import status, wait_for
 from heterorl.exchange.exchange import Exchange
 from heterorl.local.attach import view_of
@@ -136,7 +136,8 @@ def on_cluster() -> str:
     with Cluster("node") as cluster:
         assert cluster.node is not None
         cluster.node.load_image(archive)
-        install_chart(cluster)
+        place = ("--namespace", "heterorl-system", "--create-namespace", "--wait", "--timeout", "180s")
+        helm_in(cluster.folder)("install", "heterorl", CHART, *place, values=VALUES, kubeconfig=cluster.kubeconfig)
         cluster.kubectl("create", "namespace", "training")
         with images.site(cluster, "training") as site:
             quickstart = str(ROOT / "examples" / "quickstart.yaml")
@@ -152,20 +153,6 @@ def on_cluster() -> str:
 
 def trained(cluster: Cluster) -> int:
     return int(status(cluster, "training", "quickstart").get("learner", {}).get("step") or 0)
-
-
-def install_chart(cluster: Cluster) -> None:
-    values = {
-        "registry": "localhost", "progress.seconds": 1, "images.pullPolicy": "Never", "image.pullPolicy": "Never",
-        **{f"{name}.tag": images.TAG for name in ("image", "images.learner", "images.sampler")},
-    }  # fmt: skip
-    sets = ["--set", ",".join(f"{path}={value}" for path, value in values.items())]
-    place = ["--namespace", "heterorl-system", "--create-namespace", "--wait", "--timeout", "180s"]
-    homes = {f"HELM_{kind}_HOME": str(cluster.folder / f"helm-{kind.lower()}") for kind in ("CACHE", "CONFIG", "DATA")}
-    subprocess.run(
-        [str(build.find("helm")), "install", "heterorl", str(ROOT / "charts" / "heterorl"), *place, *sets],
-        env={**os.environ, **homes, "KUBECONFIG": str(cluster.kubeconfig)}, stdout=subprocess.DEVNULL, check=True,
-    )  # fmt: skip
 
 
 # ── pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -21,12 +21,13 @@ from statistics import fmean, median
 
 import psutil
 
+from bench.page import ROOT
 from heterorl.monitoring.json_lines import read_metrics
 from heterorl.report.page import write_report
 from models import convert_smollm2
 
-REPORTS = Path(__file__).parents[2] / "docs" / "reports"
-EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2.yaml"
+REPORTS = ROOT / "docs" / "reports"
+EXAMPLE = ROOT / "examples" / "smollm2.yaml"
 MEMORY = "peak-memory.json"
 """Beside the run's files: peak resident memory in bytes by role."""
 

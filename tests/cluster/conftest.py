@@ -6,9 +6,7 @@ A module says in CLUSTER what it needs: `CLUSTER = {"level": "controllers", "aud
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +15,9 @@ from typing import Any
 import pytest
 from kubernetes import client, config
 
-from cluster import build, images, operators
+from cluster import images, operators
 from cluster.harness import Cluster, Unavailable, find_programs
+from cluster.helm import helm_in
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,18 +118,4 @@ def site(cluster: Cluster, namespace: str, run_images: None) -> Iterator[images.
 def helm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Runs Helm and returns what it prints; CalledProcessError, with what it says, when it fails."""
     with or_skip():
-        if (program := build.find("helm")) is None:
-            raise Unavailable(f"helm is not built; build with: python {build.__file__} helm")
-    home = tmp_path_factory.mktemp("helm")
-    homes = {f"HELM_{kind}_HOME": str(home / kind.lower()) for kind in ("CACHE", "CONFIG", "DATA")}
-
-    def run(*arguments: str | Path, values: dict[str, Any] | None = None, kubeconfig: Path | None = None) -> str:
-        environment = {**os.environ, **homes, "KUBECONFIG": str(kubeconfig or home / "none")}
-        given = ["--values", "-"] if values is not None else []
-        command = [program, *arguments, *given]
-        done = subprocess.run(command, input=json.dumps(values), capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
-        return done.stdout
-
-    return run
+        return helm_in(tmp_path_factory.mktemp("helm"))

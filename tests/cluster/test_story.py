@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import json
 import re
-from contextlib import closing
+from contextlib import closing, suppress
 from http.client import HTTPConnection
 
 import pytest
 
 from cluster import images
+from cluster.helm import CHART, VALUES
 from cluster.operators import (
     condition,
     get,
@@ -31,22 +32,13 @@ from heterorl.kubernetes.manifests import Images, desired_state
 from heterorl.kubernetes.pods import METRICS_PORT, PAGE_PORT
 from heterorl.monitoring.run_metrics import parse_progress
 from heterorl.spec.run import HeteroRLRun
-from heterorl_operator.client import Api
+from heterorl_operator.client import Api, ApiError
 from run_folders import write_run
 
 CLUSTER = {"level": "node"}
 SYSTEM = "heterorl-system"
 STEPS = 12
 NOWHERE = "127.0.0.1:9/of/dreams:1"  # a registry that refuses connections
-CHART = images.ROOT / "charts" / "heterorl"
-
-VALUES = {
-    "registry": "localhost",
-    "image": {"tag": images.TAG, "pullPolicy": "Never"},
-    "images": {"learner": {"tag": images.TAG}, "sampler": {"tag": images.TAG}, "pullPolicy": "Never"},
-    "progress": {"seconds": 1},
-    "tests": {"enabled": True},
-}
 SPEC = {
     "model": {"source": "tiny", "dtype": "float32", "tiny": {"hiddenSize": 64, "numLayers": 2, "targetAccuracy": 0}},
     "data": {
@@ -87,7 +79,14 @@ def installed(cluster, helm, run_images):
     cluster.kubectl("label", "namespace", SYSTEM, "pod-security.kubernetes.io/enforce=restricted")
     place = ("--namespace", SYSTEM, "--wait", "--timeout", "120s")
     try:
-        printed = helm("install", "heterorl", CHART, *place, values=VALUES, kubeconfig=cluster.kubeconfig)
+        printed = helm(
+            "install",
+            "heterorl",
+            CHART,
+            *place,
+            values={**VALUES, "tests": {"enabled": True}},
+            kubeconfig=cluster.kubeconfig,
+        )
     except Exception as error:
         pods = cluster.kubectl("describe", "pods", "-n", SYSTEM) + cluster.kubectl(
             "logs", "-n", SYSTEM, "deploy/heterorl"
@@ -118,42 +117,50 @@ def ended(site, name, state, limit_s=240):
         pytest.fail(f"{error}: {status(site.cluster, site.namespace, name)}\n{pods}\n{logs[-6000:]}\n{operators}")
 
 
-def steps_in(log):
-    return [int(step) for step in re.findall(rf"step (\d+)/{STEPS}  reward", log)]
+def steps_in(log, of=STEPS):
+    return [int(step) for step in re.findall(rf"step (\d+)/{of}  reward", log)]
 
 
 def test_helm_install_kubectl_apply_kubectl_logs(site, installed, helm, api):
     cluster, where = site.cluster, ("-n", site.namespace)
     assert "kubectl apply" in installed  # the notes tell the next command
     helm("test", "heterorl", "--namespace", SYSTEM, "--timeout", "120s", kubeconfig=cluster.kubeconfig)
-    manifest = run_of("story", [("near", "transformers"), ("far", "transformers")])
+    steps = 60  # more than a fast node trains between the first and the pod's end
+    manifest = run_of("story", [("near", "transformers"), ("far", "transformers")], steps=steps)
     manifest["spec"]["evaluation"] |= {"everySteps": 100}  # the first weights and the last
     volume = start(site, manifest)
-    wait_for(lambda: steps_in(cluster.kubectl("logs", *where, "story-learner-0", check=False)), "the first step", 240)
+    wait_for(
+        lambda: steps_in(cluster.kubectl("logs", *where, "story-learner-0", check=False), steps), "the first step", 240
+    )
     cluster.kubectl("delete", *where, "pod/story-learner-0", "--wait=false")  # it is taken away, and resumes
     seen = wait_for(lambda: status(cluster, site.namespace, "story").get("learner", {}).get("step"), "progress", 60)
-    assert 0 < seen <= STEPS
-    proxied = Api(api, "test").through_proxy(site.namespace, "story-learner-0", METRICS_PORT, "/metrics")
-    assert parse_progress(proxied).steps == STEPS  # as from where pods cannot be reached (progress.mode: proxy)
-    assert re.search(r"story +Running +\d+ +12 ", cluster.kubectl("get", "hrl", *where))
+    assert 0 < seen <= steps
+
+    def proxied():
+        with suppress(ApiError):  # while its successor comes up
+            return Api(api, "test").through_proxy(site.namespace, "story-learner-0", METRICS_PORT, "/metrics")
+
+    told = wait_for(proxied, "the learner's pod through the API server", 120)
+    assert parse_progress(told).steps == steps  # as from where pods cannot be reached (progress.mode: proxy)
+    assert re.search(rf"story +Running +\d+ +{steps} ", cluster.kubectl("get", "hrl", *where))
 
     told = ended(site, "story", "Succeeded")
     assert told["learner"] | {"reward": 0, "lag": 0} == {
-        "step": STEPS, "weightsVersion": told["learner"]["weightsVersion"], "checkpointStep": STEPS,
+        "step": steps, "weightsVersion": told["learner"]["weightsVersion"], "checkpointStep": steps,
         "restarts": 0, "reward": 0, "lag": 0,
     }  # fmt: skip
     assert {pool["name"]: pool["rollouts"] > 0 for pool in told["samplers"]} == {"near": True, "far": True}
     for pool in ("near", "far"):
         assert replicas(cluster, site.namespace, f"story-sampler-{pool}") == 0
     log = cluster.kubectl("logs", *where, "story-learner-0")
-    assert steps_in(log)[-1] == STEPS  # a line a step, and it can be read after the end
+    assert steps_in(log, steps)[-1] == steps  # a line a step, and it can be read after the end
     wait_for(lambda: "best" in status(cluster, site.namespace, "story").get("evaluation", {}), "the evaluation", 90)
     wait_for(lambda: replicas(cluster, site.namespace, "story-learner", "statefulset") == 0, "the end of the grace", 90)
     wait_for(
         lambda: not listed(cluster, site.namespace, "pods", "heterorl.dev/role in (learner,sampler)"), "no pods", 60
     )
     kept = "".join(path.read_text() for path in sorted((volume / "logs").glob("learner*.log")))
-    assert sorted(set(steps_in(kept))) == list(range(1, STEPS + 1))
+    assert sorted(set(steps_in(kept, steps))) == list(range(1, steps + 1))
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -168,7 +175,7 @@ def test_helm_install_kubectl_apply_kubectl_logs(site, installed, helm, api):
     prepared = wait_for_reason(cluster, site.namespace, "Prepared", "VolumeInUse", "story", 60)
     assert "resume: true" in prepared["message"]
     patch(cluster, site.namespace, "story", {"resume": True})
-    assert ended(site, "story", "Succeeded")["learner"]["step"] == STEPS
+    assert ended(site, "story", "Succeeded")["learner"]["step"] == steps
 
 
 def test_vllm_samples_in_a_pod_for_a_learner_of_two_pods(site, installed):

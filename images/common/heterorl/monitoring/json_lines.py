@@ -115,7 +115,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_whole(value: Any) -> bool:
-    return value is None or (type(value) is int and value >= 0)
+    return type(value) is int and value >= 0
 
 
 def _is_text(value: Any) -> bool:
@@ -150,18 +150,13 @@ def read_metrics(path: Path) -> list[Record]:
 
 def supersede(records: list[Record], added: Iterable[Record]) -> None:
     """Append records; one with a step takes the place of every earlier one of its own or a later step."""
-    last_step = next((step for record in reversed(records) if (step := _step_of(record)) >= 0), -1)
+    last_step = next((record["step"] for record in reversed(records) if "step" in record), -1)
     for record in added:
-        if (step := _step_of(record)) >= 0:
+        if (step := record.get("step")) is not None:
             if step <= last_step:
-                records[:] = [earlier for earlier in records if _step_of(earlier) < step]
+                records[:] = [earlier for earlier in records if earlier.get("step", -1) < step]
             last_step = step
         records.append(record)
-
-
-def _step_of(record: Record) -> int:
-    step: int | None = record.get("step")
-    return -1 if step is None else step
 
 
 def _records(content: bytes) -> list[tuple[int, Record]]:

@@ -209,7 +209,7 @@ def _add_line(row: SlotProgress, record: Record) -> SlotProgress:
         return row
     return replace(
         row,
-        rollouts=row.rollouts + (record.get("groups") or 0),
+        rollouts=row.rollouts + record.get("groups", 0),
         tokens_per_s=record.get("tokens_per_s") or 0.0,
         waited_s=row.waited_s + sampler_wait_s(record),
     )
