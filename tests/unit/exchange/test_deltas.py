@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -366,6 +367,30 @@ def test_a_reader_beside_a_writer_that_retires_gets_whole_versions(learner: Lear
     done.set()
     thread.join()
     assert failures == []
+
+
+def test_a_version_that_stands_for_its_deltas_alone_is_gone_for_who_has_nothing(
+    learner: Learner, fetch: Callable[..., Fetched], tmp_path: Path
+) -> None:
+    versions = learner.run(range(3), share=0.1)
+    held = fetch(versions[-1])
+    while learner.manifest(versions[-1])["kind"] != "anchor":
+        versions += learner.run(range(len(versions), len(versions) + 1), share=0.1)
+    learner.exchange.retire_weights(versions[-1:])
+    *steps_on_the_way, newest = learner.exchange.list_versions()
+    assert steps_on_the_way
+    for version in steps_on_the_way:
+        with pytest.raises(FileNotFoundError, match="weights were retired"):
+            learner.exchange.fetch_weights(version, tmp_path / str(version))
+    assert fetch(newest).num_files == 1
+    assert fetch(newest, held).num_files >= 1
+
+
+def test_the_newest_version_to_which_nothing_leads_is_damaged(learner: Learner, tmp_path: Path) -> None:
+    versions = learner.run(range(3))
+    shutil.rmtree(learner.exchange.root / "weights" / str(versions[0]))  # the anchor, by hand
+    with pytest.raises(CorruptFile, match="no files on the volume lead to them"):
+        learner.exchange.fetch_weights(versions[-1], tmp_path / "here")
 
 
 def test_a_learner_that_resumed_begins_with_an_anchor_and_builds_on_nothing_of_the_lost_future(

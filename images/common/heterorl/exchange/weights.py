@@ -119,21 +119,24 @@ class Weights:
         """Try the paths to the weights, the cheapest first, until one leads there; returns it."""
         ways = {*self.ways(), *ways_of(version, manifest)}
         held = {digest: file for digest, file in held.items() if file.is_file()}
-        reasons = []
+        reasons: list[CorruptFile | FileNotFoundError] = []
         while (path := cheapest(ways, manifest.weights.sha256, held)) is not None:
             try:
                 self._make(path, held, manifest.weights, to, arrived)
                 return path
             except _LeadsNowhere as failed:
                 log.warning("weights %s: %s; looking for another way to them", version, failed.reason)
-                reasons.append(str(failed.reason))
+                reasons.append(failed.reason)
                 if failed.way is None:
                     held = {}
                 else:
                     ways.discard(failed.way)
-        if not self._files.exists(self.folder(version)):  # so what leads to them may be gone as well
+        damaged = next((reason for reason in reasons if isinstance(reason, CorruptFile)), None)
+        published = self.published()
+        # An older one may stand for its deltas alone, which lead from what a sampler serves to newer ones.
+        if version not in published or (damaged is None and version != max(published)):
             raise FileNotFoundError(errno.ENOENT, "weights were retired", str(self.folder(version)))
-        raise CorruptFile(reasons[0] if reasons else f"weights {version}: no files on the volume lead to them")
+        raise damaged or CorruptFile(f"weights {version}: no files on the volume lead to them")
 
     def _make(self, path: list[Way], held: Mapping[str, Path], target: FileEntry, to: Path, arrived: Arrived) -> None:
         """Take the files of a path and make model.safetensors of them, and of what is held, or raise _LeadsNowhere."""
