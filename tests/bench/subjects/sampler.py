@@ -59,7 +59,7 @@ class Bench:
         self.texts = [draw.integers(2, config.vocab_size, CANARY_TOKENS).tolist() for _ in range(2)]
         self.prompts = [draw.integers(2, config.vocab_size, 32).tolist() for _ in range(WAVES * AT_A_TIME)]
         # As groups of one prompt: the longest in each wave of AT_A_TIME is the limit, and the mean 0.4 of it.
-        longest = 40 if quick else 100
+        longest = 40 if quick else 80
         shares = draw.permuted(np.tile([1.0, 0.3, 0.2, 0.1], (WAVES, 1)), axis=1).ravel()
         self.lengths = [max(1, int(share * longest)) for share in shares]
         self.exchange = exchange_at(self.folder / "run", run_of(model={"dtype": "float32"}))
