@@ -190,9 +190,8 @@ class LossPass:
     def peak(self, *, tiled: bool) -> float:
         """Bytes that a pass takes beyond what there is; how long it took is noted."""
         self.hidden.grad = self.head.weight.grad = None
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # or a pass takes what an earlier one has left to the allocator, and shows nothing
+        # What an earlier pass has left to the allocator would be taken again, and show nothing.
+        ctypes.CDLL(None).malloc_trim(0)
         before = psutil.Process().memory_info().rss
         Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
         started = time.perf_counter()
