@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-unit test-gpu test-real mutants exits cluster-programs cluster test-cluster bench bench-quick bench-gpu bench-curves bench-density bench-quickstart bench-operator canary-report adaptive-order-report corrections-report models-table real-model-report page-report page-cost pictures images check crd docs site clean
+.PHONY: setup quickstart test test-unit test-gpu test-real mutants exits cluster-programs cluster test-cluster bench bench-quick bench-gpu bench-curves bench-density bench-quickstart bench-online bench-operator canary-report adaptive-order-report corrections-report models-table real-model-report page-report page-cost pictures images check crd docs site clean
 
 setup: $(VENV)/.installed
 
@@ -82,6 +82,11 @@ bench-density: setup
 # The quickstart's seconds to its last step, now and at an earlier commit (BEFORE), into docs/benchmarks.md: ten minutes.
 bench-quickstart: setup
 	PYTHONPATH=tests $(BIN)/python -m bench.quickstart $(if $(BEFORE),--before $(BEFORE))
+
+# What online.yaml drops, and how long its learner waits, now and at an earlier commit (BEFORE), in three runs each, into
+# docs/benchmarks.md: ten minutes.
+bench-online: setup
+	PYTHONPATH=tests $(BIN)/python -m bench.online $(if $(BEFORE),--before $(BEFORE))
 
 # Time, memory and writes of the operator with many runs, recorded in docs/benchmarks.md: half an hour. RUNS=1000 prints
 # only that row.

@@ -9,41 +9,31 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from bench.page import PAGE, ROOT, commit, machine, put
+from bench.before import BEFORE, checkouts, started
+from bench.page import PAGE, commit, machine, put
 
-PACKAGES = ("operator", "images/common", "images/learner", "images/sampler")
 LIMIT_S = 1200.0
 
 
-def seconds_to_the_last_step(checkout: Path, runs: Path) -> float:
+def seconds_to_the_last_step(checkout: Path) -> float:
     """Run the quickstart of a checkout; the learner says on the volume how far it is."""
-    path = os.pathsep.join(str(checkout / package) for package in PACKAGES)
-    started = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "heterorl", "run", "examples/quickstart.yaml", "--runs-dir", str(runs)],
-        cwd=checkout,
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        while not _is_trained(runs / "quickstart" / "learner.json"):
-            if process.poll() is not None or time.monotonic() - started > LIMIT_S:
-                raise SystemExit(
-                    f"the quickstart of {checkout} did not come to its last step: see {runs}/quickstart/logs"
-                )
-            time.sleep(0.1)
-        return time.monotonic() - started
-    finally:
-        process.terminate()
-        process.wait()
+    with tempfile.TemporaryDirectory(prefix="heterorl-quickstart-") as runs:
+        begun = time.monotonic()
+        process = started(checkout, "quickstart", Path(runs))
+        try:
+            while not _is_trained(Path(runs) / "quickstart" / "learner.json"):
+                if process.poll() is not None or time.monotonic() - begun > LIMIT_S:
+                    raise SystemExit(f"the quickstart of {checkout} did not come to its last step")
+                time.sleep(0.1)
+            return time.monotonic() - begun
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def _is_trained(heartbeat: Path) -> bool:
@@ -57,21 +47,15 @@ def _is_trained(heartbeat: Path) -> bool:
 def main() -> None:
     """Measure in turn, and write it down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", default="b339b8d", help="commit to compare with (%(default)s)")
+    parser.add_argument("--before", default=BEFORE, help="commit to compare with (%(default)s)")
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
     took: dict[str, list[float]] = {args.before: [], commit(): []}
-    with tempfile.TemporaryDirectory(prefix="heterorl-quickstart-") as name:
-        before = Path(name) / "before"
-        git = ["git", "-C", str(ROOT)]
-        subprocess.run([*git, "worktree", "add", "--quiet", "--detach", str(before), args.before], check=True)
-        try:
-            for number in range(args.rounds):
-                for label, checkout in zip(took, (before, ROOT), strict=True):
-                    took[label].append(seconds_to_the_last_step(checkout, Path(name) / f"{label}-{number}"))
-                    print(f"{label}: {took[label][-1]:.0f} s", flush=True)
-        finally:
-            subprocess.run([*git, "worktree", "remove", "--force", str(before)], check=True)
+    with checkouts(args.before) as each:
+        for _ in range(args.rounds):
+            for label, checkout in each.items():
+                took[label].append(seconds_to_the_last_step(checkout))
+                print(f"{label}: {took[label][-1]:.0f} s", flush=True)
     was, now = (f"{statistics.median(times):.0f} s" for times in took.values())
     rounds = f"median of {args.rounds}, in turn"
     text = f"Seconds from the command to step 250: {now}; {was} at `{args.before}` ({rounds}).\n\n`{commit()}`, {machine()}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import signal
 import socket
 import sqlite3
 import struct
@@ -181,10 +182,17 @@ def service(answer: int | None) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("answer", [None, 500], ids=["hangs", "fails"])
-def test_a_service_that_does_not_work_holds_up_neither_training_nor_its_end(tmp_path: Path, answer: int | None) -> None:
-    exchange = run_with(tmp_path, wandb={"project": "far"})
+@pytest.mark.parametrize("board", ["wandb", "trackio"])
+def test_a_service_that_does_not_work_holds_up_neither_training_nor_its_end(
+    tmp_path: Path, board: str, answer: int | None
+) -> None:
+    exchange = run_with(tmp_path, **{board: {"project": "far"}})
     with service(answer) as address:
-        steps, end = measure(exchange, until_open=False, WANDB_BASE_URL=address, WANDB_API_KEY="0" * 40)
+        its = {
+            "wandb": {"WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40},
+            "trackio": {"TRACKIO_SERVER_URL": address},
+        }
+        steps, end = measure(exchange, until_open=False, **its[board])
     assert steps < 1
     assert end < 20
     assert [r["step"] for r in read_metrics(exchange.metrics_dir / "learner.jsonl") if "step" in r] == [1, 2, 3]
@@ -257,12 +265,25 @@ def test_a_service_that_refused_is_told_everything_once_it_accepts(tmp_path: Pat
 
 
 # ── Trackio ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+SERVES = """
+import time, trackio
+_, _, _, address = trackio.show(open_browser=False, block_thread=False, share=False)
+print(address, flush=True)
+time.sleep(600)
+"""
+
+
+def rows(folder: Path, query: str) -> list[Any]:
+    """Of a project's file."""
+    with closing(sqlite3.connect(folder / "far.db")) as database:
+        return database.execute(query).fetchall()
+
+
 def test_trackio_has_settings_steps_evaluations_completions_and_summary_in_a_local_folder(tmp_path: Path) -> None:
     exchange = run_with(tmp_path, trackio={"project": "far", "group": "seeds"})
     measure(exchange, until_open=True)
-    with closing(sqlite3.connect(tmp_path / "trackio" / "far.db")) as database:
-        logged = database.execute("SELECT run_name, step, metrics FROM metrics").fetchall()
-        ((name, config),) = database.execute("SELECT run_name, config FROM configs").fetchall()
+    ((name, config),) = rows(tmp_path / "trackio", "SELECT run_name, config FROM configs")
+    logged = rows(tmp_path / "trackio", "SELECT run_name, step, metrics FROM metrics")
     assert {run for run, _, _ in logged} == {name} == {exchange.board_id()}
     assert json.loads(config)["algorithm.loss.type"] == "gepo"
     found = [(step, key, value) for _, step, metrics in logged for key, value in json.loads(metrics).items()]
@@ -272,3 +293,23 @@ def test_trackio_has_settings_steps_evaluations_completions_and_summary_in_a_loc
     ((step, table),) = ((step, value) for step, key, value in found if key == "completions")
     assert step == 2
     assert [row["completion"] for row in table["_value"]] == ["5", "6"]
+
+
+def test_a_server_of_trackio_that_hung_is_told_everything_once_it_goes_on(tmp_path: Path) -> None:
+    exchange = run_with(tmp_path, trackio={"project": "far"})
+    exchange.completions_file.unlink()
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "served")}
+    with subprocess.Popen([sys.executable, "-c", SERVES], stdout=subprocess.PIPE, text=True, env=environment) as server:
+        try:
+            assert server.stdout is not None
+            address = next(line for line in server.stdout if line.startswith("http")).strip()
+            server.send_signal(signal.SIGSTOP)
+            threading.Timer(5, server.send_signal, [signal.SIGCONT]).start()
+            steps, _ = measure(exchange, until_open=True, TRACKIO_SERVER_URL=address)
+        finally:
+            server.kill()
+    assert steps < 1
+    logged = [
+        (step, json.loads(metrics)) for step, metrics in rows(tmp_path / "served", "SELECT step, metrics FROM metrics")
+    ]
+    assert [(step, row["reward"]) for step, row in logged if "reward" in row] == [(1, 0.25), (2, 0.5), (3, 0.75)]

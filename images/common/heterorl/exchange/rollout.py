@@ -308,7 +308,7 @@ _zstd = _Zstd()
 def _digest(packed: NDArray[np.uint8], header: dict[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     digest.update(f"uint8:({packed.size},)".encode())
-    digest.update(packed)
+    digest.update(packed.data)
     return digest.hexdigest()
 
 
@@ -319,16 +319,16 @@ def _pack(arrays: Sequence[NDArray[Any]]) -> NDArray[np.uint8]:
         for byte in range(array.itemsize):
             begin, end = end, end + array.size
             planes[begin:end] = array.view(np.uint8)[byte :: array.itemsize]
-    return np.frombuffer(_zstd.compressor.compress(planes), np.uint8)
+    return np.frombuffer(_zstd.compressor.compress(planes.data), np.uint8)
 
 
 def _unpack(packed: NDArray[np.uint8], counts: dict[str, int]) -> dict[str, NDArray[Any]]:
     """The arrays by name; ValueError or ZstdError if it does not hold as many values of each."""
     types = {name: np.dtype(_DTYPES.get(name, np.float32)) for name in counts}
     total = sum(types[name].itemsize * count for name, count in counts.items())
-    if min(counts.values()) < 0 or total > _MOST_BYTES or frame_content_size(packed) != total:
+    if min(counts.values()) < 0 or total > _MOST_BYTES or frame_content_size(packed.data) != total:
         raise ValueError(f"the compressed arrays are not {total} bytes, of at most {_MOST_BYTES}")
-    planes, end = np.frombuffer(_zstd.decompressor.decompress(packed), np.uint8), 0
+    planes, end = np.frombuffer(_zstd.decompressor.decompress(packed.data), np.uint8), 0
     arrays = {name: np.empty(count, types[name]) for name, count in counts.items()}
     for array in arrays.values():
         for byte in range(array.itemsize):
