@@ -28,7 +28,7 @@ from heterorl_learner.rollout_feed import waited_for
 from heterorl_sampler.__main__ import Heartbeat, serve
 from heterorl_sampler.activity import Activity
 from heterorl_sampler.adaptive_order import build_order
-from heterorl_sampler.engines.base import Finished
+from heterorl_sampler.engines.base import UNNAMED, Finished
 from heterorl_sampler.engines.build import build_engine
 from heterorl_sampler.engines.transformers import Reading, TransformersEngine
 from heterorl_sampler.prompt_order import PromptOrder
@@ -179,6 +179,28 @@ def test_a_full_queue_holds_the_sampler_back(
     assert len(exchange.list_rollouts()) == 6  # maxPendingGroups
 
 
+def test_online_what_another_slot_begins_while_these_weights_are_loaded_is_not_made_again(
+    exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    spec = exchange.run.resolved()["spec"]
+    shared = changed(
+        exchange,
+        samplers=[{**spec["samplers"][0], "replicas": 2}],
+        learner={"batch": {**spec["learner"]["batch"], "groups": 6}},
+        mode="online",
+    )
+    lease = shared.acquire_slot(lambda: [Slot("far", 1)])
+    assert lease is not None
+
+    class SlowToLoad(Watched):
+        def load_weights(self, folder: Path, version: Version = UNNAMED) -> None:
+            super().load_weights(folder, version)
+            shared.beat(lease, SlotStatus(version=str(version), made=1, promised=4))
+
+    work(shared, tiny_model_dir(tokenizer=True), tmp_path, 99, SlowToLoad)
+    assert len(shared.list_rollouts()) == 2  # of the version's six
+
+
 @pytest.mark.parametrize("finished", [0, 1, 2])
 def test_a_stopped_sampler_publishes_its_finished_groups_and_its_successor_does_the_others(
     exchange: Exchange, tiny_model_dir: Callable[..., Path], tmp_path: Path, finished: int
@@ -257,11 +279,11 @@ def test_a_sampler_waits_until_its_pool_is_in_the_spec_and_the_run_is_prepared(e
     assert exchange.heartbeats() == {}
 
 
-def changed(exchange: Exchange, **blocks: dict[str, object]) -> Exchange:
-    """The run with other values in these blocks of its spec, as a process that starts now sees it."""
+def changed(exchange: Exchange, **blocks: object) -> Exchange:
+    """The run with other values in its spec, for a block those that are named, as a process that starts now sees it."""
     tree = exchange.run.resolved()
     for name, values in blocks.items():
-        tree["spec"][name] |= values
+        tree["spec"][name] = {**tree["spec"][name], **values} if isinstance(values, dict) else values
     exchange.create(HeteroRLRun.model_validate(tree))
     return Exchange(exchange.root)
 

@@ -35,9 +35,13 @@ class Lookout:
             return False
         self.spec = self._exchange.spec
         self.learner = self._exchange.learner or LearnerHeartbeat(step=0)
-        self._beats = self._exchange.heartbeats() if self.spec.mode == "online" else {}
+        self.look_at_slots()
         self._next_look = now + self.spec.exchange.poll_seconds
         return True
+
+    def look_at_slots(self) -> None:
+        """See how far the other slots are, which only matters online."""
+        self._beats = self._exchange.heartbeats() if self.spec.mode == "online" else {}
 
     def pause_s(self, waited_s: float) -> float:
         """Seconds until the next look of a slot that has waited for so long: a tenth of that, within bounds."""

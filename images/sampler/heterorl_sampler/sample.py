@@ -202,6 +202,9 @@ class Sampler:
         if reason := reason_to_wait(spec, version, newest, self._lookout.learner, queue):
             return reason
         count = room(spec, self._weights.pool.prompts_per_batch, queue, self._lease.slot)
+        if count and spec.mode == "online":  # what others have begun since the last look is not made twice
+            self._lookout.look_at_slots()
+            count = room(spec, self._weights.pool.prompts_per_batch, self._queue(version), self._lease.slot)
         for _ in range(count):
             self._add(spec, version)
         if count and spec.mode == "online":  # told at once: the others decide by it what to make
