@@ -68,7 +68,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 class Until(Stop):
     """Stops the sampler after so many batches of three, as SIGTERM would, or once it has waited so often for something.
 
-    While it waits for rewards, something may still come.
+    While it waits for rewards or fetches weights, something may still come.
     """
 
     def __init__(self, batches: int, waits: int = 60, status: SlotStatus | None = None) -> None:
@@ -81,7 +81,7 @@ class Until(Stop):
             self.set()
 
     def wait(self, timeout: float | None = None) -> bool:
-        self.waits -= self.status.state != "waiting: rewards"
+        self.waits -= self.status.state != "waiting: rewards" and self.status.fetching is None
         if self.waits == 0:
             self.set()
         return super().wait(timeout)

@@ -44,6 +44,8 @@ from heterorl_sampler.weight_sync import Swap, WeightSync
 
 log = logging.getLogger(__name__)
 
+SHORTEST_PAUSE_S = 0.002
+"""Between two looks at a fetch that has just begun."""
 LAST_SCORES_S = 4.0
 """Time that rewards have for what is generated when the sampler is told to stop."""
 _META = {"row_id": "id", "answer": "answer", "set": "set"}  # what a rollout says of its row
@@ -153,7 +155,10 @@ class Sampler:
     def _wait(self, reason: str) -> None:
         self._activity.progress(f"waiting: {reason}")
         started = time.monotonic()
-        self._stop.wait(self._lookout.pause_s(sum(self._waited_s.values())))
+        pause_s = self._lookout.pause_s(sum(self._waited_s.values()))
+        if (fetching_s := self._weights.fetching_s) is not None:  # on a thread; what it brings is served at once
+            pause_s = min(pause_s, max(SHORTEST_PAUSE_S, fetching_s / 10))
+        self._stop.wait(pause_s)
         self._waited_s[reason] += time.monotonic() - started
 
     def _note_swap(self, swap: Swap) -> None:

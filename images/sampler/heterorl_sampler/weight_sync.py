@@ -96,6 +96,11 @@ class WeightSync:
         return self._fetch[0] if self._fetch else None
 
     @property
+    def fetching_s(self) -> float | None:
+        """Seconds since the fetch began that goes on."""
+        return time.monotonic() - self._fetch[1] if self._fetch else None
+
+    @property
     def newest(self) -> Version | None:
         """The newest version this side has seen."""
         return max(self._listed, default=None)
