@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -133,6 +134,7 @@ def test_versions_of_a_real_model_are_served_as_the_learner_computes_them(
         ", ".join(f"{peaks[role] / 2**30:.1f}" for role in ("learner", "sampler")),
     )
     table.append(f"| {' | '.join((task, strategy, dtype, engine, *figures))} |")
+    shutil.rmtree(run.root)  # gigabytes, of which the next run needs as many
 
 
 def succeed(run: Any) -> dict[str, int]:

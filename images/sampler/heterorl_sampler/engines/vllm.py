@@ -35,6 +35,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "0" if torch.cuda.is_available() el
 from safetensors import safe_open
 from safetensors.torch import save_file
 from vllm import CompletionOutput, EngineArgs, LLMEngine, RequestOutput, SamplingParams
+from vllm.config import set_current_vllm_config
 from vllm.config.lora import MaxLoRARanks
 from vllm.inputs import tokens_input
 from vllm.logprobs import Logprob
@@ -88,7 +89,7 @@ class VLLMEngine(InferenceEngine):
         """`lora_rank`: of the adapters that `load_weights` takes, beside the model's weights; 0: it takes weights."""
         _require_device(gpus)
         self._model_dir, self._ends = model_dir, end_token_ids(model_dir)
-        self._tensors = ModelTensors(model_dir)
+        self._tensors, self._unties = ModelTensors(model_dir), True
         self._views = tempfile.TemporaryDirectory(prefix="heterorl-vllm-")
         self._view_numbers = itertools.count()
         # Eager and with a given cache size, vLLM skips its warm-up on a CPU. Prompts are read whole there: after a part
@@ -112,7 +113,10 @@ class VLLMEngine(InferenceEngine):
             **({"gpu_memory_utilization": gpu_memory_utilization} if gpus else on_cpu),
         )
         try:
-            self._engine = LLMEngine.from_engine_args(args)
+            recurrent = not gpus and args.create_model_config().has_inner_state
+            if recurrent:  # vLLM caches states only of prompts that it reads in parts
+                args.enable_prefix_caching = False
+            self._engine = self._start(args, model_dir)
         except ValueError as error:
             if "Free memory on device" in str(error):  # another process of this node holds it
                 raise SiteError(f"vLLM does not start on this node: {' '.join(str(error).split())}") from error
@@ -124,6 +128,18 @@ class VLLMEngine(InferenceEngine):
         self._takes_adapters = lora_rank > 0
         self._adapter: LoRARequest | None = None
         self.keeps_running = not self._takes_adapters  # a running request names the adapter that it began with
+
+    def _start(self, args: EngineArgs, model_dir: Path) -> LLMEngine:
+        """A few models, such as Gemma 2, have no head in vLLM: they compute with the embedding, and are served tied."""
+        try:
+            return LLMEngine.from_engine_args(args)
+        except ValueError as error:
+            head = self._tensors.head.removesuffix(".weight")
+            if f"no module or parameter named '{head}'" not in str(error):
+                raise
+            self._unties = False
+            args.model = str(self._make_view(model_dir))
+            return LLMEngine.from_engine_args(args)
 
     # ── groups ───────────────────────────────────────────────────────────────────────────────────────────────────────
     def add(self, prompt: Sequence[int], n: int, sampling: Sampling, seed: int) -> int:
@@ -251,7 +267,8 @@ class VLLMEngine(InferenceEngine):
         self._tensors.require_all(weight_files(folder))
         view = self._make_view(folder)
         try:
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(view)})
+            with set_current_vllm_config(self._engine.vllm_config):  # asked for by layers of transformers' own models
+                self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(view)})
         finally:
             shutil.rmtree(view)
 
@@ -269,18 +286,20 @@ class VLLMEngine(InferenceEngine):
                 swaps.append((self.version, tokens.get(place, _TO_THE_END)))
 
     def _make_view(self, folder: Path) -> Path:
-        """A local folder of links to the weights, with a head of its own and a config that says so."""
+        """A local folder of links to the weights, untied with a head of its own and a config that says so."""
         view = Path(self._views.name) / str(next(self._view_numbers))
         view.mkdir()
         files = weight_files(folder)
         for path in files:
             (view / path.name).symlink_to(path.resolve())
-        if shared := self._tensors.shared_with_head(files):
+        shared = self._unties and self._tensors.shared_with_head(files)
+        if shared:
             with safe_open(_holder_of(shared, files), "pt") as tensors:
                 save_file({self._tensors.head: tensors.get_tensor(shared)}, view / "head.safetensors")
         if (folder / "config.json").is_file():
             config = json.loads((folder / "config.json").read_text())
-            (view / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+            ties = {"tie_word_embeddings": False} if self._unties else {}
+            (view / "config.json").write_text(json.dumps(config | ties))
         return view
 
     def close(self) -> None:
