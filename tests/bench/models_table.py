@@ -3,7 +3,7 @@
     python -m bench.models_table table|vllm|forms [NAME ...]
 
 `table`: the learner and the transformers engine on all of transformers' mapping. `vllm`: the last column, of those that
-vLLM is tried on. `forms`: the second table, of heads, files and data types. Each row is recorded as soon as it is
+the learner trains. `forms`: the second table, of heads, files and data types. Each row is recorded as soon as it is
 known, so that a run that was interrupted goes on with the names that are left.
 """
 
@@ -33,26 +33,9 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 """Of a model's folder, or of its data type; the second table tries them on `OF_FORMS`, with vLLM on `OF_VLLM_FORMS`."""
 OF_FORMS = ("llama", "qwen3", "gemma2", "gpt2", "opt", "falcon", "qwen3_moe", "qwen3_5", "jamba", "mamba")
+TRAINS = ("packed", "padded", "alone")
+"""What the learner's cell says of a model that it trains."""
 OF_VLLM_FORMS = ("llama", "qwen3", "gemma2", "gpt2", "opt")
-VLLM = (
-    *(
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "gemma2",
-        "gemma3_text",
-        "phi",
-        "phi3",
-        "gpt2",
-        "gpt_neox",
-        "opt",
-        "falcon",
-    ),
-    *("bloom", "granite", "olmo2", "qwen3_moe", "mixtral", "qwen3_next", "qwen3_5", "jamba", "bamba", "mamba", "lfm2"),
-    *("granitemoehybrid", "smollm3", "starcoder2", "stablelm", "glm4", "exaone4", "llama4_text"),
-)
-"""Those that vLLM is tried on; the others' cells are empty."""
 
 
 def row(name: str, vllm: str) -> list[str]:
@@ -121,7 +104,6 @@ def sampler(folder: Path, kind: str, dtype: str = "float32") -> str:
     from heterorl_sampler.engines.build import build_engine
 
     try:
-        engine = build_engine(kind, folder, dtype=dtype, max_model_len=300)  # type: ignore[arg-type]
         texts = [torch.randint(3, 128, (272,), generator=torch.Generator().manual_seed(i)).tolist() for i in (0, 1)]
         spec = spec_of(model={"dtype": dtype})
         publisher = build_learner(folder, spec)
@@ -131,6 +113,8 @@ def sampler(folder: Path, kind: str, dtype: str = "float32") -> str:
         ids = [np.array(text) for text in texts]
         batches = [micro_batch([Sequence(i[:1], i[1:], np.zeros(len(i) - 1, np.float32), 0, 0.0)]) for i in ids]
         canary = Canary(texts, [publisher.score(batch).tolist() for batch in batches])
+        # Only now: for some models vLLM changes what transformers computes with.
+        engine = build_engine(kind, folder, dtype=dtype, max_model_len=300)  # type: ignore[arg-type]
         with tempfile.TemporaryDirectory() as published:
             save_file(publisher.full_state_dict(), Path(published) / "model.safetensors", metadata={"format": "pt"})
             engine.load_weights(Path(published))
@@ -195,7 +179,7 @@ def main() -> int:
         for name in args.names or MAPPING:
             record(TABLE, row(name, committed().get(name, [""])[-1]))
     elif args.part == "vllm":
-        for name in args.names or VLLM:
+        for name in args.names or [name for name, found in committed().items() if found[1] in TRAINS]:
             record(TABLE, [*committed()[name][:-1], in_a_process(name, "vllm")])
     else:
         for name in args.names or OF_FORMS:

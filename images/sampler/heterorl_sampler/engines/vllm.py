@@ -35,7 +35,6 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "0" if torch.cuda.is_available() el
 from safetensors import safe_open
 from safetensors.torch import save_file
 from vllm import CompletionOutput, EngineArgs, LLMEngine, RequestOutput, SamplingParams
-from vllm.config import set_current_vllm_config
 from vllm.config.lora import MaxLoRARanks
 from vllm.inputs import tokens_input
 from vllm.logprobs import Logprob
@@ -267,8 +266,7 @@ class VLLMEngine(InferenceEngine):
         self._tensors.require_all(weight_files(folder))
         view = self._make_view(folder)
         try:
-            with set_current_vllm_config(self._engine.vllm_config):  # asked for by layers of transformers' own models
-                self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(view)})
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(view)})
         finally:
             shutil.rmtree(view)
 
