@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import architectures
 from heterorl.errors import CorruptFile, HeteroRLError, UserError
 from heterorl.exchange.rollout import Completion, Sampling
 from heterorl.exchange.version import Version
@@ -93,6 +94,19 @@ def test_log_probs_are_those_of_transformers_before_and_after_swaps(engine, weig
             assert largest_difference(weights(seed + 1), prompt, group, 0.7) > 0.1
         assert score_difference(weights(seed), engine) < TOLERANCE
         assert score_difference(weights(seed + 1), engine) > 0.1
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt2"], ids=["no head in vLLM", "other names"])
+def test_tied_models_whose_head_vllm_does_not_have_or_calls_otherwise_are_swapped(name, tmp_path):
+    first, second = (architectures.save(name, tmp_path / str(seed), seed=seed) for seed in (0, 1))
+    engine = build_engine("vllm", first, dtype="float32", max_model_len=300)
+    try:
+        for folder, other in ((first, second), (second, first)):
+            engine.load_weights(folder)
+            assert score_difference(folder, engine) < TOLERANCE
+            assert score_difference(other, engine) > 10 * TOLERANCE
+    finally:
+        engine.close()
 
 
 def test_a_swap_that_keeps_the_prefix_cache_is_an_error_and_would_poison(engine, weights, monkeypatch):
