@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import architectures
@@ -384,6 +385,26 @@ def test_an_optimizer_whose_package_is_missing_is_named(
     learner = LearnerSpec.model_validate({"optimizer": {"type": "adamw_8bit"}, "gpus": 1})
     with pytest.raises(UserError, match=r"adamw_8bit, which needs the package bitsandbytes .*heterorl\[bitsandbytes\]"):
         build_optimizer(load_policy(folders["tied"], torch.float32, "sdpa"), learner)
+
+
+def test_moments_in_8_bits_take_nearly_the_same_steps() -> None:
+    """Its kernels for a CPU do what those for GPUs do; a run on a CPU is not offered them."""
+    drawn = torch.Generator().manual_seed(0)
+    start = nn.init.normal_(torch.empty(128, 128), generator=drawn)
+    layers = [nn.Linear(128, 128, bias=False) for _ in range(2)]
+    optimizers = []
+    for layer, kind in zip(layers, ("adamw", "adamw_8bit")):
+        layer.weight.data = start.clone()
+        learner = LearnerSpec.model_validate({"optimizer": {"type": kind, "learningRate": 1e-3}, "gpus": 1})
+        optimizers.append(build_optimizer(layer, learner))
+    for _ in range(10):
+        gradient = 0.05 + 0.1 * torch.randn(128, 128, generator=drawn)
+        for layer, optimizer in zip(layers, optimizers):
+            layer.weight.grad = gradient.clone()
+            optimizer.step()
+    moved, moved_too = (layer.weight.data - start for layer in layers)
+    assert 0 < (moved - moved_too).norm() < 0.03 * moved.norm()
+    assert optimizers[1].state[layers[1].weight]["state1"].dtype == torch.uint8
 
 
 # ── the schedule ─────────────────────────────────────────────────────────────────────────────────────────────────────
