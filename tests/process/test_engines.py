@@ -381,7 +381,7 @@ def test_the_fused_optimizer_makes_the_same_updates(folders: dict[str, Path], st
 def test_an_optimizer_whose_package_is_missing_is_named(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     learner = LearnerSpec.model_validate({"optimizer": {"type": "adamw_8bit"}, "gpus": 1})
     with pytest.raises(UserError, match=r"adamw_8bit, which needs the package bitsandbytes .*heterorl\[bitsandbytes\]"):
         build_optimizer(load_policy(folders["tied"], torch.float32, "sdpa"), learner)

