@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from bench.page import ROOT, put, rows_in, table_line
 
@@ -33,8 +33,6 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 """Of a model's folder, or of its data type; the second table tries them on `OF_FORMS`, with vLLM on `OF_VLLM_FORMS`."""
 OF_FORMS = ("llama", "qwen3", "gemma2", "gpt2", "opt", "falcon", "qwen3_moe", "qwen3_5", "jamba", "mamba")
-TRAINS = ("packed", "padded", "alone")
-"""What the learner's cell says of a model that it trains."""
 OF_VLLM_FORMS = ("llama", "qwen3", "gemma2", "gpt2", "opt")
 
 
@@ -179,7 +177,10 @@ def main() -> int:
         for name in args.names or MAPPING:
             record(TABLE, row(name, committed().get(name, [""])[-1]))
     elif args.part == "vllm":
-        for name in args.names or [name for name, found in committed().items() if found[1] in TRAINS]:
+        from heterorl_learner.engines.policy import Layout
+
+        trained = [name for name, found in committed().items() if found[1] in get_args(Layout)]
+        for name in args.names or trained:
             record(TABLE, [*committed()[name][:-1], in_a_process(name, "vllm")])
     else:
         for name in args.names or OF_FORMS:

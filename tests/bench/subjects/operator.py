@@ -50,12 +50,12 @@ def memory() -> float:
     target=at_most(1.3),
     gate="all objects exist, and nothing is written at rest",
     limit="1",
-    missed="the API server takes a whole core of two on both sides; beside it the operator takes 0.4 of one, for its start, for"
-    " a thousand manifests that it receives and checks, and for eight objects of each, which the bare loop has made beforehand",
+    missed="while the operator works, the API server takes a whole core of two and the operator 0.4 of one: for its start, for a"
+    " thousand manifests that it receives and checks, and for eight objects of each, which the bare loop has made beforehand",
     memory_gb=6,
     disk_gb=2,
     apart="make bench IDS=14: a quarter of an hour",
-    rounds=3,  # each takes four minutes, and hardly varies
+    rounds=3,  # each takes four minutes
     warm_up=0,
 )
 def time_to_children(at: Surroundings) -> Iterator[Pair]:
@@ -69,13 +69,13 @@ def time_to_children(at: Surroundings) -> Iterator[Pair]:
     target=at_most(1.0),
     gate="all objects exist, and nothing is written at rest",
     limit="its imports",
-    missed="with one run it takes about 90 MB, its imports; with 300 runs 122 MB. What it keeps of a run is a few dozen kB, the"
-    " manifest as 8 kB of JSON and a record of each object and pod. The rest is what the start leaves to the allocators in"
-    " pieces: eight threads that parse manifests, 65 kB each as a model, and make their objects, 95 kB",
+    missed="with one run it takes about 90 MB, its imports; with 300 runs 122 MB. What it is made to keep of a run comes to a few"
+    " dozen kB, the manifest as 8 kB of JSON and a record of each object and pod; it has not been traced what holds the rest."
+    " While a run is handled, its manifest takes 65 kB as a model and its objects 95 kB, in eight threads at a time",
     unit="B",
     memory_gb=6,
     disk_gb=2,
-    apart="make bench IDS=14-memory: five minutes",
+    apart="make bench IDS=14-memory: ten minutes",
     rounds=1,
     warm_up=0,
 )

@@ -290,8 +290,7 @@ class VLLMEngine(InferenceEngine):
         files = weight_files(folder)
         for path in files:
             (view / path.name).symlink_to(path.resolve())
-        shared = self._unties and self._tensors.shared_with_head(files)
-        if shared:
+        if self._unties and (shared := self._tensors.shared_with_head(files)):
             with safe_open(_holder_of(shared, files), "pt") as tensors:
                 save_file({self._tensors.head: tensors.get_tensor(shared)}, view / "head.safetensors")
         if (folder / "config.json").is_file():
