@@ -68,7 +68,7 @@ class CompletionLog:
     def write(self, batch: StepBatch) -> None:
         """Take a trained step's batch, with what was seen of it."""
         if self._lines is not None:
-            self._lines.write({"batch": batch, "ratios": _ratios(self._seen)})
+            self._lines.write({"batch": batch, "seen": self._seen})
         self.forget()
 
     def close(self) -> None:
@@ -103,9 +103,9 @@ class GroupLines:
         share = min(1.0, (batch.step + 1) / spec.learner.steps)
         allowed = spec.monitoring.log_completions.max_megabytes * 1e6 * share
         order = np.random.default_rng(derive_seed("completions", spec.seed, batch.step)).permutation(len(batch.names))
-        advantages = _advantages(spec, batch.rollouts)
+        advantages, ratios = _advantages(spec, batch.rollouts), _ratios(record["seen"])
         for group in map(int, order):
-            line = encode(self._record(batch, group, advantages[group], record["ratios"]))
+            line = encode(self._record(batch, group, advantages[group], ratios))
             if self._lines.size + len(line) > allowed:
                 return
             self._lines.append(line)

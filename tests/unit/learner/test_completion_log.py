@@ -112,7 +112,7 @@ def test_groups_are_sampled_evenly_and_never_exceed_the_budget(tmp_path, tokeniz
     for incarnation, part in ((1, range(20)), (2, range(20, 40))):  # the second half by a learner that resumed
         sink = GroupLines(exchange.completions_file, exchange, incarnation)
         for step in part:
-            sink.write({"batch": batch_of(tokenizer, step, *[("12345", "67890")] * 4), "ratios": {}})
+            sink.write({"batch": batch_of(tokenizer, step, *[("12345", "67890")] * 4), "seen": []})
         sink.close()
     size, steps = exchange.completions_file.stat().st_size, [line["step"] for line in lines(exchange)]
     assert megabytes * 1e6 * 0.75 < size <= megabytes * 1e6
