@@ -13,6 +13,7 @@ sampler. A learner that resumes repeats steps: lines of an earlier incarnation f
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 
 _WAITING_STEPS = 8
 """Steps whose rollouts are kept in memory while the disk is slow; beyond that the oldest are not logged."""
-Ratios = dict[int, NDArray[np.float32]]
-"""Of each completion of the step that this rank trained, by its number: [L], a value a token."""
 
 
 class CompletionLog:
@@ -77,12 +76,22 @@ class CompletionLog:
             self._lines.close()
 
 
-def _ratios(seen: list[tuple[Tensor, Tensor, Tensor]]) -> Ratios:
-    if not seen:
-        return {}
-    numbers, lengths, differences = (torch.cat(column).cpu().numpy() for column in zip(*seen))
-    ends = np.cumsum(lengths.astype(np.int64))[:-1]
-    return {int(number): np.exp(part) for number, part in zip(numbers, np.split(differences, ends))}
+class _Ratios:
+    """The learner's probability of each token over the sampler's, of the completions that this rank trained."""
+
+    def __init__(self, seen: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        self._place: dict[int, slice] = {}
+        if seen:
+            numbers, lengths, differences = (torch.cat(column).cpu() for column in zip(*seen))
+            lengths = lengths.long()
+            ends = lengths.cumsum(0)
+            self._place = dict(zip(numbers.tolist(), map(slice, (ends - lengths).tolist(), ends.tolist())))
+            self._values = differences.exp().numpy()
+
+    def of(self, number: int) -> NDArray[np.float32] | None:
+        """[L], a value a token, of the completion with this number in the step; None if it is another rank's."""
+        place = self._place.get(number)
+        return None if place is None else self._values[place]
 
 
 @dataclass
@@ -100,13 +109,12 @@ class GroupLines:
     def write(self, record: Record) -> None:
         """Write groups of a step, in a seeded order, while the file stays within the step's share of the budget."""
         spec, batch = self.exchange.spec, record["batch"]
-        share = min(1.0, (batch.step + 1) / spec.learner.steps)
-        allowed = spec.monitoring.log_completions.max_megabytes * 1e6 * share
+        limits, share = spec.monitoring.log_completions, min(1.0, (batch.step + 1) / spec.learner.steps)
         order = np.random.default_rng(derive_seed("completions", spec.seed, batch.step)).permutation(len(batch.names))
-        advantages, ratios = _advantages(spec, batch.rollouts), _ratios(record["seen"])
-        for group in map(int, order):
+        advantages, ratios = _advantages(spec, batch.rollouts), _Ratios(record["seen"])
+        for group in map(int, order[: limits.groups_per_step]):
             line = encode(self._record(batch, group, advantages[group], ratios))
-            if self._lines.size + len(line) > allowed:
+            if self._lines.size + len(line) > limits.max_megabytes * 1e6 * share:
                 return
             self._lines.append(line)
 
@@ -114,12 +122,9 @@ class GroupLines:
         """Close the file."""
         self._lines.close()
 
-    def _record(self, batch: StepBatch, group: int, advantages: NDArray[np.float32], ratios: Ratios) -> dict[str, Any]:
+    def _record(self, batch: StepBatch, group: int, advantages: NDArray[np.float32], ratios: _Ratios) -> dict[str, Any]:
         rollout, first = batch.rollouts[group], sum(len(r.lengths) for r in batch.rollouts[:group])
-        completions = [
-            _completion(self._tokenizer, rollout, i, float(advantages[i]), ratios.get(first + i))
-            for i in range(len(rollout.lengths))
-        ]
+        known = [ratios.of(first + i) for i in range(len(rollout.lengths))]
         return {
             "step": batch.step + 1,  # as the metrics count: the step that it takes part in
             "incarnation": self.incarnation,
@@ -128,7 +133,7 @@ class GroupLines:
             "set": rollout.meta.get("set"),
             "prompt": self._tokenizer.decode(rollout.prompt_ids.tolist()),
             "reference": rollout.meta.get("answer"),
-            "completions": completions,
+            "completions": list(_completions(self._tokenizer, rollout, advantages, known)),
         }
 
 
@@ -137,24 +142,31 @@ def _advantages(spec: RunSpec, rollouts: list[Rollout]) -> list[NDArray[np.float
     return step_advantages([rollout.rewards for rollout in rollouts], scale)
 
 
-def _completion(
-    tokenizer: PreTrainedTokenizerBase, rollout: Rollout, i: int, advantage: float, ratios: NDArray[np.float32] | None
-) -> dict[str, Any]:
-    end = int(rollout.lengths[: i + 1].sum())
-    tokens = slice(end - int(rollout.lengths[i]), end)
-    pieces = token_texts(tokenizer, rollout.completion_ids[tokens].tolist())
-    steps = np.repeat([version.step for version, _ in rollout.versions], [count for _, count in rollout.versions])
-    versions = [[step, len(list(run))] for step, run in groupby(steps[tokens].tolist())]
-    return {
-        "text": "".join(pieces),
-        "reward": _rounded(rollout.rewards[i]),
-        "parts": {name: _rounded(term[i]) for name, term in rollout.reward_terms.items()},
-        "advantage": _rounded(advantage),
-        "truncated": bool(rollout.truncated[i]),
-        "tokens": [len(piece) for piece in pieces],
-        "versions": versions,
-        "ratios": None if ratios is None else [_rounded(ratio) for ratio in ratios.tolist()],
-    }
+def _completions(
+    tokenizer: PreTrainedTokenizerBase,
+    rollout: Rollout,
+    advantages: NDArray[np.float32],
+    ratios: list[NDArray[np.float32] | None],
+) -> Iterator[dict[str, Any]]:
+    """What the line says of each completion."""
+    steps = [version.step for version, count in rollout.versions for _ in range(count)]
+    ids, rewards, rounded_advantages = rollout.completion_ids.tolist(), _rounded(rollout.rewards), _rounded(advantages)
+    terms = {name: _rounded(term) for name, term in rollout.reward_terms.items()}
+    end = 0
+    for i, length in enumerate(rollout.lengths.tolist()):
+        begin, end = end, end + length
+        pieces = token_texts(tokenizer, ids[begin:end])
+        known = ratios[i]
+        yield {
+            "text": "".join(pieces),
+            "reward": rewards[i],
+            "parts": {name: term[i] for name, term in terms.items()},
+            "advantage": rounded_advantages[i],
+            "truncated": bool(rollout.truncated[i]),
+            "tokens": list(map(len, pieces)),
+            "versions": [[step, len(list(run))] for step, run in groupby(steps[begin:end])],
+            "ratios": None if known is None else _rounded(known),
+        }
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
@@ -173,6 +185,6 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]
     return pieces
 
 
-def _rounded(value: Any) -> float | None:
-    number = float(value)
-    return float(f"{number:.4g}") if math.isfinite(number) else None
+def _rounded(values: NDArray[np.float32]) -> list[float | None]:
+    """To four significant digits; None for what is not finite."""
+    return [float(f"{number:.4g}") if math.isfinite(number) else None for number in values.tolist()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
+import os
 import sys
 import time
 from collections import defaultdict
@@ -20,7 +21,7 @@ import psutil
 from bench import reference
 from bench.benchmark import CannotMeasure, Pair, Surroundings, at_least, at_most, benchmark, seconds
 from bench.publication import blocked_by_a_publication
-from builders import exchange_at, run_of, spec_of
+from builders import exchange_at, rollout_name, rollout_of, run_of, spec_of
 from heterorl.exchange.exchange import Exchange
 from models import save_character_tokenizer
 
@@ -131,6 +132,71 @@ def checkpoint(at: Surroundings) -> Iterator[Pair]:
             gate,
         )
         checkpoints.wait()
+
+
+STEPS_LOGGED = 30
+
+
+@benchmark(
+    "15",
+    what="learner's steps of the quickstart's size with the log of completions, on one core",
+    peer="without it",
+    target=at_most(1.01),
+    gate="as many groups of each step as the spec asks for are in the file",
+    limit="1",
+    gross=at_most(1.2),
+    rounds=11,
+)
+def logged_steps(at: Surroundings) -> Iterator[Pair]:
+    import torch
+
+    from bench.shapes import qwen3, save_qwen3
+    from heterorl_learner.completion_log import CompletionLog
+    from heterorl_learner.engines.build import build_engine
+    from heterorl_learner.rollout_feed import StepBatch
+    from heterorl_learner.train_step import train_on
+
+    run = run_of(
+        model={"dtype": "float32"},
+        algorithm={"groupSize": 8},
+        learner={"steps": 10_000, "batch": {"groups": 32, "tokensPerMicroBatch": 512}},
+        monitoring={"logCompletions": {"maxMegabytes": 10_000}},
+    )
+    exchange = exchange_at(at.folder / "run", run)
+    save_qwen3(exchange.model_dir, qwen3(hidden=64, layers=2, vocabulary=256))
+    engine = build_engine(exchange.model_dir, exchange.spec)
+    random, rewards = np.random.default_rng(0), [1.0, 0.0] * 4
+    rollouts = []
+    for _ in range(32):
+        rollout = rollout_of(rewards, random.integers(2, 9, 8).tolist(), terms={"accuracy": rewards})
+        rollout.completion_ids[:] = random.integers(5, 60, len(rollout.completion_ids))
+        rollouts.append(rollout)
+    steps, names = itertools.count(), [rollout_name(i) for i in range(32)]
+
+    def train(log: CompletionLog) -> None:
+        for step in itertools.islice(steps, STEPS_LOGGED // (3 if at.quick else 1)):
+            batch = StepBatch(step, names, rollouts, wait_s=0.0)
+            train_on(engine, exchange.spec, batch, log.see)
+            engine.step(1e-6)
+            log.write(batch)
+        while log._lines and log._lines._queue:  # what is not written yet is part of the cost
+            time.sleep(1e-4)
+
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    os.sched_setaffinity(0, {min(cores)})  # of this thread and those that it starts: the log's
+    torch.set_num_threads(1)
+    ours, peer = CompletionLog(exchange, 1), CompletionLog(exchange, 1, wanted=False)
+
+    def gate() -> None:
+        train(ours)
+        logged = [json.loads(line)["step"] for line in exchange.completions_file.read_text().splitlines()]
+        expected = exchange.spec.monitoring.log_completions.groups_per_step
+        assert len(logged) == expected * len(set(logged)) == expected * next(steps), logged
+
+    yield Pair(seconds(lambda: train(ours)), seconds(lambda: train(peer)), gate)
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(threads)
+    ours.close()
 
 
 # ── what a loss takes ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,6 +1,7 @@
 """The log of completions: what a line says of a group, and that the budget of bytes holds."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +31,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer()
 
 
-def make(root: Path, *, steps: int = 4, megabytes: float = 1.0, loss: str = "gepo") -> Exchange:
+def make(root: Path, *, steps: int = 4, megabytes: float = 1.0, groups: int = 8, loss: str = "gepo") -> Exchange:
     run = run_of(
         learner={"steps": steps},
         algorithm={"groupSize": 2, "loss": {"type": loss}},
-        monitoring={"logCompletions": {"maxMegabytes": megabytes}},
+        monitoring={"logCompletions": {"maxMegabytes": megabytes, "groupsPerStep": groups}},
     )
     exchange = exchange_at(root, run)
     byte_tokenizer().save_pretrained(exchange.model_dir)
@@ -118,6 +119,30 @@ def test_groups_are_sampled_evenly_and_never_exceed_the_budget(tmp_path, tokeniz
     assert megabytes * 1e6 * 0.75 < size <= megabytes * 1e6
     halves = sum(step <= 20 for step in steps), sum(step > 20 for step in steps)
     assert abs(halves[0] - halves[1]) <= 2, halves
+
+
+def test_no_more_groups_of_a_step_are_logged_than_the_spec_says_and_others_in_each_step(tmp_path, tokenizer):
+    exchange = make(tmp_path, steps=8, groups=3)
+    log = CompletionLog(exchange, incarnation=1)
+    for step in range(8):
+        log.write(batch_of(tokenizer, step, *[("12", "34")] * 16))
+    log.close()
+    logged = lines(exchange)
+    assert Counter(line["step"] for line in logged) == dict.fromkeys(range(1, 9), 3)
+    assert len({line["rollout"].partition("--")[2] for line in logged}) > 6  # of the 16 places in a batch
+
+
+def test_numbers_have_four_digits_and_what_is_not_finite_is_null(tmp_path, tokenizer):
+    exchange = make(tmp_path)
+    batch = batch_of(tokenizer, 0, ("a", "b"), rewards=(2 / 3, float("nan")))
+    log = CompletionLog(exchange, incarnation=1)
+    for micro in plan(sequences(exchange.spec, batch.rollouts), 4):
+        log.see(micro, micro.sampler_logp + 1000.0 * micro.numbers)
+    log.write(batch)
+    log.close()
+    first, second = lines(exchange)[0]["completions"]
+    assert (first["reward"], first["parts"], first["ratios"]) == (0.6667, {"accuracy": 0.6667}, [1.0])
+    assert (second["reward"], second["parts"], second["ratios"]) == (None, {"accuracy": None}, [None])
 
 
 def test_which_groups_are_logged_depends_on_the_seed_alone(tmp_path, tokenizer):

@@ -691,6 +691,8 @@ class LogCompletionsSpec(Block):
 
     max_megabytes: float = Field(16.0, ge=0, le=1_000_000)
     """Maximum size of `completions.jsonl`; whole groups are sampled evenly over the steps. 0 disables."""
+    groups_per_step: int = Field(4, ge=1, le=1_000_000)
+    """Maximum number of groups of a step; more of them slow the learner down."""
 
 
 class LogAnswersSpec(Block):
