@@ -60,6 +60,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v32": {"num_key_value_heads": 2}, "diffllama": {"num_key_value_heads": 2},
     "glm4_moe_lite": {"num_key_value_heads": 2}, "glm_moe_dsa": {"num_key_value_heads": 2},
     "kimi_linear": {"num_key_value_heads": 2, "head_dim": 16, "layer_types": LINEAR_THEN_FULL, "mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2, "num_local_experts": 4},
+    "falcon": {"ffn_hidden_size": 256},  # as in all of its models; vLLM knows no other
     "lfm2": {"layer_types": ["conv", "full_attention"]}, "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"num_key_value_heads": 2, "head_dim": 16},
     "mamba2": {"num_heads": 4}, "minicpm3": {"num_key_value_heads": 2}, "youtu": {"num_key_value_heads": 2, "head_dim": 16},

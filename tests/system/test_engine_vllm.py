@@ -109,6 +109,19 @@ def test_tied_models_whose_head_vllm_does_not_have_or_calls_otherwise_are_swappe
         engine.close()
 
 
+def test_a_model_that_vllm_cannot_serve_or_swap_is_refused_with_what_to_do_instead(tmp_path):
+    instead = "engine: transformers samples it without vLLM"
+    with pytest.raises(UserError, match=f"vLLM does not start on .*: AttributeError: 'AfmoeConfig'.*; {instead}"):
+        build_engine("vllm", architectures.save("afmoe", tmp_path / "afmoe"), dtype="float32", max_model_len=300)
+    experts = architectures.save("qwen3_moe", tmp_path / "experts")
+    engine = build_engine("vllm", experts, dtype="float32", max_model_len=300)
+    try:
+        with pytest.raises(UserError, match=f"takes no new weights for it: RuntimeError: .*; {instead}"):
+            engine.load_weights(experts)
+    finally:
+        engine.close()
+
+
 def test_a_swap_that_keeps_the_prefix_cache_is_an_error_and_would_poison(engine, weights, monkeypatch):
     engine.load_weights(weights(0))
     engine.generate([LONG], 1, Sampling(max_tokens=1), seed=0)  # its two full blocks are cached now

@@ -111,15 +111,11 @@ class VLLMEngine(InferenceEngine):
             lora_target_modules=self._tensors.adaptable if lora_rank else None,
             **({"gpu_memory_utilization": gpu_memory_utilization} if gpus else on_cpu),
         )
-        try:
+        with _in_words(f"vLLM does not start on {model_dir}"):
             recurrent = not gpus and args.create_model_config().has_inner_state
             if recurrent:  # vLLM caches states only of prompts that it reads in parts
                 args.enable_prefix_caching = False
             self._engine = self._start(args, model_dir)
-        except ValueError as error:
-            if "Free memory on device" in str(error):  # another process of this node holds it
-                raise SiteError(f"vLLM does not start on this node: {' '.join(str(error).split())}") from error
-            raise UserError(f"vLLM does not start on {model_dir}: {' '.join(str(error).split())}") from error
         self._numbers = itertools.count()
         self._groups: dict[int, _Group] = {}
         self._finished: Finished = []
@@ -266,7 +262,8 @@ class VLLMEngine(InferenceEngine):
         self._tensors.require_all(weight_files(folder))
         view = self._make_view(folder)
         try:
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(view)})
+            with _in_words("vLLM serves this model, but takes no new weights for it"):
+                self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(view)})
         finally:
             shutil.rmtree(view)
 
@@ -304,6 +301,21 @@ class VLLMEngine(InferenceEngine):
         self._engine.engine_core.shutdown()
         del self._engine
         self._views.cleanup()
+
+
+@contextmanager
+def _in_words(what: str) -> Iterator[None]:
+    """Says that vLLM cannot do it with this model, whatever its code raises; what another try may mend stays as it is."""
+    try:
+        yield
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        if "Free memory on device" in said:  # another process of this node holds it
+            raise SiteError(f"vLLM does not start on this node: {said}") from error
+        said = said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}".removesuffix(": ")
+        raise UserError(f"{what}: {said}; engine: transformers samples it without vLLM") from error
 
 
 def _require_device(gpus: int) -> None:
