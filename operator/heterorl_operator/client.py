@@ -28,7 +28,8 @@ from heterorl_operator import metrics
 from heterorl_operator.resources import POD, ResourceKind
 
 _TIMEOUT_S = (5.0, 30.0)  # to connect, to answer
-_PAGE = 100
+_PAGE, _METADATA_PAGE = 25, 100
+"""Objects of a list that are in memory at once: a page and, while it is read, the next."""
 _JSON = "application/json"
 _METADATA = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 _IN_CLUSTER = "KUBERNETES_SERVICE_HOST"
@@ -105,7 +106,8 @@ class Api:
 
         They lack `kind` and `apiVersion`.
         """
-        query = {"limit": str(_PAGE)} | ({"labelSelector": selector} if selector else {})
+        query = {"limit": str(_METADATA_PAGE if metadata_only else _PAGE)}
+        query |= {"labelSelector": selector} if selector else {}
         query |= {"fieldSelector": fields} if fields else {}
         accept = _METADATA if metadata_only else _JSON
         while True:

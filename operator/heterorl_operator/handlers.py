@@ -74,9 +74,9 @@ def settings() -> kopf.OperatorSettings:
     chosen.watching.server_timeout = 300
     chosen.watching.client_timeout = 330
     chosen.watching.connect_timeout = 10
-    chosen.watching.chunk_size = 100  # a page of bodies is in memory at once
+    chosen.watching.chunk_size = 20  # of each kind a page or two of whole bodies are in memory at once
     chosen.networking.request_timeout = 30
-    chosen.queueing.idle_timeout = 0.1  # until then an object's whole body stays in memory
+    chosen.queueing.idle_timeout = 0.02  # until then an object's whole body stays in memory
     chosen.persistence.diffbase_storage = _NoDiffs()
     for kind in LABELLED:
         chosen.watching.label_selectors[kind.group, kind.version, kind.plural] = RUN_LABEL

@@ -212,7 +212,7 @@ class VLLMEngine(InferenceEngine):
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
         names = [f"{next(self._numbers)}/0" for _ in token_ids]
         scores: dict[str, list[float]] = {}
-        with self._alone():
+        with self._alone(), _in_words("vLLM starts on this model, but does not compute it"):
             for name, text in zip(names, token_ids):
                 self._engine.add_request(name, tokens_input(text), params, lora_request=self._adapter)
             while len(scores) < len(names):
@@ -305,10 +305,10 @@ class VLLMEngine(InferenceEngine):
 
 @contextmanager
 def _in_words(what: str) -> Iterator[None]:
-    """Says that vLLM cannot do it with this model, whatever its code raises; what another try may mend stays as it is."""
+    """Says that vLLM cannot do it with this model, whatever it raises; what another try may mend stays as it is."""
     try:
         yield
-    except (OSError, MemoryError, torch.OutOfMemoryError):
+    except (OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
         said = " ".join(str(error).split())
