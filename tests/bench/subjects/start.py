@@ -50,7 +50,7 @@ def first_token(which: str, model: Path) -> tuple[int, float]:
     memory_gb=4.0,
     disk_gb=0.5,
     quick=False,
-    rounds=5,  # each takes a minute, and hardly varies
+    rounds=3,  # each takes more than a minute, and hardly varies
     warm_up=0,  # the gate has started both before
 )
 def cold_start(at: Surroundings) -> Iterator[Pair]:
