@@ -11,6 +11,8 @@ import itertools
 import logging
 import threading
 from collections.abc import Sequence
+from sys import intern
+from typing import NamedTuple
 
 from heterorl.kubernetes.names import RUN_LABEL, Object
 from heterorl_operator import metrics
@@ -23,6 +25,18 @@ log = logging.getLogger(__name__)
 
 _SETTLE_S = 2.0
 """How far a watch may be behind."""
+
+
+class _Listed(NamedTuple):
+    """All that is kept of an object's metadata, which takes ten kilobytes, while thousands are compared."""
+
+    resource_version: int
+    namespace: str
+    name: str
+
+
+def _listed(metadata: Object) -> _Listed:
+    return _Listed(int(metadata["resourceVersion"]), intern(metadata["namespace"]), metadata["name"])
 
 
 class Relister:
@@ -81,7 +95,7 @@ class Relister:
     def _check(self, kind: ResourceKind) -> None:
         before = self._cache.versions(kind.name)
         there = {
-            body["metadata"]["uid"]: (int(body["metadata"]["resourceVersion"]), body["metadata"])
+            body["metadata"]["uid"]: _listed(body["metadata"])
             for namespace in self._namespaces
             for body in self._api.list(kind, namespace, _selector(kind), metadata_only=True)
         }
@@ -91,16 +105,20 @@ class Relister:
         if self._stop.wait(_SETTLE_S):
             return
         after = self._cache.versions(kind.name)
-        missed = [metadata for uid, (version, metadata) in there.items() if uid not in after or after[uid][0] < version]
+        missed = [
+            each
+            for uid, each in there.items()
+            if uid not in after or after[uid].resource_version < each.resource_version
+        ]
         ghosts = {uid: known for uid, known in after.items() if uid in before and uid not in there}
-        new = [metadata for metadata in missed if self._take_in(kind, metadata)]
+        new = [each for each in missed if self._take_in(kind, each)]
         for uid, known in ghosts.items():
             self._watcher.handle(kind, "DELETED", tombstone(uid, known))
         self._update_staleness(kind, len(new) + len(ghosts))
 
-    def _take_in(self, kind: ResourceKind, metadata: Object) -> bool:
+    def _take_in(self, kind: ResourceKind, listed: _Listed) -> bool:
         """Whether the object exists and was new: it may have been deleted, or reported meanwhile."""
-        body = self._api.get(kind, metadata["namespace"], metadata["name"])
+        body = self._api.get(kind, listed.namespace, listed.name)
         return body is not None and self._watcher.handle(kind, None, body)
 
     def _update_staleness(self, kind: ResourceKind, missed: int) -> None:
