@@ -69,9 +69,6 @@ def time_to_children(at: Surroundings) -> Iterator[Pair]:
     target=at_most(1.0),
     gate="all objects exist, and nothing is written at rest",
     limit="its imports",
-    missed="with one run it takes about 90 MB, its imports; with 300 runs 122 MB. What it is made to keep of a run comes to a few"
-    " dozen kB, the manifest as 8 kB of JSON and a record of each object and pod; it has not been traced what holds the rest."
-    " While a run is handled, its manifest takes 65 kB as a model and its objects 95 kB, in eight threads at a time",
     unit="B",
     memory_gb=6,
     disk_gb=2,
