@@ -11,12 +11,10 @@ import itertools
 import logging
 import threading
 from collections.abc import Sequence
-from sys import intern
-from typing import NamedTuple
 
 from heterorl.kubernetes.names import RUN_LABEL, Object
 from heterorl_operator import metrics
-from heterorl_operator.cache import ObjectCache, tombstone
+from heterorl_operator.cache import ObjectCache, ObjectVersion, key_of, tombstone
 from heterorl_operator.client import Api, ApiError, Forbidden
 from heterorl_operator.handlers import Watcher
 from heterorl_operator.resources import LABELLED, RUN, ResourceKind
@@ -25,18 +23,6 @@ log = logging.getLogger(__name__)
 
 _SETTLE_S = 2.0
 """How far a watch may be behind."""
-
-
-class _Listed(NamedTuple):
-    """All that is kept of an object's metadata, which takes ten kilobytes, while thousands are compared."""
-
-    resource_version: int
-    namespace: str
-    name: str
-
-
-def _listed(metadata: Object) -> _Listed:
-    return _Listed(int(metadata["resourceVersion"]), intern(metadata["namespace"]), metadata["name"])
 
 
 class Relister:
@@ -94,11 +80,7 @@ class Relister:
 
     def _check(self, kind: ResourceKind) -> None:
         before = self._cache.versions(kind.name)
-        there = {
-            body["metadata"]["uid"]: _listed(body["metadata"])
-            for namespace in self._namespaces
-            for body in self._api.list(kind, namespace, _selector(kind), metadata_only=True)
-        }
+        there = self._listed(kind)
         if kind in self._cache.unreadable:
             self.readable_again.set()
             return
@@ -116,9 +98,18 @@ class Relister:
             self._watcher.handle(kind, "DELETED", tombstone(uid, known))
         self._update_staleness(kind, len(new) + len(ghosts))
 
-    def _take_in(self, kind: ResourceKind, listed: _Listed) -> bool:
+    def _listed(self, kind: ResourceKind) -> dict[str, ObjectVersion]:
+        """Every object of a kind that is there, by uid: three fields of metadata that take ten kilobytes each."""
+        return {
+            metadata["uid"]: ObjectVersion(int(metadata["resourceVersion"]), run, metadata["name"])
+            for namespace in self._namespaces
+            for body in self._api.list(kind, namespace, _selector(kind), metadata_only=True)
+            if (metadata := body["metadata"]) and (run := key_of(kind.name, body))
+        }
+
+    def _take_in(self, kind: ResourceKind, listed: ObjectVersion) -> bool:
         """Whether the object exists and was new: it may have been deleted, or reported meanwhile."""
-        body = self._api.get(kind, listed.namespace, listed.name)
+        body = self._api.get(kind, listed.run.namespace, listed.name)
         return body is not None and self._watcher.handle(kind, None, body)
 
     def _update_staleness(self, kind: ResourceKind, missed: int) -> None:

@@ -110,11 +110,12 @@ class GroupLines:
         """Write groups of a step, in a seeded order, while the file stays within the step's share of the budget."""
         spec, batch = self.exchange.spec, record["batch"]
         limits, share = spec.monitoring.log_completions, min(1.0, (batch.step + 1) / spec.learner.steps)
+        allowed = limits.max_megabytes * 1e6 * share
         order = np.random.default_rng(derive_seed("completions", spec.seed, batch.step)).permutation(len(batch.names))
         advantages, ratios = _advantages(spec, batch.rollouts), _Ratios(record["seen"])
         for group in map(int, order[: limits.groups_per_step]):
             line = encode(self._record(batch, group, advantages[group], ratios))
-            if self._lines.size + len(line) > limits.max_megabytes * 1e6 * share:
+            if self._lines.size + len(line) > allowed:
                 return
             self._lines.append(line)
 

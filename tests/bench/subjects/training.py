@@ -201,10 +201,12 @@ def logged_steps(at: Surroundings) -> Iterator[Pair]:
         expected = exchange.spec.monitoring.log_completions.groups_per_step
         assert logged == [step for step in range(1, next(steps), 2) for _ in range(expected)], logged
 
-    yield Pair(both, lambda: without[-1], gate)
-    os.sched_setaffinity(0, cores)
-    torch.set_num_threads(threads)
-    logs[0].close()
+    try:
+        yield Pair(both, lambda: without[-1], gate)
+    finally:  # the rows after it need both cores, whatever happens
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(threads)
+        logs[0].close()
 
 
 # ── what a loss takes ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -308,7 +308,7 @@ def _in_words(what: str) -> Iterator[None]:
     """Says that vLLM cannot do it with this model, whatever it raises; what another try may mend stays as it is."""
     try:
         yield
-    except (OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+    except (HeteroRLError, OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
         said = " ".join(str(error).split())
