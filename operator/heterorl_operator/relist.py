@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Sequence
 
-from heterorl.kubernetes.names import RUN_LABEL, Object
+from heterorl.kubernetes.names import RUN_LABEL
 from heterorl_operator import metrics
 from heterorl_operator.cache import ObjectCache, ObjectVersion, key_of, tombstone
 from heterorl_operator.client import Api, ApiError, Forbidden
