@@ -93,6 +93,7 @@ def test_a_run_is_followed_while_it_goes_on(tmp_path, visit):
         *(sys.executable, "-m", "heterorl", "run", str(QUICKSTART), "--runs-dir", str(tmp_path), "--set", "name=live"),
         *("--set", f"learner.steps={steps}", "--set", "evaluation.everySteps=0", "--set", "data.evals=[]"),
         *("--set", "model.tiny.targetAccuracy=0", "--set", "learner.batch.groups=8"),
+        *("--set", "monitoring.logCompletions.groupsPerStep=3"),
     ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as run:
         try:
@@ -109,7 +110,7 @@ def test_a_run_is_followed_while_it_goes_on(tmp_path, visit):
             expect(page.get_by_text("succeeded")).to_be_visible(timeout=5 * PATIENCE_MS)
             assert run.wait() == 0
             page.get_by_role("link", name="Completions").click()
-            expect(page.get_by_role("status").filter(has_text=f"completions in {8 * steps} groups")).to_be_visible()
+            expect(page.get_by_role("status").filter(has_text=f"completions in {3 * steps} groups")).to_be_visible()
         finally:
             run.terminate()
 
