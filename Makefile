@@ -3,6 +3,9 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# In some containers Python keeps nothing compiled, and every process then compiles torch and vLLM anew: 3 to 13 s of its
+# start. What is kept lies in .venv and in __pycache__, which git ignores.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup quickstart test test-unit test-gpu test-real mutants exits cluster-programs cluster test-cluster bench bench-quick bench-gpu bench-curves bench-density bench-quickstart bench-online bench-operator canary-report adaptive-order-report corrections-report models-table real-model-report page-report page-cost pictures images check crd docs site clean
 

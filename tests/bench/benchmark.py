@@ -65,7 +65,7 @@ class Pair:
 
     ours: Callable[[], float]
     peer: Callable[[], float]
-    gate: Callable[[], None]
+    gate: Callable[[], object]
     """Raises unless both give the same answer; called once, before the rounds."""
 
 
@@ -127,8 +127,8 @@ class Benchmark:
     """The command that measures it, when it takes too long for `make bench`; empty otherwise."""
     quick: bool
     """Whether it belongs to the quick run."""
-    rounds: int
-    warm_up: int
+    gate_warms: bool
+    """Whether the gate runs both as they are measured, and so is the first of the two rounds to warm up."""
 
 
 registry: dict[str, Benchmark] = {}
@@ -149,8 +149,7 @@ def benchmark(
     gross: Target | None = None,
     apart: str = "",
     quick: bool = True,
-    rounds: int = 7,
-    warm_up: int = 2,
+    gate_warms: bool = False,
 ) -> Callable[[Callable[[Surroundings], Iterator[Pair]]], Callable[[Surroundings], Iterator[Pair]]]:
     """Register a generator function that yields the pair and afterwards closes what it opened."""
 
@@ -172,8 +171,7 @@ def benchmark(
             gross=gross or target.gross(),
             apart=apart,
             quick=quick,
-            rounds=rounds,
-            warm_up=warm_up,
+            gate_warms=gate_warms,
         )
         return function
 

@@ -19,6 +19,7 @@ import psutil
 
 from bench.benchmark import Benchmark, CannotMeasure, GateFailed, Pair, Surroundings, Target, registry
 
+WARM_UPS, ROUNDS = 2, 7
 QUICK_ROUNDS, QUICK_MOST = 3, 9
 """Of a quick run, and how many there may be while other work on the machine makes it miss its bound."""
 
@@ -105,10 +106,10 @@ def _pass_gate(pair: Pair) -> None:
 
 
 def _rounds(benchmark: Benchmark, pair: Pair, quick: bool) -> tuple[list[float], list[float]]:
-    warm_up, rounds = (1, QUICK_ROUNDS) if quick else (benchmark.warm_up, benchmark.rounds)
+    warm_up, rounds = (1, QUICK_MOST) if quick else (WARM_UPS - benchmark.gate_warms, ROUNDS)
     ours: list[float] = []
     peer: list[float] = []
-    for number in range(warm_up + (QUICK_MOST if quick else rounds)):
+    for number in range(warm_up + rounds):
         gc.collect()
         figures = pair.ours(), pair.peer()
         if number < warm_up:

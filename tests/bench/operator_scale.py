@@ -165,6 +165,20 @@ def at_rest(bench: Bench, runs: int, operator: OperatorProcess, rest_s: float) -
     return operator.memory(), (operator.metric("heterorl_operator_writes_total") - before) * 60 / rest_s
 
 
+def restarted(runs: int, operator: OperatorProcess) -> tuple[float, float]:
+    """The seconds from a restart to the look at every run, and to the end of the second looks."""
+    operator.kill()
+    started = time.monotonic()
+    super(OperatorProcess, operator).start()
+    synced = lambda: operator.metric("heterorl_operator_synced") == 1.0  # noqa: E731
+    wait_for(synced, "the look at every run", LIMIT_S, every_s=0.5)
+    synced_s = time.monotonic() - started
+    # Every object but the Jobs is applied; those of the first looks that had changes are among them.
+    applied = lambda: operator.metric("heterorl_operator_applies_total") >= runs * (OBJECTS - 1)  # noqa: E731
+    wait_for(applied, "the second looks", LIMIT_S, every_s=0.5)
+    return synced_s, time.monotonic() - started
+
+
 def measure(runs: int, *, rest_s: float = REST_S, say: Callable[[str], None] = print) -> Result:
     """Everything, on fresh clusters."""
     bare_s = bare_loop(runs)
@@ -174,20 +188,7 @@ def measure(runs: int, *, rest_s: float = REST_S, say: Callable[[str], None] = p
         bench.settle(runs, operator)
         latencies = sorted(_latencies(bench, runs))
         memory, writes = at_rest(bench, runs, operator, rest_s)  # those changes made pods
-        operator.kill()
-        started = time.monotonic()
-        super(OperatorProcess, operator).start()
-        synced = lambda: operator.metric("heterorl_operator_synced") == 1.0  # noqa: E731
-        wait_for(synced, "the look at every run", LIMIT_S, every_s=0.5)
-        synced_s = time.monotonic() - started
-        # Every object but the Jobs is applied; those of the first looks that had changes are among them.
-        wait_for(
-            lambda: operator.metric("heterorl_operator_applies_total") >= runs * (OBJECTS - 1),
-            "the second looks",
-            LIMIT_S,
-            every_s=0.5,
-        )
-        undone_s = time.monotonic() - started
+        synced_s, undone_s = restarted(runs, operator)
     return Result(
         runs=runs,
         bare_s=bare_s,

@@ -45,6 +45,7 @@ def a_benchmark(
     target: Target = HALF,
     memory_gb: float = 0.0,
     disk_gb: float = 0.0,
+    gate_warms: bool = False,
 ) -> Benchmark:
     @contextmanager
     def prepare(at: Surroundings) -> Iterator[Pair]:
@@ -58,8 +59,7 @@ def a_benchmark(
         gross=target.gross(),
         apart="",
         quick=True,
-        rounds=7,
-        warm_up=2,
+        gate_warms=gate_warms,
     )
 
 
@@ -80,6 +80,12 @@ def test_ours_and_the_peer_are_measured_in_turn_and_the_rounds_to_warm_up_do_not
     assert outcome.ratios == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5]
     assert outcome.median == 2.0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gate_that_runs_both_as_they_are_measured_is_the_first_round_to_warm_up(tmp_path):
+    durations = iter([100.0, *range(1, 8)])
+    outcome = measure(a_benchmark(lambda: next(durations), lambda: 1.0, gate_warms=True), tmp_path, quick=False)
+    assert outcome.ratios == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_the_median_is_that_of_the_ratios_and_not_the_ratio_of_the_medians(tmp_path):

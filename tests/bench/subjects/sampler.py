@@ -59,7 +59,7 @@ class Bench:
         self.texts = [draw.integers(2, config.vocab_size, CANARY_TOKENS).tolist() for _ in range(2)]
         self.prompts = [draw.integers(2, config.vocab_size, 32).tolist() for _ in range(WAVES * AT_A_TIME)]
         # As groups of one prompt: the longest in each wave of AT_A_TIME is the limit, and the mean 0.4 of it.
-        longest = 40 if quick else 80
+        longest = 40 if quick else 56
         shares = draw.permuted(np.tile([1.0, 0.3, 0.2, 0.1], (WAVES, 1)), axis=1).ravel()
         self.lengths = [max(1, int(share * longest)) for share in shares]
         self.exchange = exchange_at(self.folder / "run", run_of(model={"dtype": "float32"}))
@@ -258,7 +258,6 @@ def pause(at: Surroundings) -> Iterator[Pair]:
     memory_gb=4.0,
     disk_gb=2.0,
     quick=False,
-    warm_up=1,  # the gate has run both
 )
 def swapping(at: Surroundings) -> Iterator[Pair]:
     b = bench(at.quick)
@@ -309,7 +308,7 @@ def same_tokens(ours: dict[int, list[Completion]], theirs: dict[int, list[Comple
     memory_gb=4.0,
     disk_gb=2.0,
     quick=False,
-    warm_up=0,  # the gate has run both
+    gate_warms=True,
 )
 def feeding(at: Surroundings) -> Iterator[Pair]:
     b = bench(at.quick)
@@ -327,7 +326,7 @@ def feeding(at: Surroundings) -> Iterator[Pair]:
     memory_gb=4.0,
     disk_gb=2.0,
     quick=False,
-    warm_up=1,  # the gate has run both
+    gate_warms=True,
 )
 def log_probabilities(at: Surroundings) -> Iterator[Pair]:
     import torch
@@ -337,7 +336,7 @@ def log_probabilities(at: Surroundings) -> Iterator[Pair]:
     b.engine.drop()
     b.load(b.fetch(0))
     model: Any = AutoModelForCausalLM.from_pretrained(b.folder / "0", dtype=torch.float32)
-    tokens = 32 if at.quick else 48
+    tokens = 32 if at.quick else 40
     prompts = b.prompts[:AT_A_TIME]
     made = b.engine.generate(prompts, GROUP, Sampling(max_tokens=tokens), seed=0)
     texts = [[*p, *c.token_ids] for p, group in zip(prompts, made, strict=True) for c in group or ()]
@@ -395,13 +394,13 @@ def bare(b: Bench, prompts: list[list[int]], tokens: int, logprobs: int | None) 
     memory_gb=4.0,
     disk_gb=2.0,
     quick=False,
-    warm_up=1,  # the gate has run both
+    gate_warms=True,
 )
 def wrapper(at: Surroundings) -> Iterator[Pair]:
     b = bench(at.quick)
     b.engine.drop()
     b.load(b.fetch(0))
-    tokens = 32 if at.quick else 48
+    tokens = 32 if at.quick else 40
     prompts = b.prompts[: 2 * AT_A_TIME]
 
     def ours() -> dict[int, list[Completion]]:

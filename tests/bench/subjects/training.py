@@ -315,7 +315,6 @@ def loss_pass(at: Surroundings) -> LossPass:
     limit="the gradient of W and a tile",
     unit="B",
     memory_gb=12.0,
-    warm_up=0,
 )
 def loss_memory(at: Surroundings) -> Iterator[Pair]:
     if not Path("/proc/self/clear_refs").exists():
@@ -332,7 +331,6 @@ def loss_memory(at: Surroundings) -> Iterator[Pair]:
     gate="gradients of every loss equal to 1e-5",
     limit="4/3 products of matrices, fewer passes over memory",
     memory_gb=12.0,
-    warm_up=0,
 )
 def loss_time(at: Surroundings) -> Iterator[Pair]:
     both = loss_pass(at)
