@@ -26,7 +26,7 @@ from heterorl.exchange.version import Version
 GROUP = 8
 AT_A_TIME = 4
 """Prompts in generation."""
-WAVES = 5
+WAVES = 4
 LONG = 400
 """Tokens of completions that are not to end while something is measured."""
 TOLERANCE = 1e-4

@@ -69,7 +69,7 @@ def published(parent: Path, quick: bool) -> Published:
     writer = Keeping(exchange, scratch)
     incarnation = exchange.begin_incarnation()
     torch.manual_seed(0)
-    hidden, layers, vocabulary = (128, 2, 2048) if quick else (512, 6, 16_384)
+    hidden, layers, vocabulary = (128, 2, 2048) if quick else (512, 4, 16_384)
     model = Qwen3ForCausalLM(shapes.qwen3(hidden=hidden, layers=layers, vocabulary=vocabulary))
     texts = np.random.default_rng(0).integers(2, 2048, (256, TOKENS)).tolist()
     for step, tensors in enumerate(train(model, texts, STEPS)):
