@@ -174,7 +174,7 @@ def wait_of_theirs(replay: Replay, fresh: Callable[[], Path]) -> float:
     limit="0",
 )
 def wait(at: Surroundings) -> Iterator[Pair]:
-    replay = Replay(4 if at.quick else 6)
+    replay = Replay(4 if at.quick else 5)
     numbers = iter(range(10_000))
 
     def fresh() -> Path:

@@ -26,7 +26,7 @@ from heterorl.exchange.version import Version
 GROUP = 8
 AT_A_TIME = 4
 """Prompts in generation."""
-WAVES = 4
+WAVES = 5
 LONG = 400
 """Tokens of completions that are not to end while something is measured."""
 TOLERANCE = 1e-4
@@ -336,7 +336,7 @@ def log_probabilities(at: Surroundings) -> Iterator[Pair]:
     b.engine.drop()
     b.load(b.fetch(0))
     model: Any = AutoModelForCausalLM.from_pretrained(b.folder / "0", dtype=torch.float32)
-    tokens = 32 if at.quick else 40
+    tokens = 32
     prompts = b.prompts[:AT_A_TIME]
     made = b.engine.generate(prompts, GROUP, Sampling(max_tokens=tokens), seed=0)
     texts = [[*p, *c.token_ids] for p, group in zip(prompts, made, strict=True) for c in group or ()]
@@ -400,7 +400,7 @@ def wrapper(at: Surroundings) -> Iterator[Pair]:
     b = bench(at.quick)
     b.engine.drop()
     b.load(b.fetch(0))
-    tokens = 32 if at.quick else 40
+    tokens = 32
     prompts = b.prompts[: 2 * AT_A_TIME]
 
     def ours() -> dict[int, list[Completion]]:
