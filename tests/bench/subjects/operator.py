@@ -33,7 +33,7 @@ def at_rest(bench: Bench, runs: int, operator: OperatorProcess) -> float:
     " thousand manifests that it receives and checks, and for eight objects of each, which the bare loop has made beforehand",
     memory_gb=6,
     disk_gb=2,
-    apart="make bench IDS=14: half an hour",
+    apart="make bench IDS=14: three quarters of an hour",
 )
 def time_to_children(at: Surroundings) -> Iterator[Pair]:
     def gate() -> None:
