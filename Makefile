@@ -73,7 +73,7 @@ bench-gpu: setup
 	  || { echo "bench-gpu: there is no GPU here; docs/benchmarks.md keeps what it has, or \"not measured\""; exit 0; } \
 	  && PYTHONPATH=tests $(BIN)/python -m bench $(if $(DIR),--dir $(DIR)) gpu-tokens gpu-mfu gpu-memory gpu-publish
 
-# How costs grow, into docs/benchmarks.png: three minutes.
+# How costs grow, into docs/benchmarks.png: under a minute.
 bench-curves: setup
 	PYTHONPATH=tests $(BIN)/python -m bench.curves
 

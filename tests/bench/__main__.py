@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     origin = Origin.here("make bench" + (f' IDS="{" ".join(args.ids)}"' if args.ids else ""))
     print(f"{origin.commit}, {origin.hardware}\n")
     print(COLUMNS.format("id", "median", "min", "max", "target", "", "ours", "peer", "took"))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
+    for end in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(end, lambda number, _: sys.exit(128 + number))  # so that nothing is left behind
     good = True
     with tempfile.TemporaryDirectory(prefix="heterorl-bench-", dir=args.dir) as folder:
         for outcome in measured(chosen, Path(folder), quick=args.quick):
