@@ -27,6 +27,8 @@ GROUP = 8
 AT_A_TIME = 4
 """Prompts in generation."""
 WAVES = 5
+TOKENS = 32
+"""Of each completion of rows 7 and 13."""
 LONG = 400
 """Tokens of completions that are not to end while something is measured."""
 TOLERANCE = 1e-4
@@ -326,7 +328,6 @@ def feeding(at: Surroundings) -> Iterator[Pair]:
     memory_gb=4.0,
     disk_gb=2.0,
     quick=False,
-    gate_warms=True,
 )
 def log_probabilities(at: Surroundings) -> Iterator[Pair]:
     import torch
@@ -336,9 +337,8 @@ def log_probabilities(at: Surroundings) -> Iterator[Pair]:
     b.engine.drop()
     b.load(b.fetch(0))
     model: Any = AutoModelForCausalLM.from_pretrained(b.folder / "0", dtype=torch.float32)
-    tokens = 32
     prompts = b.prompts[:AT_A_TIME]
-    made = b.engine.generate(prompts, GROUP, Sampling(max_tokens=tokens), seed=0)
+    made = b.engine.generate(prompts, GROUP, Sampling(max_tokens=TOKENS), seed=0)
     texts = [[*p, *c.token_ids] for p, group in zip(prompts, made, strict=True) for c in group or ()]
     logps = [c.logp for group in made for c in group or ()]
 
@@ -350,7 +350,7 @@ def log_probabilities(at: Surroundings) -> Iterator[Pair]:
             assert np.abs(found[-len(logp) :].numpy() - np.array(logp)).max() < 1e-3, "log-probabilities differ"
 
     def added() -> float:
-        without, with_them = (min(bare(b, prompts, tokens, wanted)[0] for _ in range(2)) for wanted in (None, 0))
+        without, with_them = (min(bare(b, prompts, TOKENS, wanted)[0] for _ in range(2)) for wanted in (None, 0))
         return max(0.0, with_them - without)
 
     yield Pair(added, seconds(forward), gate)
@@ -400,23 +400,22 @@ def wrapper(at: Surroundings) -> Iterator[Pair]:
     b = bench(at.quick)
     b.engine.drop()
     b.load(b.fetch(0))
-    tokens = 32
     prompts = b.prompts[: 2 * AT_A_TIME]
 
     def ours() -> dict[int, list[Completion]]:
-        made = {b.add(place, tokens): place for place in range(len(prompts))}
+        made = {b.add(place, TOKENS): place for place in range(len(prompts))}
         done: dict[int, list[Completion]] = {}
         while b.engine.num_groups:
             done |= {made[number]: group for number, group in b.engine.step()}
         return done
 
     def theirs() -> float:
-        elapsed, ids = bare(b, prompts, tokens, 0)
+        elapsed, ids = bare(b, prompts, TOKENS, 0)
         return sum(map(len, ids)) / elapsed
 
     def gate() -> None:
         mine = [completion.token_ids for _, group in sorted(ours().items()) for completion in group]
-        bares = bare(b, prompts, tokens, 0)[1]
+        bares = bare(b, prompts, TOKENS, 0)[1]
         same = sum(one == other for one, other in zip(mine, bares, strict=True))
         assert same >= 0.95 * len(bares), f"{len(bares) - same} of {len(bares)} completions differ"
 
